@@ -1,0 +1,179 @@
+"""Shape checks and dispatch: Triton for CUDA tensors, the torch reference elsewhere; ``backend=`` overrides."""
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def top_k(
+    query: Tensor,
+    keys: Tensor,
+    k: int,
+    *,
+    scale: float | None = None,
+    start: Tensor | None = None,
+    stop: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The k rows with the largest ``scale * q.k``, exactly.
+
+    Args:
+        query: ``[B, Hq, m, D]``.
+        keys: ``[B, Hkv, T, D]``; Hkv divides Hq.
+        k: rows per query, at least 1; may exceed T.
+        scale: factor of the logits, default ``1 / sqrt(D)``.
+        start: int64 ``[B]``, the first row each batch row may see (default 0).
+        stop: int64 ``[m]``, one past the last row each query may see (default T).
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        ids ``[B, Hq, m, k]`` int64, by falling score, equal scores by rising id, -1 where there are fewer rows;
+        scores ``[B, Hq, m, k]`` float32, -inf where the id is -1.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or k < 1; states what was received.
+    """
+    _check_rows(query, keys)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k is {k!r}, expected an integer of at least 1")
+    start = _bounds(start, "start", query.shape[0], 0, query)
+    stop = _bounds(stop, "stop", query.shape[2], keys.shape[2], query)
+    return _implementation("top_k", query, backend)(query, keys, k, scale=_scale(scale, query), start=start, stop=stop)
+
+
+def attend_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    ids: Tensor | None = None,
+    ranges: Tensor | None = None,
+    log_weights: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention over chosen rows, as a mergeable state ``(out, lse)``.
+
+    Args:
+        query: ``[B, Hq, m, D]``.
+        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``; Hkv divides Hq.
+        ids: int64 ``[B, Hq, m, n]``, rows to read, -1 for none. A row must not occur twice.
+        ranges: int64 ``[B, Hq, m, r, 2]``, half-open row ranges that do not overlap. Give ids or ranges, not both.
+        log_weights: ``[B, Hq, m, n]`` (or ``r``), added to the logits of each row (or of each range's rows).
+        scale: factor of the logits, default ``1 / sqrt(D)``.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before log-weights are added.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        out ``[B, Hq, m, Dv]`` and lse ``[B, Hq, m]``, float32; ``out = 0, lse = -inf`` where there was no row.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; states what was received.
+    """
+    _check_rows(query, keys)
+    if values.shape[:3] != keys.shape[:3] or values.ndim != 4:
+        raise ValueError(f"values have shape {list(values.shape)}, expected {[*keys.shape[:3], 'Dv']} to match the keys")
+    if (ids is None) == (ranges is None):
+        raise ValueError("give either ids or ranges: " + ("both are missing" if ids is None else "both were given"))
+    rows = ids if ids is not None else ranges
+    assert rows is not None
+    what, shape = ("ids", "[B, Hq, m, n]") if ids is not None else ("ranges", "[B, Hq, m, r, 2]")
+    wanted_dims = 4 if ids is not None else 5
+    if rows.ndim != wanted_dims or rows.shape[:3] != query.shape[:3] or (ranges is not None and rows.shape[-1] != 2):
+        raise ValueError(f"{what} have shape {list(rows.shape)}, expected {shape} with {list(query.shape[:3])} in front")
+    if rows.dtype != torch.int64:
+        raise ValueError(f"{what} have dtype {rows.dtype}, expected torch.int64")
+    if log_weights is not None and log_weights.shape != rows.shape[:4]:
+        raise ValueError(f"log_weights have shape {list(log_weights.shape)}, expected {list(rows.shape[:4])}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+    _same_device(query, keys=keys, values=values, **{what: rows})
+    run = _implementation("attend_rows", query, backend)
+    scale = _scale(scale, query)
+    return run(query, keys, values, scale=scale, ids=ids, ranges=ranges, log_weights=log_weights, softcap=softcap)
+
+
+def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Merge states over disjoint row sets: ``l = logsumexp(l_s)``, ``o = sum_s o_s * exp(l_s - l)``.
+
+    Args:
+        outs: ``[S, B, Hq, m, Dv]``.
+        lses: ``[S, B, Hq, m]``, -inf for a source without rows.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        out ``[B, Hq, m, Dv]`` and lse ``[B, Hq, m]``, float32.
+
+    Raises:
+        ValueError: shapes that do not fit; states what was received.
+    """
+    if outs.ndim != 5 or outs.shape[:-1] != lses.shape or outs.shape[0] == 0:
+        raise ValueError(
+            f"outs {list(outs.shape)} and lses {list(lses.shape)} do not fit: expected [S, B, Hq, m, Dv] and [S, B, Hq, m], S >= 1"
+        )
+    _same_device(outs, lses=lses)
+    return _implementation("merge_states", outs, backend)(outs.float(), lses.float())
+
+
+def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
+    """The backend that will serve this tensor: the name that EXPLAIN shows.
+
+    Raises:
+        ValueError: an unknown backend, or Triton asked for on a tensor that it cannot read.
+        ImportError: a CUDA tensor without Triton; names the extra to install.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "reference" or (backend == "auto" and not tensor.is_cuda):
+        return "reference"
+    if find_spec("triton") is None:
+        raise ImportError('CUDA tensors need Triton: pip install "dbattn[gpu]" (or pass backend="reference")')
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend 'triton' needs CUDA tensors, got {tensor.device} (TRITON_INTERPRET=1 runs it on the CPU)")
+    return "triton"
+
+
+def _implementation(op: str, tensor: Tensor, backend: str) -> Any:
+    chosen = resolve_backend(tensor, backend)
+    module = "reference" if chosen == "reference" else f"_triton_{op}"
+    return getattr(import_module(f"index_kernels.{module}"), op)
+
+
+def _scale(scale: float | None, query: Tensor) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+
+def _check_rows(query: Tensor, keys: Tensor) -> None:
+    if query.ndim != 4 or keys.ndim != 4:
+        raise ValueError(f"query {list(query.shape)} and keys {list(keys.shape)} must be [B, Hq, m, D] and [B, Hkv, T, D]")
+    if query.shape[0] != keys.shape[0] or query.shape[3] != keys.shape[3]:
+        raise ValueError(f"query {list(query.shape)} and keys {list(keys.shape)} differ in batch or head dimension")
+    if keys.shape[1] == 0 or query.shape[1] % keys.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads do not divide into groups over {keys.shape[1]} KV heads")
+    for name, tensor in (("query", query), ("keys", keys)):
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected one of float32, float16, bfloat16")
+    _same_device(query, keys=keys)
+
+
+def _bounds(bounds: Tensor | None, name: str, size: int, default: int, query: Tensor) -> Tensor:
+    if bounds is None:
+        return torch.full((size,), default, dtype=torch.int64, device=query.device)
+    if bounds.shape != (size,) or bounds.dtype != torch.int64:
+        raise ValueError(f"{name} is {bounds.dtype} {list(bounds.shape)}, expected torch.int64 [{size}]")
+    _same_device(query, **{name: bounds})
+    return bounds
+
+
+def _same_device(reference: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.device != reference.device:
+            raise ValueError(f"{name} are on {tensor.device}, expected {reference.device} like the query")

@@ -1,0 +1,126 @@
+"""The operators in plain torch: the specification that every other backend is compared with.
+
+Shapes (all files): query ``[B, Hq, m, D]``, keys ``[B, Hkv, T, D]``, values ``[B, Hkv, T, Dv]``; the
+``Hq // Hkv`` query heads of a group share one KV head. Logits and states are float32.
+"""
+
+import torch
+from torch import Tensor
+
+NEG_INF = float("-inf")
+
+
+def top_k(
+    query: Tensor, keys: Tensor, k: int, *, scale: float, start: Tensor, stop: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exact top-k of ``scale * q.k`` over rows ``start[b] <= id < stop[i]``; ties go to the smaller id.
+
+    ``start`` is ``[B]``, ``stop`` is ``[m]``. Returns ids ``[B, Hq, m, k]`` (-1 = missing) and scores (-inf there).
+    """
+    batch, heads, m, _ = query.shape
+    rows = torch.arange(keys.shape[2], device=keys.device)
+    visible = (rows >= start[:, None, None, None]) & (rows < stop[:, None])
+    scores = (_grouped_logits(query, keys) * scale).masked_fill(~visible, NEG_INF)
+    found = min(k, keys.shape[2])
+    # A stable sort is what makes ties go to the smaller id; torch.topk promises no order among equals.
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    ids = torch.full((batch, heads, m, k), -1, dtype=torch.int64, device=keys.device)
+    best = scores.new_full((batch, heads, m, k), NEG_INF)
+    best[..., :found] = order.values[..., :found]
+    ids[..., :found] = order.indices[..., :found].masked_fill(best[..., :found] == NEG_INF, -1)
+    return ids, best
+
+
+def attend_rows(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    ids: Tensor | None,
+    ranges: Tensor | None,
+    log_weights: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the given rows only: ``(out [B, Hq, m, Dv], lse [B, Hq, m])``, both float32.
+
+    Rows come as ``ids [B, Hq, m, n]`` (-1 = none) or as half-open ``ranges [B, Hq, m, r, 2]``; each row, or each
+    range, may carry a log-weight that is added to its logits. No rows at all gives ``out = 0, lse = -inf``.
+    """
+    if ids is not None:
+        return _attend_ids(query, keys, values, scale, ids, log_weights, softcap)
+    assert ranges is not None
+    states = [
+        _attend_range(
+            query, keys, values, scale, ranges[..., r, :], None if log_weights is None else log_weights[..., r], softcap
+        )
+        for r in range(ranges.shape[3])
+    ]
+    if not states:
+        return empty_state(query, values.shape[-1])
+    return merge_states(torch.stack([s[0] for s in states]), torch.stack([s[1] for s in states]))
+
+
+def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge partial results over disjoint row sets (log-sum-exp merge, as in FlashDecoding).
+
+    ``outs [S, ..., Dv]``, ``lses [S, ...]`` -> ``(out [..., Dv], lse [...])``. A source without rows has lse = -inf.
+    """
+    lse = torch.logsumexp(lses, dim=0)
+    weights = torch.exp(lses - lse.masked_fill(lse == NEG_INF, 0.0))
+    return (weights[..., None] * outs).sum(dim=0), lse
+
+
+def empty_state(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
+    """The state of no rows: the neutral element of merge_states."""
+    out = query.new_zeros((*query.shape[:3], value_dim), dtype=torch.float32)
+    return out, out.new_full(query.shape[:3], NEG_INF)
+
+
+def _grouped_logits(query: Tensor, keys: Tensor) -> Tensor:
+    """``q.k`` as ``[B, Hq, m, T]`` without repeating keys per query head."""
+    batch, heads, m, dim = query.shape
+    kv_heads = keys.shape[1]
+    grouped = query.float().reshape(batch, kv_heads, heads // kv_heads * m, dim)
+    return (grouped @ keys.float().transpose(2, 3)).view(batch, heads, m, keys.shape[2])
+
+
+def _finish(logits: Tensor, softcap: float | None, log_weights: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn raw logits into normalised weights and lse; rows outside the mask weigh nothing."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if log_weights is not None:
+        logits = logits + log_weights.float()
+    logits = logits.masked_fill(~mask, NEG_INF)
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.exp(logits - lse.masked_fill(lse == NEG_INF, 0.0)[..., None]), lse
+
+
+def _attend_ids(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, ids: Tensor, log_weights: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    batch, heads = ids.shape[:2]
+    group = heads // keys.shape[1]
+    b = torch.arange(batch, device=ids.device)[:, None, None, None]
+    h = (torch.arange(heads, device=ids.device) // group)[None, :, None, None]
+    at = ids.clamp(min=0)
+    logits = (keys[b, h, at].float() @ query.float()[..., None]).squeeze(-1) * scale
+    weights, lse = _finish(logits, softcap, log_weights, ids >= 0)
+    return (weights[..., None, :] @ values[b, h, at].float()).squeeze(-2), lse
+
+
+def _attend_range(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, bounds: Tensor, log_weight: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """One range per query; only the slice that covers all of them is read."""
+    used = bounds[..., 1] > bounds[..., 0]
+    if not bool(used.any()):
+        return empty_state(query, values.shape[-1])
+    lo, hi = int(bounds[..., 0][used].min()), int(bounds[..., 1][used].max())
+    rows = torch.arange(lo, hi, device=keys.device)
+    mask = (rows >= bounds[..., :1]) & (rows < bounds[..., 1:])
+    logits = _grouped_logits(query, keys[:, :, lo:hi]) * scale
+    weights, lse = _finish(logits, softcap, None if log_weight is None else log_weight[..., None], mask)
+    batch, heads, m, span = weights.shape
+    grouped = weights.view(batch, keys.shape[1], -1, span) @ values[:, :, lo:hi].float()
+    return grouped.view(batch, heads, m, -1), lse
