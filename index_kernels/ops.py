@@ -1,9 +1,9 @@
 """Shape checks and dispatch: Triton for CUDA tensors, the torch reference elsewhere; ``backend=`` overrides."""
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +80,9 @@ def attend_rows(
     """
     _check_rows(query, keys)
     if values.shape[:3] != keys.shape[:3] or values.ndim != 4:
-        raise ValueError(f"values have shape {list(values.shape)}, expected {[*keys.shape[:3], 'Dv']} to match the keys")
+        raise ValueError(
+            f"values have shape {list(values.shape)}, expected {[*keys.shape[:3], 'Dv']} to match the keys"
+        )
     if (ids is None) == (ranges is None):
         raise ValueError("give either ids or ranges: " + ("both are missing" if ids is None else "both were given"))
     rows = ids if ids is not None else ranges
@@ -88,7 +90,9 @@ def attend_rows(
     what, shape = ("ids", "[B, Hq, m, n]") if ids is not None else ("ranges", "[B, Hq, m, r, 2]")
     wanted_dims = 4 if ids is not None else 5
     if rows.ndim != wanted_dims or rows.shape[:3] != query.shape[:3] or (ranges is not None and rows.shape[-1] != 2):
-        raise ValueError(f"{what} have shape {list(rows.shape)}, expected {shape} with {list(query.shape[:3])} in front")
+        raise ValueError(
+            f"{what} have shape {list(rows.shape)}, expected {shape} with {list(query.shape[:3])} in front"
+        )
     if rows.dtype != torch.int64:
         raise ValueError(f"{what} have dtype {rows.dtype}, expected torch.int64")
     if log_weights is not None and log_weights.shape != rows.shape[:4]:
@@ -117,7 +121,8 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[
     """
     if outs.ndim != 5 or outs.shape[:-1] != lses.shape or outs.shape[0] == 0:
         raise ValueError(
-            f"outs {list(outs.shape)} and lses {list(lses.shape)} do not fit: expected [S, B, Hq, m, Dv] and [S, B, Hq, m], S >= 1"
+            f"outs {list(outs.shape)} and lses {list(lses.shape)} do not fit: "
+            "expected [S, B, Hq, m, Dv] and [S, B, Hq, m] with S >= 1"
         )
     _same_device(outs, lses=lses)
     return _implementation("merge_states", outs, backend)(outs.float(), lses.float())
@@ -137,14 +142,17 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     if find_spec("triton") is None:
         raise ImportError('CUDA tensors need Triton: pip install "dbattn[gpu]" (or pass backend="reference")')
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"backend 'triton' needs CUDA tensors, got {tensor.device} (TRITON_INTERPRET=1 runs it on the CPU)")
+        raise ValueError(
+            f"backend 'triton' needs CUDA tensors, got {tensor.device} (TRITON_INTERPRET=1 runs it on the CPU)"
+        )
     return "triton"
 
 
-def _implementation(op: str, tensor: Tensor, backend: str) -> Any:
+def _implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     chosen = resolve_backend(tensor, backend)
     module = "reference" if chosen == "reference" else f"_triton_{op}"
-    return getattr(import_module(f"index_kernels.{module}"), op)
+    run: Callable[..., tuple[Tensor, Tensor]] = getattr(import_module(f"index_kernels.{module}"), op)
+    return run
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
@@ -153,7 +161,9 @@ def _scale(scale: float | None, query: Tensor) -> float:
 
 def _check_rows(query: Tensor, keys: Tensor) -> None:
     if query.ndim != 4 or keys.ndim != 4:
-        raise ValueError(f"query {list(query.shape)} and keys {list(keys.shape)} must be [B, Hq, m, D] and [B, Hkv, T, D]")
+        raise ValueError(
+            f"query {list(query.shape)} and keys {list(keys.shape)} must be [B, Hq, m, D] and [B, Hkv, T, D]"
+        )
     if query.shape[0] != keys.shape[0] or query.shape[3] != keys.shape[3]:
         raise ValueError(f"query {list(query.shape)} and keys {list(keys.shape)} differ in batch or head dimension")
     if keys.shape[1] == 0 or query.shape[1] % keys.shape[1]:

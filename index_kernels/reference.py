@@ -10,9 +10,7 @@ from torch import Tensor
 NEG_INF = float("-inf")
 
 
-def top_k(
-    query: Tensor, keys: Tensor, k: int, *, scale: float, start: Tensor, stop: Tensor
-) -> tuple[Tensor, Tensor]:
+def top_k(query: Tensor, keys: Tensor, k: int, *, scale: float, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """Exact top-k of ``scale * q.k`` over rows ``start[b] <= id < stop[i]``; ties go to the smaller id.
 
     ``start`` is ``[B]``, ``stop`` is ``[m]``. Returns ids ``[B, Hq, m, k]`` (-1 = missing) and scores (-inf there).
@@ -97,7 +95,13 @@ def _finish(logits: Tensor, softcap: float | None, log_weights: Tensor | None, m
 
 
 def _attend_ids(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, ids: Tensor, log_weights: Tensor | None, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    ids: Tensor,
+    log_weights: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads = ids.shape[:2]
     group = heads // keys.shape[1]
@@ -110,7 +114,13 @@ def _attend_ids(
 
 
 def _attend_range(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, bounds: Tensor, log_weight: Tensor | None, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    bounds: Tensor,
+    log_weight: Tensor | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """One range per query; only the slice that covers all of them is read."""
     used = bounds[..., 1] > bounds[..., 0]

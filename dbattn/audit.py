@@ -1,0 +1,110 @@
+"""Audit: the same query answered densely and compared with what retrieval said."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .metrics import attention_mass, recall_at_k, relative_error
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What retrieval lost on one call.
+
+    Means are over batch, query heads and positions; ``*_by_query`` are ``[B, Hq, m]``, NaN for padded queries.
+
+    Attributes:
+        recall: share of the true top-k (among the rows the index answers for) that was retrieved.
+        attention_mass: share of the dense softmax weight on the rows that were read.
+        relative_error: L2 distance of the output from the dense one over the norm of the dense one.
+        rows_read: rows whose key and value were read, per query head and position.
+        rows_stored: rows a dense scan reads.
+        bytes_read: bytes the call read, keys scored by the index included.
+        bytes_dense: bytes a dense scan reads.
+    """
+
+    recall_by_query: Tensor
+    attention_mass_by_query: Tensor
+    relative_error_by_query: Tensor
+    rows_read: float
+    rows_stored: int
+    bytes_read: int
+    bytes_dense: int
+
+    @property
+    def recall(self) -> float:
+        """Mean recall@k."""
+        return float(self.recall_by_query.nanmean())
+
+    @property
+    def attention_mass(self) -> float:
+        """Mean attention mass."""
+        return float(self.attention_mass_by_query.nanmean())
+
+    @property
+    def relative_error(self) -> float:
+        """Mean relative error."""
+        return float(self.relative_error_by_query.nanmean())
+
+    def __str__(self) -> str:
+        errors = self.relative_error_by_query.flatten().float()
+        worst = float(errors.nanquantile(0.95))
+        return (
+            f"recall {self.recall:.3f}, attention mass {self.attention_mass:.3f}, "
+            f"relative error {self.relative_error:.4f} (95th percentile {worst:.4f}), "
+            f"{self.rows_read:.0f} of {self.rows_stored} rows and {self.bytes_read:,} of {self.bytes_dense:,} bytes read"
+        )
+
+
+def compare_with_dense(
+    answer: tuple[Tensor, Tensor],
+    dense: tuple[Tensor, Tensor],
+    scores: Tensor,
+    exact_scores: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Recall, attention mass and relative error, each ``[B, Hq, m]``, NaN for a padded query, which sees no row.
+
+    ``answer`` and ``dense`` are ``(out, lse)``; ``scores`` are those of the retrieved rows, ``exact_scores`` the true
+    top-k's.
+    """
+    seen = dense[1] > float("-inf")
+    parts = (
+        recall_at_k(scores, exact_scores),
+        attention_mass(answer[1], dense[1]),
+        relative_error(answer[0], dense[0]),
+    )
+    recall, mass, error = (torch.where(seen, part, torch.nan) for part in parts)
+    return recall, mass, error
+
+
+@dataclass
+class RunningStats:
+    """What the calls of one store did; audits join when they happen.
+
+    Attributes:
+        calls: calls that were answered.
+        retrieving: calls that read less than all rows.
+        rows_retrieved: rows the index retrieved, summed over retrieving calls (mean per query head and position).
+        rows_read: rows read, sinks and hot rows included, summed likewise.
+        rows_stored: rows in the store at the last call.
+        dense_reasons: why calls were answered densely, with how often.
+        index: what the index had built at the last retrieving call.
+        audits: reports of audited calls.
+
+    Copies of a store go on counting in the same place.
+    """
+
+    calls: int = 0
+    retrieving: int = 0
+    rows_retrieved: float = 0.0
+    rows_read: float = 0.0
+    rows_stored: int = 0
+    dense_reasons: Counter[str] = field(default_factory=Counter)
+    index: dict[str, Any] = field(default_factory=dict)
+    audits: list[AuditReport] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RunningStats":
+        return self

@@ -1,0 +1,111 @@
+"""dense_attention: the full table scan, exact. The fallback and the yardstick."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from index_kernels import attend_rows
+
+# Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
+_LOGITS_BYTES = 64 << 20
+
+
+def dense_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    start: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact causal attention of the m newest positions over all rows.
+
+    Args:
+        query: ``[B, Hq, m, D]``, the last m positions.
+        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``; Hkv divides Hq, m <= T.
+        start: int64 ``[B]``, first valid row of each batch row (left padding).
+        scale: factor of the logits, default ``1 / sqrt(D)``.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        return_lse: also return the log-sum-exp of the logits, ``[B, Hq, m]`` float32.
+
+    Returns:
+        ``[B, Hq, m, Dv]`` in the query's dtype (float32 beside an lse); zeros where a query sees no row.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; states what was received.
+    """
+    if query.ndim != 4 or keys.ndim != 4 or query.shape[2] > keys.shape[2]:
+        raise ValueError(f"query {list(query.shape)} needs its own rows: keys are {list(keys.shape)}, expected m <= T")
+    many = query.shape[2] > 1 and query.shape[0] == keys.shape[0] and keys.dtype == values.dtype == query.dtype
+    if many and softcap is None and not return_lse:
+        return _scan_many(query, keys, values, start, scale)
+    out, lse = _scan_with_lse(query, keys, values, start, scale, softcap)
+    return (out, lse) if return_lse else out.to(query.dtype)
+
+
+def masked_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention under any mask: bool (True = read) or additive, broadcastable to ``[B, Hq, m, T]``.
+
+    Returns ``(out [B, Hq, m, Dv], lse [B, Hq, m])``, float32. For layers that dbattn does not serve.
+    """
+    batch, heads, m, _ = query.shape
+    step = max(1, _LOGITS_BYTES // (4 * batch * heads * keys.shape[2]))
+    group = heads // keys.shape[1]
+    outs, lses = [], []
+    for lo in range(0, m, step):
+        part = query[:, :, lo : lo + step].float()
+        grouped = part.reshape(batch, keys.shape[1], -1, part.shape[-1])
+        logits = (grouped @ keys.float().transpose(2, 3)).view(batch, heads, -1, keys.shape[2]) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if mask is not None:
+            rows = mask[..., lo : lo + step, :] if mask.shape[-2] > 1 else mask
+            logits = logits.masked_fill(~rows, float("-inf")) if rows.dtype == torch.bool else logits + rows
+        lse = torch.logsumexp(logits, dim=-1)
+        weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+        out = weights.view(batch, keys.shape[1], group * weights.shape[2], -1) @ values.float()
+        outs.append(out.view(batch, heads, -1, values.shape[-1]))
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scale: float | None) -> Tensor:
+    m, rows = query.shape[2], keys.shape[2]
+    if start is None and m == rows:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    mask = torch.ones(m, rows, dtype=torch.bool, device=query.device).tril(rows - m)
+    if start is not None:
+        mask = mask & (torch.arange(rows, device=query.device) >= start[:, None])[:, None, None, :]
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+    # A padded query sees no row at all; its output is defined as zero, where SDPA may give NaN.
+    return out if start is None else out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+
+
+def _scan_with_lse(
+    query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scale: float | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    batch, heads, m, _ = query.shape
+    step = max(1, _LOGITS_BYTES // (4 * batch * heads * max(1, keys.shape[2])))
+    states = []
+    for lo in range(0, m, step):
+        part = query[:, :, lo : lo + step]
+        ranges = causal_ranges(part, keys.shape[2] - m + lo, start)
+        states.append(attend_rows(part, keys, values, ranges=ranges, scale=scale, softcap=softcap))
+    if not states:
+        empty = query.new_zeros((batch, heads, 0, values.shape[-1]), dtype=torch.float32)
+        return empty, empty.sum(-1)
+    return torch.cat([out for out, _ in states], dim=2), torch.cat([lse for _, lse in states], dim=2)
+
+
+def causal_ranges(query: Tensor, first_position: int, start: Tensor | None, lo: int = 0) -> Tensor:
+    """Ranges ``[B, Hq, m, 1, 2]``: rows from ``max(lo, start[b])`` up to each query's own position."""
+    batch, heads, m, _ = query.shape
+    stop = torch.arange(first_position + 1, first_position + 1 + m, device=query.device)
+    ranges = torch.stack([torch.full_like(stop, lo), stop], dim=-1).expand(batch, m, 2)
+    if start is not None:
+        ranges = torch.stack([ranges[..., 0].clamp(min=0).maximum(start[:, None]), ranges[..., 1]], dim=-1)
+    return ranges[:, None, :, None, :].expand(batch, heads, m, 1, 2)

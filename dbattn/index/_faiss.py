@@ -1,0 +1,148 @@
+"""FaissIndex: what IVF and HNSW share. Each batch row and KV head has a FAISS index of its own, a unit."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import BLOCK, Candidates, KeyIndex, require_faiss
+
+Rows = np.ndarray[Any, np.dtype[np.float32]]
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Unit:
+    """The FAISS index of one batch row and KV head; row ids are local, counted from the unit's first row."""
+
+    @abstractmethod
+    def build(self, keys: Rows, length: int, device: torch.device) -> None:
+        """Bring the unit to the rows ``keys[:length]``, of which it may hold some already; queries come on device."""
+
+    @abstractmethod
+    def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
+        """Ids ``[n, k]`` (-1 = none) for queries ``[n, D]``, only rows below ``stop``; and how many keys were scored."""
+
+    @abstractmethod
+    def clone(self) -> Self:
+        """A copy that can be changed alone."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What was built."""
+
+
+class FaissIndex(KeyIndex):
+    """Units on a ``[B][Hkv]`` grid. Copies share units until one of them is about to change."""
+
+    def __init__(self, min_rows: int) -> None:
+        require_faiss()
+        self._min_rows = min_rows
+        self._length = 0
+        self._units: list[list[Unit]] = []
+        self._owned: list[list[bool]] = []
+
+    @abstractmethod
+    def _new_unit(self) -> Unit:
+        """An empty unit."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def extend(self, keys: Tensor, lo: Tensor) -> None:
+        """See KeyIndex; nothing is built below the index's least size."""
+        length = keys.shape[2] // BLOCK * BLOCK
+        if length < self._min_rows or length <= self._length:
+            return
+        batch, heads = keys.shape[:2]
+        if not self._units:
+            self._units = [[self._new_unit() for _ in range(heads)] for _ in range(batch)]
+            self._owned = [[True] * heads for _ in range(batch)]
+        faiss = require_faiss()
+        first = lo.tolist()
+
+        def build(b: int, h: int) -> None:
+            # One thread per unit keeps the graph that HNSW builds the same from run to run.
+            faiss.omp_set_num_threads(1)
+            if not self._owned[b][h]:
+                self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
+            rows = keys[b, h, first[b] : length]
+            self._units[b][h].build(_to_numpy(rows), max(0, length - first[b]), keys.device)
+
+        _for_each_unit(build, batch, heads)
+        self._length = length
+
+    def search(self, query: Tensor, keys: Tensor, k: int, lo: Tensor, stop: int) -> Candidates:
+        """See KeyIndex."""
+        batch, heads, m, dim = query.shape
+        kv_heads = keys.shape[1]
+        grouped = _to_numpy(query.reshape(batch, kv_heads, -1, dim))
+        found = np.full((batch, kv_heads, grouped.shape[2], k), -1, dtype=np.int64)
+        scored = 0
+        require_faiss().omp_set_num_threads(1)
+        for b, first in enumerate(lo.tolist()):
+            limit = None if stop >= self._length else max(0, stop - first)
+            for h in range(kv_heads):
+                ids, count = self._units[b][h].search(grouped[b, h], k, limit)
+                found[b, h] = np.where(ids >= 0, ids + first, -1)
+                scored += count
+        return Candidates(torch.from_numpy(found).view(batch, heads, m, k).to(query.device), 4 * dim * scored)
+
+    def truncate(self, length: int) -> None:
+        """See KeyIndex; a cut into the indexed rows drops the units, and the next extend builds them again."""
+        if length < self._length:
+            self._length, self._units, self._owned = 0, [], []
+
+    def select(self, batch: Tensor) -> None:
+        """See KeyIndex; repeated rows share their units."""
+        self._units = [list(self._units[b]) for b in batch.tolist()] if self._units else []
+        self._disown()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(self.__dict__)
+        copy._units = [list(units) for units in self._units]
+        self._disown()
+        copy._disown()
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        """See KeyIndex; a shared unit counts once."""
+        return sum(unit.nbytes for unit in {id(u): u for units in self._units for u in units}.values())
+
+    def describe(self) -> dict[str, Any]:
+        """See KeyIndex; the figures of the first unit stand for all."""
+        built = self._units[0][0].describe() if self._units else {}
+        return {"index": self.name, "rows": self._length, **built}
+
+    def _disown(self) -> None:
+        self._owned = [[False] * len(units) for units in self._units]
+
+
+def on_gpu(index: Any, device: torch.device) -> Any:
+    """A copy of a CPU index on the rows' GPU; None where rows are on the CPU or faiss-gpu is not installed."""
+    faiss = require_faiss()
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return None
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
+
+
+def _to_numpy(rows: Tensor) -> Rows:
+    return np.ascontiguousarray(rows.detach().float().cpu().numpy())
+
+
+def _for_each_unit(run: Callable[[int, int], None], batch: int, heads: int) -> None:
+    """Run once per unit, on as many threads as torch uses; FAISS releases the GIL."""
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        for done in [pool.submit(run, b, h) for b in range(batch) for h in range(heads)]:
+            done.result()

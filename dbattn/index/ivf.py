@@ -1,0 +1,116 @@
+"""IvfIndex: FAISS inverted lists over centred keys, trained again each time the rows have doubled."""
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from ._faiss import FaissIndex, Ids, Rows, Unit, on_gpu
+from .base import require_faiss
+
+# Rows below which nothing is trained: an exact scan of so few costs less than probing.
+MIN_ROWS = 1024
+
+
+class IvfIndex(FaissIndex):
+    """Inverted lists: k-means cells of the keys, of which ``nprobe`` are read per query.
+
+    Training happens on the first 1024, 2048, 4096, ... rows and makes ``8 * sqrt(rows)`` lists; the rows between two
+    trainings join the lists of the latest. Cells are found by distance and ranked by ``q.mean`` of the rows they hold
+    now: on real keys, which drift, this recalls far more than FAISS's own training for inner products, which
+    normalises the centroids and keeps them as trained.
+    """
+
+    name = "ivf"
+
+    def __init__(self, nprobe: int) -> None:
+        super().__init__(min_rows=MIN_ROWS)
+        self._nprobe = nprobe
+
+    def _new_unit(self) -> Unit:
+        return _IvfUnit(self._nprobe)
+
+
+class _IvfUnit(Unit):
+    def __init__(self, nprobe: int) -> None:
+        self.nprobe = nprobe
+        self.rows = self.trained_rows = self.lists = 0
+        self.index: Any = None
+        self.gpu_index: Any = None
+        self.cells: Any = None
+        self.mean: Rows = np.zeros(0, dtype=np.float32)
+        self.sums: np.ndarray[Any, Any] = np.zeros((0, 0))
+        self.sizes: np.ndarray[Any, Any] = np.zeros(0)
+
+    def build(self, keys: Rows, length: int, device: torch.device) -> None:
+        if not length:
+            return
+        # How many rows the latest training covers depends on the length alone, not on the calls that led to it.
+        training = MIN_ROWS
+        while 2 * training <= length:
+            training *= 2
+        training = min(training, length)
+        if training != self.trained_rows:
+            self._train(keys[:training])
+        self._add(keys[self.rows : length])
+        self.gpu_index = on_gpu(self.index, device)
+
+    def _train(self, keys: Rows) -> None:
+        faiss = require_faiss()
+        # Centring shifts every logit of a query by one constant, which softmax ignores, and makes the cells useful:
+        # keys share one large mean direction.
+        self.mean = keys.mean(axis=0, dtype=np.float32)
+        self.trained_rows, self.rows = len(keys), 0
+        self.lists = min(len(keys), round(8 * len(keys) ** 0.5))
+        centred = keys - self.mean
+        kmeans = faiss.Kmeans(keys.shape[1], self.lists, niter=10, seed=1, min_points_per_centroid=1)
+        kmeans.train(centred)
+        self.cells = faiss.IndexFlatL2(keys.shape[1])
+        self.cells.add(kmeans.centroids)
+        self.index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(keys.shape[1]), keys.shape[1], self.lists, faiss.METRIC_INNER_PRODUCT
+        )
+        self.index.is_trained = True
+        self.sums, self.sizes = np.zeros((self.lists, keys.shape[1])), np.zeros(self.lists)
+
+    def _add(self, keys: Rows) -> None:
+        faiss = require_faiss()
+        centred = keys - self.mean
+        _, nearest = self.cells.search(centred, 1)
+        cells, ids = nearest[:, 0].copy(), np.arange(self.rows, self.rows + len(keys), dtype=np.int64)
+        self.index.add_core(len(keys), faiss.swig_ptr(centred), faiss.swig_ptr(ids), faiss.swig_ptr(cells))
+        # Row by row in float64, so that the means do not depend on the chunks the rows came in.
+        np.add.at(self.sums, cells, centred)
+        self.sizes += np.bincount(cells, minlength=self.lists)
+        self.index.quantizer.reset()
+        self.index.quantizer.add((self.sums / np.maximum(self.sizes, 1)[:, None]).astype(np.float32))
+        self.rows += len(keys)
+
+    def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
+        faiss = require_faiss()
+        if self.index is None:
+            return np.full((len(query), k), -1, dtype=np.int64), 0
+        options = {} if stop is None else {"sel": faiss.IDSelectorRange(0, stop)}
+        probed = min(self.nprobe, self.lists)
+        params = faiss.SearchParametersIVF(nprobe=probed, **options)
+        if self.gpu_index is not None and stop is None:
+            _, ids = self.gpu_index.search(query, k, params=params)
+            return ids, len(query) * (self.lists + probed * self.rows // self.lists)
+        faiss.cvar.indexIVF_stats.reset()
+        _, ids = self.index.search(query, k, params=params)
+        return ids, int(faiss.cvar.indexIVF_stats.ndis) + len(query) * self.lists
+
+    def clone(self) -> Self:
+        copy = type(self)(self.nprobe)
+        copy.__dict__.update(self.__dict__)
+        copy.index = None if self.index is None else require_faiss().clone_index(self.index)
+        copy.sums, copy.sizes = self.sums.copy(), self.sizes.copy()
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        # Each row is held once more, with its id, beside two copies of the centroids.
+        return (self.rows + 2 * self.lists) * self.mean.nbytes + 8 * self.rows + self.sums.nbytes
+
+    def describe(self) -> dict[str, Any]:
+        return {"lists": self.lists, "nprobe": min(self.nprobe, self.lists), "trained on rows": self.trained_rows}

@@ -1,0 +1,100 @@
+"""The plan of a query: a union of row sources, why it was chosen, and (EXPLAIN) what it really read."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .config import RetrievalConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of rows in a plan.
+
+    Attributes:
+        kind: "sinks + hot rows", "index scan" or "dense scan".
+        detail: which rows, in words.
+        rows: rows read per query head and position, mean (None until the plan has run).
+        bytes: bytes read for it by the whole call, keys scored by the index included (None until it has run).
+        mass: share of the plan's softmax weight that lies on these rows, mean (None until it has run).
+    """
+
+    kind: str
+    detail: str
+    rows: float | None = None
+    bytes: int | None = None
+    mass: float | None = None
+
+
+@dataclass(frozen=True)
+class QueryPlan:
+    """A union of row sources; the states of the sources merge to the answer."""
+
+    sources: tuple[Source, ...]
+    reason: str
+    hot: int = 0
+    backend: str = "reference"
+
+    @property
+    def is_dense(self) -> bool:
+        """True where all rows are read."""
+        return self.sources[0].kind == "dense scan"
+
+    def with_actuals(self, sources: list[Source]) -> "QueryPlan":
+        """The plan with what each source really read."""
+        return replace(self, sources=tuple(sources))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        sources = [
+            {name: getattr(s, name) for name in ("kind", "detail", "rows", "bytes", "mass")} for s in self.sources
+        ]
+        return {"reason": self.reason, "backend": self.backend, "sources": sources}
+
+    def __str__(self) -> str:
+        lines = [f"Merge of {len(self.sources)} row sources   ({self.reason}; kernels: {self.backend})"]
+        for i, source in enumerate(self.sources):
+            actual = ""
+            if source.rows is not None and source.bytes is not None:
+                actual = f"   rows={source.rows:.1f} bytes={source.bytes:,}"
+            if source.mass is not None:
+                actual += f" mass={source.mass:.1%}"
+            lines.append(f"{'└─' if i == len(self.sources) - 1 else '├─'} {source.kind}: {source.detail}{actual}")
+        return "\n".join(lines)
+
+
+def choose_plan(
+    config: RetrievalConfig,
+    *,
+    rows: int,
+    queries: int,
+    indexed: int,
+    first_index_row: int,
+    backend: str,
+    retrieve: bool,
+) -> QueryPlan:
+    """The cheapest plan the config allows for the ``queries`` newest positions of a store of ``rows`` rows.
+
+    ``indexed``: rows below this are in the index. ``first_index_row``: the least row that the index answers for.
+    Rows from ``hot`` on are scanned exactly: the window of the oldest query and all that is not indexed yet.
+    """
+    hot = max(0, min(rows - queries - config.window + 1, indexed))
+    eligible = hot - first_index_row
+
+    def dense(reason: str) -> QueryPlan:
+        return QueryPlan((Source("dense scan", f"all {rows} rows"),), reason, backend=backend)
+
+    if not retrieve:
+        return dense("dense was asked for")
+    if queries > config.max_queries:
+        return dense(f"{queries} queries in one call > max_queries={config.max_queries}")
+    if rows < config.dense_below:
+        return dense(f"{rows} rows < dense_below={config.dense_below}")
+    if eligible <= 0:
+        return dense("no rows in the index yet")
+    if config.k >= eligible:
+        return dense(f"k={config.k} covers the {eligible} rows in the index")
+    sources = (
+        Source("sinks + hot rows", f"first {config.n_sink} rows and rows {hot} to {rows - 1}"),
+        Source("index scan", f"{config.index_name}, k={config.k} of {eligible} rows"),
+    )
+    return QueryPlan(sources, f"{rows} rows, k={config.k}", hot=hot, backend=backend)
