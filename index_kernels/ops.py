@@ -83,6 +83,8 @@ def attend_rows(
         raise ValueError(
             f"values have shape {list(values.shape)}, expected {[*keys.shape[:3], 'Dv']} to match the keys"
         )
+    if values.dtype not in FLOATS:
+        raise ValueError(f"values have dtype {values.dtype}, expected one of float32, float16, bfloat16")
     if (ids is None) == (ranges is None):
         raise ValueError("give either ids or ranges: " + ("both are missing" if ids is None else "both were given"))
     rows = ids if ids is not None else ranges
@@ -97,6 +99,10 @@ def attend_rows(
         raise ValueError(f"{what} have dtype {rows.dtype}, expected torch.int64")
     if log_weights is not None and log_weights.shape != rows.shape[:4]:
         raise ValueError(f"log_weights have shape {list(log_weights.shape)}, expected {list(rows.shape[:4])}")
+    if log_weights is not None:
+        if not log_weights.is_floating_point():
+            raise ValueError(f"log_weights have dtype {log_weights.dtype}, expected a floating-point dtype")
+        _same_device(query, log_weights=log_weights)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}, expected a positive number or None")
     _same_device(query, keys=keys, values=values, **{what: rows})

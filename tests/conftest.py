@@ -1,0 +1,16 @@
+import os
+
+# Both torch and FAISS bring a thread pool; with several pytest workers on few cores, one thread each is fastest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("dbattn", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("dbattn")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

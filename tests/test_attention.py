@@ -1,0 +1,262 @@
+"""AttentionDB against plain attention: the invariants a user relies on, for every index."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
+from dbattn.config import INDEX_OPTIONS
+
+INDEXES = sorted(INDEX_OPTIONS)
+
+
+def plain_attention(query, keys, values, start=None, scale=None, softcap=None):
+    """Softmax attention of the newest positions, written out."""
+    batch, heads, m, dim = query.shape
+    rows = keys.shape[2]
+    k, v = (x.double().repeat_interleave(heads // keys.shape[1], dim=1) for x in (keys, values))
+    logits = query.double() @ k.transpose(2, 3) * (dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    mask = torch.ones(m, rows).tril(rows - m).bool().expand(batch, 1, m, rows)
+    if start is not None:
+        mask = mask & (torch.arange(rows) >= start[:, None, None, None])
+    return logits.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() @ v
+
+
+def rows(n, batch=1, kv_heads=2, dim=16, value_dim=16, dtype=torch.float32):
+    return torch.randn(batch, kv_heads, n, dim, dtype=dtype), torch.randn(batch, kv_heads, n, value_dim, dtype=dtype)
+
+
+def database(keys, values, start=None, **options):
+    options = {"dense_below": 0, "window": 8, "n_sink": 2, "audit_rate": 0.0, **options}
+    db = AttentionDB(keys.shape[1], keys.shape[3], value_dim=values.shape[3], config=RetrievalConfig(**options))
+    db.insert(keys, values, start=start)
+    return db
+
+
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim"), [(2, 2, 16, 16), (9, 3, 20, 7), (4, 1, 33, 64)])
+def test_reading_every_row_equals_dense(index, dtype, heads, kv_heads, dim, value_dim):
+    keys, values = rows(300, 2, kv_heads, dim, value_dim, dtype)
+    query = torch.randn(2, heads, 3, dim, dtype=dtype)
+    out = database(keys, values, index=index, k=300, max_queries=8).attend(query)
+    assert out.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert relative_error(out, plain_attention(query, keys, values)).max() < tolerance
+
+
+def test_every_list_probed_equals_exact_search():
+    keys, values = rows(2048)
+    query = torch.randn(1, 4, 1, 16)
+    db = database(keys, values, index="ivf", k=500, nprobe=10**6)
+    assert db.audit(query).recall == 1.0
+    exact = database(keys, values, index="flat", k=500).attend(query)
+    assert relative_error(db.attend(query), exact).max() < 1e-5
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_retrieval_reads_less_and_audit_measures_the_difference(index):
+    keys, values = rows(2048)
+    query = 3 * torch.randn(1, 4, 1, 16)
+    db = database(keys, values, index=index, k=64)
+    report = db.audit(query)
+    exact = plain_attention(query, keys, values)
+    assert report.rows_retrieved == 64
+    assert report.rows_read < 2048 / 4
+    assert report.bytes_dense == 2 * 2048 * 2 * 16 * 4
+    assert 0.5 < report.recall <= 1.0
+    assert 0.3 < report.attention_mass < 1.0
+    torch.testing.assert_close(
+        report.relative_error_by_query, relative_error(db.attend(query), exact), atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_retrieval_is_attention_over_exactly_the_rows_it_names(index):
+    keys, values = rows(1500)
+    query = 2 * torch.randn(1, 2, 1, 16)
+    db = database(keys, values, index=index, k=40)
+    plan = db.explain(query)
+    found = db.index.search(query, keys, 40, torch.tensor([2]), plan.hot).ids[0, :, 0]
+    for head in range(2):
+        read = torch.cat([torch.arange(2), torch.arange(plan.hot, 1500), found[head]]).sort().values
+        assert len(set(read.tolist())) == len(read)
+        part = plain_attention(query[:, head : head + 1], keys[:, head : head + 1, read], values[:, head : head + 1, read])
+        assert relative_error(db.attend(query)[:, head], part[:, 0]).max() < 1e-5
+
+
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=5), st.sampled_from(INDEXES))
+def test_chunks_do_not_matter(chunks, index):
+    total = sum(chunks)
+    if total == 0:
+        return
+    keys, values = rows(total)
+    query = 2 * torch.randn(1, 4, 1, 16)
+    at_once = database(keys, values, index=index, k=32)
+    in_chunks = database(keys[:, :, :0], values[:, :, :0], index=index, k=32)
+    for k, v in zip(keys.split(chunks, dim=2), values.split(chunks, dim=2), strict=True):
+        in_chunks.insert(k, v)
+    assert torch.equal(at_once.store.keys, in_chunks.store.keys)
+    assert torch.equal(at_once.store.values, in_chunks.store.values)
+    assert torch.equal(at_once.attend(query), in_chunks.attend(query))
+
+
+@given(st.integers(1, 1400), st.integers(0, 1400), st.integers(1, 400), st.sampled_from(INDEXES))
+def test_truncate_is_never_having_inserted(kept, cut, added, index):
+    keys, values = rows(kept + added)
+    query = 2 * torch.randn(1, 4, 1, 16)
+    db = database(keys[:, :, :kept], values[:, :, :kept], index=index, k=32)
+    db.insert(*rows(cut))
+    db.truncate(kept)
+    assert len(db) == kept
+    db.insert(keys[:, :, kept:], values[:, :, kept:])
+    fresh = database(keys, values, index=index, k=32)
+    assert torch.equal(db.store.keys, fresh.store.keys)
+    assert torch.equal(db.attend(query), fresh.attend(query))
+
+
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("m", [1, 5, 300])
+def test_no_row_after_the_query_is_read(index, m):
+    keys, values = rows(1800)
+    query = 2 * torch.randn(1, 4, m, 16)
+    options = {"index": index, "k": 48, "max_queries": 400}
+    late = database(keys, values, **options).attend(query)
+    for i in (0, m - 1):
+        position = 1800 - m + i
+        # Later keys are made irresistible: whoever reads one answers with it.
+        poisoned_keys, poisoned_values = keys.clone(), values.clone()
+        poisoned_keys[:, :, position + 1 :] *= 50
+        poisoned_values[:, :, position + 1 :] = 1e6
+        out = database(poisoned_keys, poisoned_values, **options).attend(query)
+        assert out[:, :, i].abs().max() < 1e3
+        if index == "flat":
+            torch.testing.assert_close(out[:, :, i], late[:, :, i])
+
+
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("start", [[0, 7], [500, 0], [1299, 3]])
+def test_padded_rows_are_never_read(index, start):
+    keys, values = rows(1300, batch=2)
+    starts = torch.tensor(start)
+    for b, first in enumerate(start):
+        keys[b, :, :first] *= 50
+        values[b, :, :first] = 1e6
+    query = 2 * torch.randn(2, 4, 1, 16)
+    db = database(keys, values, start=starts, index=index, k=64)
+    assert not db.explain(query).is_dense
+    assert db.attend(query).abs().max() < 1e3
+    everything = database(keys, values, start=starts, index=index, k=2000).attend(query)
+    assert relative_error(everything, plain_attention(query, keys, values, starts)).max() < 1e-5
+    hits = db.search(query, k=50)
+    for b, first in enumerate(start):
+        ids = hits.ids[b][hits.ids[b] >= 0]
+        assert ids.min() >= first
+        assert len(ids) == 4 * min(50, 1300 - first)
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_audit_and_explain_change_no_answer(index):
+    keys, values = rows(1500)
+    queries = [torch.randn(1, 4, 1, 16) for _ in range(3)]
+    quiet = database(keys, values, index=index, k=32)
+    loud = database(keys, values, index=index, k=32, audit_rate=1.0)
+    for query in queries:
+        loud.explain(query)
+        loud.audit(query)
+        assert torch.equal(quiet.attend(query), loud.attend(query))
+    assert len(loud.stats.audits) == 3
+    assert not quiet.stats.audits
+
+
+@pytest.mark.parametrize(("rate", "audited"), [(0.0, 0), (0.1, 1), (0.5, 5), (1.0, 10)])
+def test_audit_rate_spreads_audits(rate, audited):
+    db = database(*rows(600), index="flat", k=32, audit_rate=rate)
+    for _ in range(10):
+        db.attend(torch.randn(1, 2, 1, 16))
+    assert len(db.stats.audits) == audited
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_search_finds_the_best_rows_in_order(index):
+    keys, values = rows(1600)
+    query = 2 * torch.randn(1, 4, 2, 16)
+    hits = database(keys, values, index=index, k=64).search(query, k=20)
+    assert hits.ids.shape == hits.scores.shape == (1, 4, 2, 20)
+    logits = (query.view(1, 2, 4, 16) @ keys.transpose(2, 3)).view(1, 4, 2, 1600) * 16**-0.5
+    logits[:, :, 0, 1599] = float("-inf")
+    exact = logits.sort(dim=-1, descending=True, stable=True)
+    torch.testing.assert_close(hits.scores, logits.gather(-1, hits.ids))
+    assert (hits.scores.diff(dim=-1) <= 0).all()
+    recall = (hits.scores >= exact.values[..., 19:20] - 1e-4).float().mean()
+    assert recall == 1.0 if index == "flat" else recall > 0.8
+    if index == "flat":
+        assert torch.equal(hits.ids, exact.indices[..., :20])
+
+
+def test_search_pads_with_missing_rows_and_breaks_ties_by_id():
+    keys = torch.ones(1, 1, 5, 4)
+    hits = database(keys, keys, index="flat", k=2).search(torch.ones(1, 1, 1, 4), k=8)
+    assert hits.ids[0, 0, 0].tolist() == [0, 1, 2, 3, 4, -1, -1, -1]
+    assert hits.scores[0, 0, 0, 5:].eq(float("-inf")).all()
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_select_and_deepcopy_follow_their_rows(index):
+    keys, values = rows(1300, batch=2)
+    query = 2 * torch.randn(3, 4, 1, 16)
+    db = database(keys, values, index=index, k=32)
+    clone = copy.deepcopy(db)
+    chosen = torch.tensor([1, 0, 1])
+    db.select(chosen)
+    more = rows(700, batch=3)
+    db.insert(*more)
+    fresh = database(torch.cat([keys[chosen], more[0]], 2), torch.cat([values[chosen], more[1]], 2), index=index, k=32)
+    assert torch.equal(db.attend(query), fresh.attend(query))
+    assert len(clone) == 1300
+    untouched = database(keys, values, index=index, k=32)
+    assert torch.equal(clone.attend(query[:2]), untouched.attend(query[:2]))
+
+
+def test_softcap_and_sink_logits():
+    keys, values = rows(400)
+    query = 3 * torch.randn(1, 4, 1, 16)
+    capped = database(keys, values, index="flat", k=400).attend(query, softcap=2.0)
+    assert relative_error(capped, plain_attention(query, keys, values, softcap=2.0)).max() < 1e-5
+
+    sinks = torch.randn(4)
+    for k in (400, 16):
+        db = database(keys, values, index="flat", k=k)
+        out, lse = db.attend(query, return_lse=True)
+        with_sink = db.attend(query, sink_logits=sinks)
+        share = torch.sigmoid(lse - sinks[None, :, None])  # of the real rows, beside one row of value zero
+        torch.testing.assert_close(with_sink, out * share[..., None])
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_growing_one_row_at_a_time_copies_seldom(index):
+    db = database(*rows(1), index=index, k=16)
+    buffers = set()
+    for _ in range(600):
+        db.insert(*rows(1))
+        buffers.add(db.store.keys.data_ptr())
+    assert len(db) == 601
+    assert len(buffers) <= 5  # 64, 128, ... 1024 rows
+
+
+def test_dense_attention_matches_plain_attention():
+    keys, values = rows(130, batch=2, kv_heads=3, dim=20, value_dim=9)
+    start = torch.tensor([0, 40])
+    for m in (1, 7, 130):
+        query = torch.randn(2, 6, m, 20)
+        for options in ({}, {"start": start}, {"softcap": 3.0}, {"scale": 0.7}):
+            out = dense_attention(query, keys, values, **options)
+            torch.testing.assert_close(out.double(), plain_attention(query, keys, values, **options), atol=1e-5, rtol=1e-5)
+    out, lse = dense_attention(query, keys, values, return_lse=True)
+    assert out.shape == (2, 6, 130, 9)
+    assert lse.shape == (2, 6, 130)

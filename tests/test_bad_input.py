@@ -1,0 +1,158 @@
+"""Bad input raises at the door, says what was received, and leaves nothing half-done."""
+
+import pytest
+import torch
+
+from dbattn import AttentionDB, RetrievalConfig, dense_attention
+
+
+def rows(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def filled():
+    db = AttentionDB(2, 8, config=RetrievalConfig(index="flat", dense_below=0))
+    db.insert(rows(1, 2, 100, 8), rows(1, 2, 100, 8))
+    return db
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        (rows(1, 2, 8), rows(1, 2, 8), r"keys have shape \[1, 2, 8\], expected \[1, 2, n, 8\]"),
+        (rows(1, 3, 4, 8), rows(1, 3, 4, 8), r"keys have shape \[1, 3, 4, 8\]"),
+        (rows(1, 2, 4, 9), rows(1, 2, 4, 8), r"keys have shape \[1, 2, 4, 9\]"),
+        (rows(1, 2, 4, 8), rows(1, 2, 4, 9), r"values have shape \[1, 2, 4, 9\]"),
+        (rows(2, 2, 4, 8), rows(2, 2, 4, 8), r"expected \[1, 2, n, 8\]"),
+        (rows(1, 2, 4, 8), rows(1, 2, 5, 8), "differ in batch, heads or rows"),
+        (rows(1, 2, 4, 8).int(), rows(1, 2, 4, 8), r"keys have dtype torch\.int32"),
+        (rows(1, 2, 4, 8).half(), rows(1, 2, 4, 8).half(), r"the store holds torch\.float32"),
+        (rows(1, 2, 4, 8, dtype=torch.float64), rows(1, 2, 4, 8, dtype=torch.float64), r"float64"),
+        (rows(1, 2, 4, 8).to("meta"), rows(1, 2, 4, 8).to("meta"), "on meta"),
+        (rows(1, 2, 4, 8).index_fill(2, torch.tensor([2]), float("nan")), rows(1, 2, 4, 8), r"keys hold nan at \[0, 0, 2, 0\]"),
+        (rows(1, 2, 4, 8), rows(1, 2, 4, 8).index_fill(2, torch.tensor([3]), float("inf")), "values hold inf"),
+    ],
+)
+def test_insert_refuses_and_keeps_the_store(keys, values, message):
+    db = filled()
+    before = db.store.keys.clone()
+    with pytest.raises(ValueError, match=message):
+        db.insert(keys, values)
+    assert len(db) == 100
+    assert torch.equal(db.store.keys, before)
+
+
+def test_a_sum_that_overflows_is_not_mistaken_for_infinity():
+    db = AttentionDB(1, 4)
+    big = torch.full((1, 1, 100, 4), 3e38)
+    db.insert(big, big)
+    assert len(db) == 100
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (rows(1, 4, 8), r"query has shape \[1, 4, 8\], expected \[1, Hq, m, 8\]"),
+        (rows(2, 4, 1, 8), r"expected \[1, Hq, m, 8\]"),
+        (rows(1, 4, 1, 9), r"expected \[1, Hq, m, 8\]"),
+        (rows(1, 3, 1, 8), "3 query heads do not divide into groups over 2 KV heads"),
+        (rows(1, 4, 0, 8), "0 positions, expected 1 to 100"),
+        (rows(1, 4, 101, 8), "101 positions, expected 1 to 100"),
+        (rows(1, 4, 1, 8).double(), "float64"),
+        (rows(1, 4, 1, 8).to("meta"), "meta"),
+        (torch.full((1, 4, 1, 8), float("nan")), "query hold nan"),
+    ],
+)
+def test_queries_that_do_not_fit(query, message):
+    db = filled()
+    for call in (db.attend, db.audit, db.explain, lambda q: db.search(q, 3)):
+        with pytest.raises(ValueError, match=message):
+            call(query)
+
+
+def test_an_empty_store_says_so_and_inserting_nothing_is_fine():
+    db = AttentionDB(2, 8)
+    with pytest.raises(ValueError, match="the store is empty"):
+        db.attend(rows(1, 4, 1, 8))
+    db.insert(rows(1, 2, 0, 8), rows(1, 2, 0, 8))
+    assert len(db) == 0
+    with pytest.raises(ValueError, match="expected 1 to 0|the store is empty"):
+        db.attend(rows(1, 4, 1, 8))
+    db.truncate(0)
+    db.insert(rows(1, 2, 3, 8), rows(1, 2, 3, 8))
+    assert db.attend(rows(1, 4, 1, 8)).shape == (1, 4, 1, 8)
+
+
+@pytest.mark.parametrize("k", [0, -3, 2.5, True, "8"])
+def test_k_must_be_a_positive_integer(k):
+    with pytest.raises(ValueError, match="k is .* expected an integer of at least 1"):
+        RetrievalConfig(k=k)
+    with pytest.raises(ValueError, match="k is .* expected an integer of at least 1"):
+        filled().search(rows(1, 4, 1, 8), k)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"index": "annoy"}, "index is 'annoy', expected one of auto, flat, ivf, hnsw"),
+        ({"index": "flat", "nprobe": 4}, "nprobe=4 is an option of index='ivf', but index is 'flat'"),
+        ({"index": "ivf", "ef_search": 4}, "ef_search=4 is an option of index='hnsw'"),
+        ({"nprobe": 4}, "nprobe=4 is an option of index='ivf', but index is 'auto'"),
+        ({"index": "ivf", "nprobe": 0}, "nprobe is 0"),
+        ({"index": "hnsw", "neighbors": 1}, "neighbors is 1, expected an integer of at least 2"),
+        ({"window": 0}, "window is 0"),
+        ({"n_sink": -1}, "n_sink is -1"),
+        ({"audit_rate": 1.5}, "audit_rate is 1.5"),
+        ({"audit_rate": float("nan")}, "audit_rate is nan"),
+        ({"max_queries": 0}, "max_queries is 0"),
+        ({"dense_below": -1}, "dense_below is -1"),
+    ],
+)
+def test_config_names_option_value_and_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        RetrievalConfig(**options)
+
+
+@pytest.mark.parametrize(("arguments", "name"), [((0, 8), "num_kv_heads"), ((2, -1), "head_dim"), ((2, 8.0), "head_dim")])
+def test_sizes_must_be_positive_integers(arguments, name):
+    with pytest.raises(ValueError, match=name):
+        AttentionDB(*arguments)
+    with pytest.raises(ValueError, match="value_dim"):
+        AttentionDB(2, 8, value_dim=0)
+
+
+@pytest.mark.parametrize("length", [-1, 101, 3.0, None])
+def test_truncate_checks_its_length(length):
+    db = filled()
+    with pytest.raises(ValueError, match="length is"):
+        db.truncate(length)
+    assert len(db) == 100
+
+
+def test_start_is_checked_and_a_refused_insert_leaves_no_rows():
+    db = AttentionDB(1, 4)
+    for start in (torch.tensor([0]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([[0, 1]]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="start is"):
+            db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=start)
+        assert len(db) == 0
+    db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"differs from \[0, 2\] for rows that are stored"):
+        db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 3]))
+    assert len(db) == 5
+
+
+def test_a_row_that_was_all_padding_may_start_later():
+    db = AttentionDB(1, 4)
+    db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 5]))
+    assert db.attend(rows(2, 1, 1, 4))[1].eq(0).all()
+    db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 8]))
+    assert db.store.start.tolist() == [0, 8]
+    with pytest.raises(ValueError, match="differs"):
+        db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 9]))
+
+
+def test_dense_attention_needs_the_querys_own_rows():
+    with pytest.raises(ValueError, match=r"expected m <= T"):
+        dense_attention(rows(1, 2, 9, 8), rows(1, 2, 8, 8), rows(1, 2, 8, 8))
+    with pytest.raises(ValueError, match="sink_logits have shape"):
+        filled().attend(rows(1, 4, 1, 8), sink_logits=torch.zeros(3))

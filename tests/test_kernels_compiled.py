@@ -1,0 +1,196 @@
+"""Every Triton kernel, compiled ahead of time for sm_80 and sm_90 without a GPU: does it fit, and does it spill?
+
+What is compiled is what the launchers launch: they run on CPU tensors with their kernels replaced by recorders.
+The work is done in processes of their own, because a kernel is either compiled or interpreted for life.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402 (after the check that there is a triton)
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 80, 128, 256)
+ROWS = 4096
+
+
+class Usage(NamedTuple):
+    kernel: str
+    registers: int
+    shared: int
+    spilled: int
+
+
+@triton.jit
+def spilling_kernel(x, BLOCK: tl.constexpr):
+    at = x + tl.arange(0, BLOCK)
+    tile = tl.load(at)
+    tl.store(at, tile / tl.sum(tile))
+
+
+@triton.jit
+def oversized_kernel(x, K: tl.constexpr):
+    deep, narrow, wide = tl.arange(0, K), tl.arange(0, 16), tl.arange(0, 128)
+    a = tl.load(x + narrow[:, None] * K + deep[None, :])
+    b = tl.load(x + deep[:, None] * 128 + wide[None, :])
+    tl.store(x + narrow[:, None] * 128 + wide[None, :], tl.dot(a, b).to(a.dtype))
+
+
+def launch_attend_rows(dtype, dim):
+    query, rows = torch.zeros(1, 8, 1, dim, dtype=dtype), torch.zeros(1, 2, ROWS, dim, dtype=dtype)
+    ids, ranges = torch.zeros(1, 8, 1, 512, dtype=torch.int64), torch.zeros(1, 8, 1, 48, 2, dtype=torch.int64)
+    launch("attend_rows", query, rows, rows, scale=0.1, ids=ids, ranges=None, log_weights=None, softcap=None)
+    weights = torch.zeros(1, 8, 1, 48)
+    launch("attend_rows", query, rows, rows, scale=0.1, ids=None, ranges=ranges, log_weights=weights, softcap=30.0)
+
+
+def launch_top_k(dtype, dim):
+    query, rows = torch.zeros(2, 8, 2, dim, dtype=dtype), torch.zeros(2, 2, ROWS, dim, dtype=dtype)
+    bounds = torch.zeros(2, dtype=torch.int64)
+    for k in (100, ROWS):
+        launch("top_k", query, rows, k, scale=0.1, start=bounds, stop=bounds)
+
+
+def launch_merge_states(dtype, dim):
+    launch("merge_states", torch.zeros(20, 1, 8, 1, dim, dtype=dtype), torch.zeros(20, 1, 8, 1, dtype=dtype))
+
+
+def launch_sizes_of_one(dtype, dim):
+    """Triton turns every size of one into a constant, which takes other paths through its compiler."""
+    row, one = torch.zeros(1, 1, 1, dim, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    few = {"ids": one.view(1, 1, 1, 1), "ranges": None}, {"ids": None, "ranges": one.expand(1, 1, 1, 1, 2)}
+    for rows in few:
+        launch("attend_rows", row, row, row, scale=1.0, **rows, log_weights=torch.zeros(1, 1, 1, 1), softcap=1.0)
+    launch("top_k", row, row, 1, scale=1.0, start=one, stop=one)
+    launch("merge_states", row[None], row[None, ..., 0])
+
+
+def launch(op, *args, **kwargs):
+    getattr(import_module(f"index_kernels._triton_{op}"), op)(*args, **kwargs)
+
+
+CASES = {
+    "attend_rows": (launch_attend_rows, FLOATS, {"_attend_kernel", "_merge_kernel"}),  # merges what it has split
+    "top_k": (launch_top_k, FLOATS, {"_score_kernel", "_unpack_kernel"}),
+    "merge_states": (launch_merge_states, (torch.float32,), {"_merge_kernel"}),
+    "sizes_of_one": (
+        launch_sizes_of_one,
+        (torch.float32,),
+        {"_attend_kernel", "_merge_kernel", "_score_kernel", "_unpack_kernel"},
+    ),
+}
+TOYS = {
+    "spilling": (spilling_kernel, {"x": torch.zeros(4), "BLOCK": 16384}, {"num_warps": 1}),
+    "oversized": (oversized_kernel, {"x": torch.zeros(4, dtype=torch.float16), "K": 1024}, {"num_warps": 16}),
+}
+
+
+class Recorder:
+    """Stands in for a kernel and notes what it is launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        options = {"num_warps": kwargs.pop("num_warps")}
+        self.launches.append((self.kernel, self.kernel.signature.bind(*args, **kwargs).arguments, options))
+
+
+def record(case, dtype, dim):
+    launches, patch = [], pytest.MonkeyPatch()
+    for name in ("attend_rows", "top_k", "merge_states"):
+        module = import_module(f"index_kernels._triton_{name}")
+        for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
+            patch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))
+    try:
+        CASES[case][0](dtype, dim)
+    finally:
+        patch.undo()
+    return launches
+
+
+def specialise(value):
+    """The type, and whether it is a multiple of 16, that Triton's launcher gives an argument."""
+    if isinstance(value, torch.Tensor):
+        return f"*{DTYPES[value.dtype]}", value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    return ("constexpr", False) if value is None or value == 1 else ("i32", value % 16 == 0)
+
+
+def measure(kernel, arguments, options, capability):
+    fixed = {p.name for p in kernel.params if p.is_constexpr}
+    kinds = {name: ("constexpr", False) if name in fixed else specialise(v) for name, v in arguments.items()}
+    constants = {name: arguments[name] for name, (kind, _) in kinds.items() if kind == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, (_, multiple) in enumerate(kinds.values()) if multiple}
+    source = ASTSource(kernel, {name: kind for name, (kind, _) in kinds.items()}, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    (arch,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.ptx").write_text(ptx)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", "kernel.ptx", "-o", "kernel.cubin"]
+        log = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stderr
+    (registers,) = re.findall(r"Used (\d+) registers", log)
+    ((stores, loads),) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return Usage(kernel.__name__, int(registers), compiled.metadata.shared, int(stores) + int(loads))
+
+
+def measure_case(case, dtype, dim, capability):
+    return [measure(*launched, capability) for launched in record(case, dtype, dim)]
+
+
+def measure_toy(name, capability):
+    return measure(*TOYS[name], capability)
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        with ProcessPoolExecutor(min(2, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+            yield pool
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize(("case", "dtype"), [(case, dtype) for case in CASES for dtype in CASES[case][1]])
+def test_kernels_fit_and_do_not_spill(compilers, case, dtype, capability):
+    results = [compilers.submit(measure_case, case, dtype, dim, capability) for dim in HEAD_DIMS]
+    for dim, result in zip(HEAD_DIMS, results, strict=True):
+        usages = result.result()
+        assert {usage.kernel for usage in usages} == CASES[case][2]
+        for usage in usages:
+            print(f"sm_{capability} {DTYPES[dtype]} head dim {dim}: {usage}")
+            assert usage.spilled == 0, f"{usage} spills at head dim {dim}"
+            assert usage.shared <= SHARED_LIMIT[capability], f"{usage} does not fit at head dim {dim}"
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_the_detector_sees_a_kernel_that_spills(compilers, capability):
+    assert compilers.submit(measure_toy, "spilling", capability).result().spilled > 0
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_the_detector_sees_a_kernel_that_does_not_fit(compilers, capability):
+    assert compilers.submit(measure_toy, "oversized", capability).result().shared > SHARED_LIMIT[capability]
