@@ -80,8 +80,7 @@ class AttentionDB:
 
     def sync(self, start: Tensor | None = None) -> None:
         """Bring the index up to the store's rows; for callers that append to ``store`` themselves, as a cache does."""
-        if start is not None:
-            self.store.set_start(start)
+        self.store.set_start(self.store.start if start is None else start)
         if not self.store.is_empty:
             self.index.extend(self.store.keys, self._first_index_row())
 
@@ -94,6 +93,7 @@ class AttentionDB:
         sink_logits: Tensor | None = None,
         return_lse: bool = False,
         retrieve: bool = True,
+        audit: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the m newest positions, causal, over the rows that the plan reads.
 
@@ -104,6 +104,7 @@ class AttentionDB:
             sink_logits: ``[Hq]``, logit of one more row with value zero per head (a model's attention sink).
             return_lse: also return the log-sum-exp over the rows read, ``[B, Hq, m]`` float32.
             retrieve: False scans all rows.
+            audit: compare with dense whatever ``audit_rate`` says; the report joins ``stats.audits``.
 
         Returns:
             ``[B, Hq, m, Dv]`` in the query's dtype.
@@ -126,7 +127,7 @@ class AttentionDB:
         else:
             answer = self._run(plan, query, scale, softcap)
             out, lse = answer.out, answer.lse
-            self._record(answer, query, scale, softcap)
+            self._record(answer, query, scale, softcap, audit)
         if sink_logits is not None:
             sink = sink_logits.to(lse)[None, :, None].expand_as(lse)
             out, lse = merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
@@ -189,7 +190,7 @@ class AttentionDB:
             return self._audit(self._run(plan, query, scale, softcap), query, scale, softcap)
         ones = torch.ones(query.shape[:3], device=query.device)
         rows, read = self._rows_visible(query), self._bytes_dense()
-        return AuditReport(ones, ones, torch.zeros_like(ones), rows, len(self), read, read)
+        return AuditReport(ones, ones, torch.zeros_like(ones), 0.0, rows, len(self), read, read)
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows, as if the others had never come.
@@ -237,9 +238,9 @@ class AttentionDB:
         out, lse = merge_states(outs, lses)
 
         mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
-        exact_rows = (ranges[..., 1] - ranges[..., 0]).sum(dim=-1).float()
+        exact_rows = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=-1).float()
         scan_rows = (found.ids >= 0).sum(dim=-1).float()
-        # The heads of a group and the queries of a call share the rows of their ranges; retrieved rows are read by each.
+        # Heads of a group and queries of a call share the rows of their ranges; each reads its own retrieved rows.
         shared = query.shape[0] * keys.shape[1] * float(exact_rows.max())
         actuals = [
             replace(plan.sources[0], rows=float(exact_rows.mean()), bytes=int(shared) * row_bytes, mass=mass[0]),
@@ -252,16 +253,18 @@ class AttentionDB:
         ]
         return _Answer(out, lse, plan.with_actuals(actuals), found.ids)
 
-    def _record(self, answer: _Answer, query: Tensor, scale: float | None, softcap: float | None) -> None:
+    def _record(self, answer: _Answer, query: Tensor, scale: float | None, softcap: float | None, audit: bool) -> None:
         stats, rate = self.stats, self.config.audit_rate
-        due = math.floor((stats.retrieving + 1) * rate) > math.floor(stats.retrieving * rate) or stats.retrieving == 0
+        # The first retrieving call, then evenly spread ones.
+        due = rate > 0 and math.ceil((stats.retrieving + 1) * rate) > math.ceil(stats.retrieving * rate)
         stats.retrieving += 1
         stats.rows_read += sum(source.rows or 0.0 for source in answer.plan.sources)
         stats.rows_retrieved += answer.plan.sources[-1].rows or 0.0
         stats.index = self.index.describe()
-        if rate > 0 and due:
+        if audit or due:
             stats.audits.append(self._audit(answer, query, scale, softcap))
 
+    @torch.no_grad()
     def _audit(self, answer: _Answer, query: Tensor, scale: float | None, softcap: float | None) -> AuditReport:
         keys, plan = self.store.keys, answer.plan
         _, exact_scores = top_k(
@@ -275,7 +278,8 @@ class AttentionDB:
         )
         rows = sum(source.rows or 0.0 for source in plan.sources)
         read = sum(source.bytes or 0 for source in plan.sources)
-        return AuditReport(recall, mass, error, rows, len(self), read, self._bytes_dense())
+        retrieved = plan.sources[-1].rows or 0.0
+        return AuditReport(recall, mass, error, retrieved, rows, len(self), read, self._bytes_dense())
 
     def _dense(self, query: Tensor, scale: float | None, softcap: float | None) -> Tensor:
         start = self.store.start if self.store.has_padding else None

@@ -20,7 +20,8 @@ class AuditReport:
         recall: share of the true top-k (among the rows the index answers for) that was retrieved.
         attention_mass: share of the dense softmax weight on the rows that were read.
         relative_error: L2 distance of the output from the dense one over the norm of the dense one.
-        rows_read: rows whose key and value were read, per query head and position.
+        rows_retrieved: rows the index retrieved, per query head and position.
+        rows_read: rows whose key and value were read, likewise; sinks and hot rows included.
         rows_stored: rows a dense scan reads.
         bytes_read: bytes the call read, keys scored by the index included.
         bytes_dense: bytes a dense scan reads.
@@ -29,6 +30,7 @@ class AuditReport:
     recall_by_query: Tensor
     attention_mass_by_query: Tensor
     relative_error_by_query: Tensor
+    rows_retrieved: float
     rows_read: float
     rows_stored: int
     bytes_read: int
@@ -55,7 +57,8 @@ class AuditReport:
         return (
             f"recall {self.recall:.3f}, attention mass {self.attention_mass:.3f}, "
             f"relative error {self.relative_error:.4f} (95th percentile {worst:.4f}), "
-            f"{self.rows_read:.0f} of {self.rows_stored} rows and {self.bytes_read:,} of {self.bytes_dense:,} bytes read"
+            f"{self.rows_read:.0f} of {self.rows_stored} rows read, "
+            f"{self.bytes_read:,} of {self.bytes_dense:,} bytes"
         )
 
 

@@ -22,6 +22,7 @@ class KVStore:
         self._values: Tensor | None = None
         self.start = torch.zeros(0, dtype=torch.int64)
         self.has_padding = False
+        self._settled = 0
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows after the newest; nothing is written when anything about them is wrong.
@@ -38,28 +39,34 @@ class KVStore:
         self._values[:, :, self._length : self._length + added] = values.detach()
         self._length += added
 
+    def can_start_at(self, start: Tensor) -> bool:
+        """Whether ``set_start`` would accept ``start [B]``."""
+        if torch.equal(start, self.start):
+            return True
+        unsettled = (self.start >= self._settled) & (start >= self._settled)
+        return bool(((start == self.start) | unsettled).all())
+
     def set_start(self, start: Tensor) -> None:
         """Declare left padding: batch row b has no rows before ``start[b]``.
 
+        It settles the rows stored so far; only a batch row that has been nothing but padding can move its start later.
+
         Raises:
-            ValueError: a wrong shape, a negative start, or a row that already has valid rows under another start.
+            ValueError: a wrong shape, a negative start, or a batch row that already has valid rows.
         """
-        if start.shape != self.start.shape or start.dtype != torch.int64:
+        if start.shape != self.start.shape or start.dtype != torch.int64 or start.device != self.start.device:
             raise ValueError(
-                f"start is {start.dtype} {list(start.shape)}, expected torch.int64 {list(self.start.shape)}"
+                f"start is {start.dtype} {list(start.shape)} on {start.device}, "
+                f"expected torch.int64 {list(self.start.shape)} on {self.start.device}"
             )
-        start = start.to(self.start.device)
-        if torch.equal(start, self.start):
-            return
         if bool((start < 0).any()):
             raise ValueError(f"start is {start.tolist()}, expected no negative row")
-        moved = (start != self.start) & (self.start < self._length)
-        if bool(moved.any()):
-            raise ValueError(
-                f"start {start.tolist()} differs from {self.start.tolist()} for rows that are already stored"
-            )
-        self.start = start.clone()
-        self.has_padding = bool((start > 0).any())
+        if not self.can_start_at(start):
+            raise ValueError(f"start {start.tolist()} differs from {self.start.tolist()} for rows that are stored")
+        self._settled = self._length
+        if start is not self.start:
+            self.start = start.clone()
+            self.has_padding = bool((start > 0).any())
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows.
@@ -70,6 +77,7 @@ class KVStore:
         if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= self._length:
             raise ValueError(f"length is {length!r}, expected an integer from 0 to {self._length}")
         self._length = length
+        self._settled = min(self._settled, length)
 
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']`` (an index may repeat): beam search and batch edits."""
@@ -78,6 +86,7 @@ class KVStore:
         batch = batch.to(self._keys.device)
         self._keys, self._values = self._keys.index_select(0, batch), self._values.index_select(0, batch)
         self.start = self.start[batch]
+        self.has_padding = bool((self.start > 0).any())
 
     @property
     def keys(self) -> Tensor:

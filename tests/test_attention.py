@@ -86,7 +86,9 @@ def test_retrieval_is_attention_over_exactly_the_rows_it_names(index):
     for head in range(2):
         read = torch.cat([torch.arange(2), torch.arange(plan.hot, 1500), found[head]]).sort().values
         assert len(set(read.tolist())) == len(read)
-        part = plain_attention(query[:, head : head + 1], keys[:, head : head + 1, read], values[:, head : head + 1, read])
+        part = plain_attention(
+            query[:, head : head + 1], keys[:, head : head + 1, read], values[:, head : head + 1, read]
+        )
         assert relative_error(db.attend(query)[:, head], part[:, 0]).max() < 1e-5
 
 
@@ -256,7 +258,9 @@ def test_dense_attention_matches_plain_attention():
         query = torch.randn(2, 6, m, 20)
         for options in ({}, {"start": start}, {"softcap": 3.0}, {"scale": 0.7}):
             out = dense_attention(query, keys, values, **options)
-            torch.testing.assert_close(out.double(), plain_attention(query, keys, values, **options), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                out.double(), plain_attention(query, keys, values, **options), atol=1e-5, rtol=1e-5
+            )
     out, lse = dense_attention(query, keys, values, return_lse=True)
     assert out.shape == (2, 6, 130, 9)
     assert lse.shape == (2, 6, 130)

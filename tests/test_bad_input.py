@@ -29,7 +29,11 @@ def filled():
         (rows(1, 2, 4, 8).half(), rows(1, 2, 4, 8).half(), r"the store holds torch\.float32"),
         (rows(1, 2, 4, 8, dtype=torch.float64), rows(1, 2, 4, 8, dtype=torch.float64), r"float64"),
         (rows(1, 2, 4, 8).to("meta"), rows(1, 2, 4, 8).to("meta"), "on meta"),
-        (rows(1, 2, 4, 8).index_fill(2, torch.tensor([2]), float("nan")), rows(1, 2, 4, 8), r"keys hold nan at \[0, 0, 2, 0\]"),
+        (
+            rows(1, 2, 4, 8).index_fill(2, torch.tensor([2]), float("nan")),
+            rows(1, 2, 4, 8),
+            r"keys hold nan at \[0, 0, 2, 0\]",
+        ),
         (rows(1, 2, 4, 8), rows(1, 2, 4, 8).index_fill(2, torch.tensor([3]), float("inf")), "values hold inf"),
     ],
 )
@@ -76,7 +80,7 @@ def test_an_empty_store_says_so_and_inserting_nothing_is_fine():
         db.attend(rows(1, 4, 1, 8))
     db.insert(rows(1, 2, 0, 8), rows(1, 2, 0, 8))
     assert len(db) == 0
-    with pytest.raises(ValueError, match="expected 1 to 0|the store is empty"):
+    with pytest.raises(ValueError, match=r"expected 1 to 0"):
         db.attend(rows(1, 4, 1, 8))
     db.truncate(0)
     db.insert(rows(1, 2, 3, 8), rows(1, 2, 3, 8))
@@ -85,9 +89,9 @@ def test_an_empty_store_says_so_and_inserting_nothing_is_fine():
 
 @pytest.mark.parametrize("k", [0, -3, 2.5, True, "8"])
 def test_k_must_be_a_positive_integer(k):
-    with pytest.raises(ValueError, match="k is .* expected an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"k is .* expected an integer of at least 1"):
         RetrievalConfig(k=k)
-    with pytest.raises(ValueError, match="k is .* expected an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"k is .* expected an integer of at least 1"):
         filled().search(rows(1, 4, 1, 8), k)
 
 
@@ -113,7 +117,9 @@ def test_config_names_option_value_and_what_is_allowed(options, message):
         RetrievalConfig(**options)
 
 
-@pytest.mark.parametrize(("arguments", "name"), [((0, 8), "num_kv_heads"), ((2, -1), "head_dim"), ((2, 8.0), "head_dim")])
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((0, 8), "num_kv_heads"), ((2, -1), "head_dim"), ((2, 8.0), "head_dim")]
+)
 def test_sizes_must_be_positive_integers(arguments, name):
     with pytest.raises(ValueError, match=name):
         AttentionDB(*arguments)
@@ -131,7 +137,12 @@ def test_truncate_checks_its_length(length):
 
 def test_start_is_checked_and_a_refused_insert_leaves_no_rows():
     db = AttentionDB(1, 4)
-    for start in (torch.tensor([0]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([[0, 1]]), torch.tensor([-1, 0])):
+    for start in (
+        torch.tensor([0]),
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([[0, 1]]),
+        torch.tensor([-1, 0]),
+    ):
         with pytest.raises(ValueError, match="start is"):
             db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=start)
         assert len(db) == 0

@@ -49,7 +49,7 @@ def test_contract(index):
     assert (found.ids < stop).all()
     assert (found.ids[0][valid[0]] >= 0).all()
     assert (found.ids[1][valid[1]] >= 100).all()
-    exact_ids, exact = top_k(query, keys[:, :, :stop], 50, scale=1.0, start=lo)
+    _, exact = top_k(query, keys[:, :, :stop], 50, scale=1.0, start=lo)
     assert recall_at_k(scores_of(query, keys, found.ids), exact).mean() > (0.999 if index == "flat" else 0.8)
     for row in found.ids.view(-1, 50).tolist():
         real = [i for i in row if i >= 0]
@@ -109,7 +109,9 @@ def test_hnsw_stays_right_when_a_later_key_is_longer_than_m(growth):
     early, late = torch.randn(1, 1, 1024, 16), growth * torch.randn(1, 1, 512, 16)
     keys = torch.cat([early, late, early + 0.1], dim=2)
     engine = built("hnsw", keys)
-    assert engine.describe()["graphs"] == (1 if growth < 1.1 and late.norm(dim=-1).max() < 1.1 * early.norm(dim=-1).max() else 2)
+    assert engine.describe()["graphs"] == (
+        1 if growth < 1.1 and late.norm(dim=-1).max() < 1.1 * early.norm(dim=-1).max() else 2
+    )
     query = torch.randn(1, 8, 4, 16)
     found = engine.search(query, keys, 50, torch.tensor([0]), len(engine)).ids
     _, exact = top_k(query, keys[:, :, : len(engine)], 50, scale=1.0)

@@ -284,7 +284,12 @@ DOOR = [
     (top_k, (Q.int(), K, 3), {}, "query has dtype torch.int32"),
     (top_k, (Q, K, 0), {}, "k is 0"),
     (attend_rows, (Q, K, K.int()), {"ids": i(1, 4, 2, 3)}, "values have dtype torch.int32"),
-    (attend_rows, (Q, K, K), {"ids": i(1, 4, 2, 3), "log_weights": i(1, 4, 2, 3)}, "log_weights have dtype torch.int64"),
+    (
+        attend_rows,
+        (Q, K, K),
+        {"ids": i(1, 4, 2, 3), "log_weights": i(1, 4, 2, 3)},
+        "log_weights have dtype torch.int64",
+    ),
     (top_k, (Q, K, 2.5), {}, "k is 2.5"),
     (top_k, (Q, K, 3), {"start": i(2)}, r"start is torch.int64 \[2\], expected torch.int64 \[1\]"),
     (top_k, (Q, K, 3), {"stop": f(2)}, r"stop is torch.float32 \[2\]"),

@@ -19,12 +19,16 @@ class Unit:
     """The FAISS index of one batch row and KV head; row ids are local, counted from the unit's first row."""
 
     @abstractmethod
-    def build(self, keys: Rows, length: int, device: torch.device) -> None:
-        """Bring the unit to the rows ``keys[:length]``, of which it may hold some already; queries come on device."""
+    def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
+        """Bring the unit to the rows ``keys[:stops[-1]]``, of which it may hold some; queries will come on device.
+
+        ``stops`` are where blocks end. Rows go in block by block, always the same ones together, so that what is
+        built does not depend on the chunks they came in.
+        """
 
     @abstractmethod
     def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
-        """Ids ``[n, k]`` (-1 = none) for queries ``[n, D]``, only rows below ``stop``; and how many keys were scored."""
+        """Ids ``[n, k]`` (-1 = none) below ``stop`` for queries ``[n, D]``, and how many keys were scored."""
 
     @abstractmethod
     def clone(self) -> Self:
@@ -74,8 +78,9 @@ class FaissIndex(KeyIndex):
             faiss.omp_set_num_threads(1)
             if not self._owned[b][h]:
                 self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
-            rows = keys[b, h, first[b] : length]
-            self._units[b][h].build(_to_numpy(rows), max(0, length - first[b]), keys.device)
+            stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
+            if stops:
+                self._units[b][h].build(_to_numpy(keys[b, h, first[b] : length]), stops, keys.device)
 
         _for_each_unit(build, batch, heads)
         self._length = length

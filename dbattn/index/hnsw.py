@@ -47,15 +47,14 @@ class _HnswUnit(Unit):
         self.mean: Rows = np.zeros(0, dtype=np.float32)
         self.graphs: list[_Graph] = []
 
-    def build(self, keys: Rows, length: int, device: torch.device) -> None:
+    def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
         # FAISS has no HNSW for GPUs: the graph lives and is walked on the CPU, whatever the device.
-        if not length:
-            return
         if not self.graphs:
-            self.mean, self.dim = keys[: min(BLOCK, length)].mean(axis=0, dtype=np.float32), keys.shape[1]
-        for lo in range(self.rows, length, BLOCK):
-            self._add(lo, keys[lo : min(lo + BLOCK, length)] - self.mean)
-        self.rows = length
+            self.mean, self.dim = keys[: stops[0]].mean(axis=0, dtype=np.float32), keys.shape[1]
+        for stop in stops:
+            if stop > self.rows:
+                self._add(self.rows, keys[self.rows : stop] - self.mean)
+                self.rows = stop
 
     def _add(self, first: int, keys: Rows) -> None:
         norms = np.einsum("nd,nd->n", keys, keys, dtype=np.float64)

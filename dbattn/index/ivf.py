@@ -42,9 +42,8 @@ class _IvfUnit(Unit):
         self.sums: np.ndarray[Any, Any] = np.zeros((0, 0))
         self.sizes: np.ndarray[Any, Any] = np.zeros(0)
 
-    def build(self, keys: Rows, length: int, device: torch.device) -> None:
-        if not length:
-            return
+    def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
+        length = stops[-1]
         # How many rows the latest training covers depends on the length alone, not on the calls that led to it.
         training = MIN_ROWS
         while 2 * training <= length:
@@ -52,7 +51,9 @@ class _IvfUnit(Unit):
         training = min(training, length)
         if training != self.trained_rows:
             self._train(keys[:training])
-        self._add(keys[self.rows : length])
+        for stop in stops:
+            if stop > self.rows:
+                self._add(keys[self.rows : stop])
         self.gpu_index = on_gpu(self.index, device)
 
     def _train(self, keys: Rows) -> None:
@@ -79,7 +80,6 @@ class _IvfUnit(Unit):
         _, nearest = self.cells.search(centred, 1)
         cells, ids = nearest[:, 0].copy(), np.arange(self.rows, self.rows + len(keys), dtype=np.int64)
         self.index.add_core(len(keys), faiss.swig_ptr(centred), faiss.swig_ptr(ids), faiss.swig_ptr(cells))
-        # Row by row in float64, so that the means do not depend on the chunks the rows came in.
         np.add.at(self.sums, cells, centred)
         self.sizes += np.bincount(cells, minlength=self.lists)
         self.index.quantizer.reset()

@@ -1,0 +1,115 @@
+"""DatabaseLayer: the cache layer that keeps its rows in an AttentionDB."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..attention import AttentionDB
+from ..audit import AuditReport, RunningStats
+from ..config import RetrievalConfig
+
+
+class Session:
+    """What the layers of all caches of one wrapped model share. Copies of a cache stay in their session."""
+
+    def __init__(self, config: RetrievalConfig, stats: list[RunningStats]) -> None:
+        self.config = config
+        self.stats = stats
+        self.retrieve = True
+        self.audits: list[AuditReport] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def adopt(self, cache: DynamicCache) -> None:
+        """Put a database in place of every plain layer of a cache; rows it holds already move over."""
+        if cache.offloading:
+            raise ValueError("an offloaded cache cannot be served: its rows leave the device between layers")
+        if cache.layer_class_to_replicate is DynamicLayer:
+            missing = len(self.stats) - len(cache.layers)
+            cache.layers.extend(DynamicLayer() for _ in range(missing))
+            cache.layer_class_to_replicate = None
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                cache.layers[i] = DatabaseLayer(self, i)
+                if layer.is_initialized and layer.get_seq_length():
+                    cache.layers[i].update(layer.keys, layer.values)
+
+
+class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
+    """A cache layer whose rows live in an AttentionDB. ``update`` returns zero-copy views of them.
+
+    The key view carries the layer as an attribute; any tensor operation drops it, so that code which transforms the
+    keys before attention stays exact.
+    """
+
+    def __init__(self, session: Session, layer_index: int) -> None:
+        super().__init__()
+        self.session = session
+        self.layer_index = layer_index
+        self.db: AttentionDB | None = None
+
+    # transformers leaves these untyped; None until the first rows.
+    keys: Any
+    values: Any
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Create the database from the first rows' shapes."""
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.db = AttentionDB(
+            key_states.shape[1], key_states.shape[3], value_dim=value_states.shape[3], config=self.session.config
+        )
+        self.db.stats = self.session.stats[self.layer_index]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append rows ``[B, Hkv, n, D]``; the index follows when attention knows the padding."""
+        if self.db is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.db is not None
+        self.db.store.append(key_states, value_states)
+        self._refresh()
+        keys = self.keys[:]
+        keys._dbattn = self
+        return keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Rows stored."""
+        return 0 if self.db is None else len(self.db)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest ``-tokens_to_remove`` rows."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) is not supported: pass a negative count of tokens to remove")
+        if self.db is not None and tokens_to_remove:
+            self.db.truncate(max(0, len(self.db) + tokens_to_remove))
+            self._refresh()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.db = self.keys = self.values = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each batch row."""
+        if self.db is not None:
+            self._select(torch.arange(self.db.store.keys.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows."""
+        self._select(indices)
+
+    def _select(self, batch: Tensor) -> None:
+        if self.db is not None:
+            self.db.select(batch)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        assert self.db is not None
+        self.keys, self.values = self.db.store.keys, self.db.store.values

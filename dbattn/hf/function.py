@@ -1,0 +1,130 @@
+"""The attention and mask functions that transformers calls, and their registration."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from index_kernels import merge_states
+
+from ..dense import masked_attention
+from .cache import DatabaseLayer
+
+NAME = "dbattn"
+# Arguments of other attention implementations that change the answer and cannot be honoured here.
+UNSUPPORTED = ("position_bias", "cache", "block_table", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls: q ``[B, Hq, m, D]``, k and v ``[B, Hkv, T, D]``."""
+    given = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
+    if given or dropout:
+        what = ", ".join(given) or f"dropout={dropout}"
+        raise NotImplementedError(f"{type(module).__name__} asks for {what}, which dbattn does not serve")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: DatabaseLayer | None = getattr(key, "_dbattn", None)
+    padding: Tensor | None = getattr(attention_mask, "_dbattn_start", None)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if layer is not None and layer.db is not None and value is layer.values and causal:
+        db = layer.db
+        start = torch.zeros_like(db.store.start) if padding is None else padding
+        if (attention_mask is None or padding is not None) and db.store.can_start_at(start):
+            db.sync(start)
+            retrieve, audits = layer.session.retrieve, layer.session.audits
+            audited = len(db.stats.audits)
+            out = db.attend(
+                query, scale=scale, softcap=softcap, sink_logits=s_aux, retrieve=retrieve, audit=audits is not None
+            )
+            if audits is not None:
+                audits.extend(db.stats.audits[audited:])
+            assert isinstance(out, Tensor)
+            return out.transpose(1, 2).contiguous(), None
+        db.stats.dense_reasons["the mask is not causal with left padding"] += 1
+    elif layer is not None:
+        layer.session.stats[layer.layer_index].dense_reasons["the model changed the rows after its cache"] += 1
+    out = _foreign(query, key, value, attention_mask, scale, softcap, s_aux, causal)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _foreign(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Exact attention for what dbattn does not serve, under whatever mask the model made."""
+    m, rows = query.shape[2], key.shape[2]
+    if mask is None and m > 1 and causal:
+        mask = torch.ones(m, rows, dtype=torch.bool, device=query.device).tril(rows - m)
+    if softcap is None and s_aux is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        # A query that may see no row (padding) has no defined answer; zero keeps it out of everything else.
+        return out if mask is None else out.nan_to_num()
+    out, lse = masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
+    if s_aux is not None:
+        sink = s_aux.to(lse)[None, :, None].expand_as(lse)
+        out, _ = merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
+    return out.to(query.dtype)
+
+
+def mask_of_model(
+    *, mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, kv_length: int, **kwargs: Any
+) -> Tensor | None:
+    """The mask that goes with it: None where plain causal order says all, else bool ``[B, 1, m, T]``.
+
+    A mask that is causal order plus left padding carries the first valid row of each batch row as an attribute.
+    """
+    # A static cache has slots after the newest row: there, causal order is not the whole mask.
+    no_later_rows = kwargs["q_offset"] + kwargs["q_length"] == kv_length + kwargs.get("kv_offset", 0)
+    plain = mask_function is causal_mask_function and bool(no_later_rows)
+    valid = None if attention_mask is None else attention_mask[:, :kv_length].bool()
+    if plain and (valid is None or bool(valid.all())):
+        return None
+    kwargs["allow_is_causal_skip"] = False
+    mask: Tensor | None = sdpa_mask(
+        mask_function=mask_function, attention_mask=attention_mask, kv_length=kv_length, **kwargs
+    )
+    if plain and mask is not None and valid is not None and valid.shape[1] == kv_length:
+        start = torch.where(valid.any(dim=1), valid.int().argmax(dim=1), kv_length)
+        if torch.equal(valid.sum(dim=1), kv_length - start):
+            mask._dbattn_start = start  # type: ignore[attr-defined]  # rides along to the attention function
+    return mask
+
+
+_wrapped_models = 0
+
+
+def register() -> None:
+    """Make the names known to transformers, process-wide."""
+    global _wrapped_models
+    AttentionInterface.register(NAME, attention_function)
+    AttentionMaskInterface.register(NAME, mask_of_model)
+    _wrapped_models += 1
+
+
+def unregister() -> None:
+    """Clear the process-global names when the last wrapped model is given back."""
+    global _wrapped_models
+    _wrapped_models -= 1
+    if not _wrapped_models:
+        AttentionInterface._global_mapping.pop(NAME, None)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)

@@ -1,0 +1,298 @@
+"""wrap: generate runs unchanged, retrieval really happens, and the model comes back as it was."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+
+from dbattn import RetrievalConfig
+from dbattn.hf import wrap
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 127,
+}
+MIXED = {"head_dim": 12, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 12}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "gemma2": ("Gemma2", MIXED),
+    "gemma3": ("Gemma3", MIXED),
+    "phi": ("Phi", {}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": None}),
+    "gpt2": ("GPT2", {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "gpt_oss": ("GptOss", {**MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
+}
+EXACT = RetrievalConfig(k=10**6, dense_below=0)
+RETRIEVING = RetrievalConfig(index="flat", k=24, window=8, n_sink=2, dense_below=0)
+
+
+def tiny(family="llama", **changes):
+    torch.manual_seed(0)
+    name, options = FAMILIES[family]
+    sizes = {key: SIZES[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+    options = {**(sizes if family == "gpt2" else SIZES), **options, **changes}
+    options = {key: value for key, value in options.items() if value is not None or key == "sliding_window"}
+    config_name = "Gemma3TextConfig" if family == "gemma3" else f"{name}Config"
+    model_name = "GPT2LMHeadModel" if family == "gpt2" else f"{name}ForCausalLM"
+    return getattr(transformers, model_name)(getattr(transformers, config_name)(**options)).eval()
+
+
+def prompt(batch=2, length=60, padding=(13, 0)):
+    ids = torch.randint(2, 126, (batch, length))
+    mask = torch.ones_like(ids)
+    for b, first in enumerate(padding[:batch]):
+        ids[b, :first], mask[b, :first] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, **options):
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, **options}
+    return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
+
+
+def assert_same(got, expected, tolerance=1e-5):
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_gives_denses_tokens_when_all_rows_are_read(family):
+    model, inputs = tiny(family), prompt()
+    expected = generate(model, inputs)
+    with wrap(model, EXACT) as handle:
+        assert_same(generate(model, inputs), expected)
+        served = [layer for layer in handle.report().layers if layer.rows_stored]
+    assert len(served) == (1 if FAMILIES[family][1] is MIXED or "layer_types" in FAMILIES[family][1] else 2)
+    assert_same(generate(model, inputs), expected, tolerance=0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_retrieves(family):
+    model, inputs = tiny(family), prompt()
+    with wrap(model, RETRIEVING) as handle:
+        generate(model, inputs)
+        report = handle.report()
+    retrieving = [layer for layer in report.layers if layer.retrieving]
+    assert retrieving
+    for layer in retrieving:
+        assert layer.retrieving == 15
+        assert 20 < layer.rows_retrieved <= 24
+        assert layer.recall == pytest.approx(1.0)
+        assert 0 < layer.relative_error < 1
+        assert 0.2 < layer.attention_mass < 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"prefill_chunk_size": 17},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=["sampling", "beams", "beams, two returned", "chunked prefill", "assisted by prompt lookup"],
+)
+def test_generation_modes_equal_dense_when_all_rows_are_read(options):
+    model = tiny()
+    inputs = prompt(
+        batch=1 if "prompt_lookup_num_tokens" in options else 2,
+        padding=() if "prompt_lookup_num_tokens" in options else (13, 0),
+    )
+    torch.manual_seed(7)
+    expected = generate(model, inputs, **options)
+    with wrap(model, EXACT):
+        torch.manual_seed(7)
+        assert torch.equal(generate(model, inputs, **options).sequences, expected.sequences)
+
+
+def test_assisted_decoding_truncates_the_store():
+    model, assistant, inputs = tiny(), tiny(num_hidden_layers=1), prompt(batch=1, padding=())
+    expected = generate(model, inputs, assistant_model=assistant)
+    with wrap(model, EXACT), wrap(assistant, EXACT):
+        assert torch.equal(generate(model, inputs, assistant_model=assistant).sequences, expected.sequences)
+
+
+def test_beam_search_retrieves():
+    model = tiny()
+    with wrap(model, RETRIEVING) as handle:
+        generate(model, prompt(), num_beams=3)
+        assert all(layer.retrieving > 10 and layer.rows_retrieved > 20 for layer in handle.report().layers)
+
+
+def test_multi_turn_continuation_and_deepcopy_of_a_cache():
+    model = tiny()
+    first, second = prompt(batch=1, length=50, padding=()), prompt(batch=1, length=9, padding=())["input_ids"]
+
+    def turns():
+        cache = DynamicCache(config=model.config)
+        out = generate(model, first, past_key_values=cache)
+        kept = copy.deepcopy(cache)
+        longer = torch.cat([out.sequences, second], dim=1)
+        answers = []
+        for memory in (cache, kept):
+            inputs = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+            answers.append(generate(model, inputs, past_key_values=memory).sequences)
+        return answers
+
+    expected = turns()
+    with wrap(model, EXACT):
+        got = turns()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with wrap(model, RETRIEVING) as handle:
+        once, again = turns()
+        assert torch.equal(once, again)
+        assert handle.report().layers[0].retrieving > 30
+
+
+def test_a_cache_filled_before_wrapping_is_taken_over_and_survives_unwrapping():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        reference = model(**inputs, past_key_values=copy.deepcopy(cache)).logits[:, -1].argmax(-1, keepdim=True)
+        model(input_ids=inputs["input_ids"][:, :-1], past_key_values=cache)
+        with wrap(model, RETRIEVING) as handle:
+            again = (
+                model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
+                .logits[:, -1]
+                .argmax(-1, keepdim=True)
+            )
+            assert handle.report().layers[0].rows_stored == 60
+            assert handle.report().layers[0].retrieving == 1
+        plain = model(input_ids=reference, past_key_values=cache)
+    assert again.shape == reference.shape
+    assert plain.logits.isfinite().all()
+    assert cache.get_seq_length() == 61
+
+
+def test_calls_without_generate_retrieve_too():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+    with wrap(model, RETRIEVING) as handle:
+        out = model(**inputs)
+        model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+        assert handle.report().layers[1].retrieving == 1
+
+
+@pytest.mark.parametrize("index", ["flat", "ivf", "hnsw"])
+def test_longer_contexts_through_every_index(index):
+    model = tiny(max_position_embeddings=4096)
+    inputs = prompt(batch=2, length=1500, padding=(300, 0))
+    config = RetrievalConfig(index=index, k=64, max_queries=4)
+    with wrap(model, config) as handle, torch.inference_mode():
+        generate(model, inputs)
+        layer = handle.report().layers[0]
+    assert layer.retrieving == 15
+    assert layer.rows_retrieved == 64
+    assert layer.recall > 0.7
+    assert layer.index["index"] == index
+
+
+def test_dense_and_audit_switches():
+    model, inputs = tiny(), prompt()
+    expected = generate(model, inputs)
+    with wrap(model, RETRIEVING) as handle:
+        with handle.dense():
+            assert_same(generate(model, inputs), expected)
+        assert not any(layer.retrieving for layer in handle.report().layers)
+        with handle.audit() as audits:
+            audited = generate(model, inputs).sequences
+        assert len(audits) == 2 * 15
+        assert torch.equal(generate(model, inputs).sequences, audited)
+
+
+def snapshot(model):
+    config = model.config
+    return (
+        config._attn_implementation,
+        sorted(config.to_dict().items(), key=str),
+        len(model.base_model._forward_pre_hooks),
+        sorted(AttentionInterface._global_mapping),
+        sorted(AttentionMaskInterface._global_mapping),
+        sorted(vars(model)),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_the_model_comes_back_as_it_was(family):
+    model, inputs = tiny(family), prompt()
+    before, logits = snapshot(model), model(**inputs).logits
+    with wrap(model, RETRIEVING):
+        generate(model, inputs)
+        assert snapshot(model) != before
+    assert snapshot(model) == before
+    with pytest.raises(ValueError, match="max_new_tokens"), wrap(model, RETRIEVING):
+        generate(model, inputs, max_new_tokens=-1)
+    assert snapshot(model) == before
+    assert torch.equal(model(**inputs).logits, logits)
+    handle = wrap(model)
+    handle.unwrap()
+    handle.unwrap()
+    assert snapshot(model) == before
+
+
+def test_what_cannot_be_served_is_refused_by_name():
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
+    )
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration cannot be wrapped: an encoder-decoder"):
+        wrap(t5)
+    falcon = transformers.FalconForCausalLM(
+        transformers.FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(TypeError, match="FalconForCausalLM cannot be wrapped: it does not use"):
+        wrap(falcon)
+    with pytest.raises(TypeError, match="MistralForCausalLM cannot be wrapped: no layer attends to all rows"):
+        wrap(tiny("mistral", sliding_window=8))
+    with pytest.raises(TypeError, match="Linear cannot be wrapped"):
+        wrap(torch.nn.Linear(2, 2))
+    model = tiny()
+    with wrap(model), pytest.raises(RuntimeError, match=r"wrapped already"):
+        wrap(model)
+
+
+def test_training_mode_and_flash_arguments_are_refused():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+    with wrap(model):
+        with pytest.raises(NotImplementedError, match="cu_seq_lens_q"):
+            model(**inputs, cu_seq_lens_q=torch.tensor([0, 60]), cu_seq_lens_k=torch.tensor([0, 60]))
+        model.train()
+        with pytest.raises(RuntimeError, match=r"call model.eval"):
+            model(**inputs)
+
+
+def test_a_static_cache_is_left_to_transformers_and_stays_exact():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+    expected = generate(model, inputs)
+    with wrap(model, RETRIEVING) as handle:
+        got = generate(model, inputs, cache_implementation="static", disable_compile=True)
+        assert not any(layer.retrieving for layer in handle.report().layers)
+    assert torch.equal(got.sequences, expected.sequences)
+
+
+def test_report_is_a_table_and_data():
+    model = tiny("gemma2")
+    with wrap(model, RETRIEVING) as handle:
+        generate(model, prompt())
+        report = handle.report()
+    text = str(report)
+    assert "left to transformers (DynamicSlidingWindowLayer)" in text
+    assert "recall@k" in text
+    data = report.to_dict()["layers"]
+    assert data[0]["retrieving"] == 0
+    assert data[0]["recall"] is None
+    assert data[1]["dense"] == {"60 queries in one call > max_queries=1": 1}
