@@ -149,6 +149,18 @@ def test_flat_holds_nothing_and_faiss_counts_its_rows():
     assert {type(make_index(RetrievalConfig(index=name))) for name in INDEXES} == {FlatIndex, IvfIndex, HnswIndex}
 
 
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_indexes_leave_torchs_thread_count_alone(index):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        keys = torch.randn(1, 2, 1024, 8)
+        built(index, keys).search(torch.randn(1, 2, 1, 8), keys, 4, torch.tensor([0]), 1024)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_missing_faiss_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match=r"dbattn\[cpu\]"):

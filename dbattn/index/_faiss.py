@@ -1,8 +1,9 @@
 """FaissIndex: what IVF and HNSW share. Each batch row and KV head has a FAISS index of its own, a unit."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -70,17 +71,16 @@ class FaissIndex(KeyIndex):
         if not self._units:
             self._units = [[self._new_unit() for _ in range(heads)] for _ in range(batch)]
             self._owned = [[True] * heads for _ in range(batch)]
-        faiss = require_faiss()
         first = lo.tolist()
 
         def build(b: int, h: int) -> None:
             # One thread per unit keeps the graph that HNSW builds the same from run to run.
-            faiss.omp_set_num_threads(1)
-            if not self._owned[b][h]:
-                self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
-            stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
-            if stops:
-                self._units[b][h].build(_to_numpy(keys[b, h, first[b] : length]), stops, keys.device)
+            with _one_faiss_thread():
+                if not self._owned[b][h]:
+                    self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
+                stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
+                if stops:
+                    self._units[b][h].build(_to_numpy(keys[b, h, first[b] : length]), stops, keys.device)
 
         _for_each_unit(build, batch, heads)
         self._length = length
@@ -92,13 +92,13 @@ class FaissIndex(KeyIndex):
         grouped = _to_numpy(query.reshape(batch, kv_heads, -1, dim))
         found = np.full((batch, kv_heads, grouped.shape[2], k), -1, dtype=np.int64)
         scored = 0
-        require_faiss().omp_set_num_threads(1)
-        for b, first in enumerate(lo.tolist()):
-            limit = None if stop >= self._length else max(0, stop - first)
-            for h in range(kv_heads):
-                ids, count = self._units[b][h].search(grouped[b, h], k, limit)
-                found[b, h] = np.where(ids >= 0, ids + first, -1)
-                scored += count
+        with _one_faiss_thread():
+            for b, first in enumerate(lo.tolist()):
+                limit = None if stop >= self._length else max(0, stop - first)
+                for h in range(kv_heads):
+                    ids, count = self._units[b][h].search(grouped[b, h], k, limit)
+                    found[b, h] = np.where(ids >= 0, ids + first, -1)
+                    scored += count
         return Candidates(torch.from_numpy(found).view(batch, heads, m, k).to(query.device), 4 * dim * scored)
 
     def truncate(self, length: int) -> None:
@@ -144,6 +144,18 @@ def on_gpu(index: Any, device: torch.device) -> Any:
 
 def _to_numpy(rows: Tensor) -> Rows:
     return np.ascontiguousarray(rows.detach().float().cpu().numpy())
+
+
+@contextmanager
+def _one_faiss_thread() -> Iterator[None]:
+    """FAISS on one thread inside the block. Its setting is OpenMP's, which torch shares, so it is put back."""
+    faiss = require_faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _for_each_unit(run: Callable[[int, int], None], batch: int, heads: int) -> None:
