@@ -1,5 +1,5 @@
-"""Kernels of attention as a query: exact top-k, attention over chosen rows, and the merge of partial states."""
+"""Kernels of attention as a query: exact top-k, attention over chosen rows, dense decode, the merge of states."""
 
-from .ops import attend_rows, merge_states, resolve_backend, top_k
+from .ops import attend_rows, dense_decode, merge_states, resolve_backend, top_k
 
-__all__ = ["attend_rows", "merge_states", "resolve_backend", "top_k"]
+__all__ = ["attend_rows", "dense_decode", "merge_states", "resolve_backend", "top_k"]

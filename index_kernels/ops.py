@@ -1,14 +1,17 @@
-"""Shape checks and dispatch: Triton for CUDA tensors, the torch reference elsewhere; ``backend=`` overrides."""
+"""Shape checks and dispatch: Triton for CUDA tensors, Numba for CPU tensors; ``backend=`` overrides."""
 
 import os
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "numba", "triton")
+# The ops that a backend implements; the reference serves the others.
+_SERVED = {"numba": {"attend_rows", "dense_decode"}, "triton": {"attend_rows", "dense_decode", "merge_states", "top_k"}}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -31,7 +34,7 @@ def top_k(
         scale: factor of the logits, default ``1 / sqrt(D)``.
         start: int64 ``[B]``, the first row each batch row may see (default 0).
         stop: int64 ``[m]``, one past the last row each query may see (default T).
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference", "numba" or "triton".
 
     Returns:
         ids ``[B, Hq, m, k]`` int64, by falling score, equal scores by rising id, -1 where there are fewer rows;
@@ -70,7 +73,7 @@ def attend_rows(
         log_weights: ``[B, Hq, m, n]`` (or ``r``), added to the logits of each row (or of each range's rows).
         scale: factor of the logits, default ``1 / sqrt(D)``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before log-weights are added.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference", "numba" or "triton".
 
     Returns:
         out ``[B, Hq, m, Dv]`` and lse ``[B, Hq, m]``, float32; ``out = 0, lse = -inf`` where there was no row.
@@ -79,12 +82,7 @@ def attend_rows(
         ValueError: shapes, dtypes or devices that do not fit; states what was received.
     """
     _check_rows(query, keys)
-    if values.shape[:3] != keys.shape[:3] or values.ndim != 4:
-        raise ValueError(
-            f"values have shape {list(values.shape)}, expected {[*keys.shape[:3], 'Dv']} to match the keys"
-        )
-    if values.dtype not in FLOATS:
-        raise ValueError(f"values have dtype {values.dtype}, expected one of float32, float16, bfloat16")
+    _check_values(query, keys, values)
     if (ids is None) == (ranges is None):
         raise ValueError("give either ids or ranges: " + ("both are missing" if ids is None else "both were given"))
     rows = ids if ids is not None else ranges
@@ -103,12 +101,45 @@ def attend_rows(
         if not log_weights.is_floating_point():
             raise ValueError(f"log_weights have dtype {log_weights.dtype}, expected a floating-point dtype")
         _same_device(query, log_weights=log_weights)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
-    _same_device(query, keys=keys, values=values, **{what: rows})
+    _same_device(query, **{what: rows})
     run = _implementation("attend_rows", query, backend)
-    scale = _scale(scale, query)
+    scale, softcap = _scale(scale, query), _softcap(softcap)
     return run(query, keys, values, scale=scale, ids=ids, ranges=ranges, log_weights=log_weights, softcap=softcap)
+
+
+def dense_decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    start: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of one new query position over all rows.
+
+    Args:
+        query: ``[B, Hq, 1, D]``.
+        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``; Hkv divides Hq.
+        start: int64 ``[B]``, the first row each batch row may see (default 0).
+        scale: factor of the logits, default ``1 / sqrt(D)``.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        backend: "auto", "reference", "numba" or "triton".
+
+    Returns:
+        out ``[B, Hq, 1, Dv]`` and lse ``[B, Hq, 1]``, float32; ``out = 0, lse = -inf`` where there was no row.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; states what was received.
+    """
+    _check_rows(query, keys)
+    _check_values(query, keys, values)
+    if query.shape[2] != 1:
+        raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
+    start = _bounds(start, "start", query.shape[0], 0, query)
+    run = _implementation("dense_decode", query, backend)
+    return run(query, keys, values, scale=_scale(scale, query), start=start, softcap=_softcap(softcap))
 
 
 def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -117,7 +148,7 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[
     Args:
         outs: ``[S, B, Hq, m, Dv]``.
         lses: ``[S, B, Hq, m]``, -inf for a source without rows.
-        backend: "auto", "reference" or "triton".
+        backend: "auto", "reference", "numba" or "triton".
 
     Returns:
         out ``[B, Hq, m, Dv]`` and lse ``[B, Hq, m]``, float32.
@@ -137,15 +168,24 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[
 def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     """The backend that will serve this tensor: the name that EXPLAIN shows.
 
+    On the CPU "auto" is Numba where it is installed, else the reference.
+
     Raises:
-        ValueError: an unknown backend, or Triton asked for on a tensor that it cannot read.
-        ImportError: a CUDA tensor without Triton; names the extra to install.
+        ValueError: an unknown backend, or one asked for on a tensor that it cannot read.
+        ImportError: Numba asked for, or a CUDA tensor, without the package; names the extra to install.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    if backend == "reference" or (backend == "auto" and not tensor.is_cuda):
+    on_cpu = tensor.device.type == "cpu"
+    if backend == "reference" or (backend == "auto" and not tensor.is_cuda and not (on_cpu and _installed("numba"))):
         return "reference"
-    if find_spec("triton") is None:
+    if backend == "numba" or (backend == "auto" and on_cpu):
+        if not on_cpu:
+            raise ValueError(f"backend 'numba' needs CPU tensors, got {tensor.device}")
+        if not _installed("numba"):
+            raise ImportError('the CPU kernels need Numba: pip install "dbattn[cpu]" (or pass backend="reference")')
+        return "numba"
+    if not _installed("triton"):
         raise ImportError('CUDA tensors need Triton: pip install "dbattn[gpu]" (or pass backend="reference")')
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
@@ -156,9 +196,15 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
 
 def _implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     chosen = resolve_backend(tensor, backend)
-    module = "reference" if chosen == "reference" else f"_triton_{op}"
+    served = op in _SERVED.get(chosen, ())
+    module = f"_{'cpu' if chosen == 'numba' else chosen}_{op}" if served else "reference"
     run: Callable[..., tuple[Tensor, Tensor]] = getattr(import_module(f"index_kernels.{module}"), op)
     return run
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
@@ -178,6 +224,21 @@ def _check_rows(query: Tensor, keys: Tensor) -> None:
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected one of float32, float16, bfloat16")
     _same_device(query, keys=keys)
+
+
+def _check_values(query: Tensor, keys: Tensor, values: Tensor) -> None:
+    if values.shape[:3] != keys.shape[:3] or values.ndim != 4:
+        expected = [*keys.shape[:3], "Dv"]
+        raise ValueError(f"values have shape {list(values.shape)}, expected {expected} to match the keys")
+    if values.dtype not in FLOATS:
+        raise ValueError(f"values have dtype {values.dtype}, expected one of float32, float16, bfloat16")
+    _same_device(query, values=values)
+
+
+def _softcap(softcap: float | None) -> float | None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+    return softcap
 
 
 def _bounds(bounds: Tensor | None, name: str, size: int, default: int, query: Tensor) -> Tensor:

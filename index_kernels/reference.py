@@ -59,6 +59,28 @@ def attend_rows(
     return merge_states(torch.stack([s[0] for s in states]), torch.stack([s[1] for s in states]))
 
 
+def dense_decode(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of one query position over all rows from ``start [B]`` on: attend_rows over one range."""
+    return attend_rows(
+        query,
+        keys,
+        values,
+        scale=scale,
+        ids=None,
+        ranges=all_rows(query, keys, start),
+        log_weights=None,
+        softcap=softcap,
+    )
+
+
+def all_rows(query: Tensor, keys: Tensor, start: Tensor) -> Tensor:
+    """The ranges ``[B, Hq, m, 1, 2]`` that cover every row from ``start [B]`` on."""
+    ranges = torch.stack([start, torch.full_like(start, keys.shape[2])], dim=-1)
+    return ranges[:, None, None, None, :].expand(*query.shape[:3], 1, 2)
+
+
 def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Merge partial results over disjoint row sets (log-sum-exp merge, as in FlashDecoding).
 

@@ -1,0 +1,97 @@
+"""dense_decode: the exact scan of one query position at memory speed (split-K online softmax, as in FlashDecoding)."""
+
+# mypy: ignore-errors
+# (Numba compiles the kernel and infers its types itself.)
+
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from ._cpu_common import (
+    FAST,
+    NEG,
+    PARTS,
+    TILE,
+    F,
+    flat_rows,
+    load_query,
+    merge_parts,
+    numpy_queries,
+    scan_range,
+    store_state,
+)
+from ._cpu_vectors import lanes
+
+
+def dense_decode(
+    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """See reference.dense_decode."""
+    out = torch.empty((*query.shape[:3], values.shape[3]))
+    lse = torch.empty(query.shape[:3])
+    group = query.shape[1] // keys.shape[1]
+    _dense_decode(
+        numpy_queries(query),
+        *flat_rows(keys),
+        *flat_rows(values),
+        keys.shape[1],
+        start.numpy(),
+        keys.shape[2],
+        F(scale),
+        F(softcap or 0.0),
+        PARTS,
+        *lanes(group, query.shape[3], values.shape[3]),
+        out.numpy()[:, :, 0],
+        lse.numpy()[:, :, 0],
+    )
+    return out, lse
+
+
+@njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
+def _dense_decode(
+    query, keys, kb, kh, kt, values, vb, vh, vt, H, start, length, scale, softcap, parts, heads, ck, cv, width, out, lse
+):  # fmt: skip
+    """Exact attention of one query position over rows start[b]..length: out [B, Hq, Dv], lse [B, Hq].
+
+    keys, values: flat memory of the rows, with the strides of batch row, KV head and row in elements. heads, ck, cv, width = vec.lanes(Hq // Hkv, D, Dv).
+    """
+    B, Hq, D = query.shape
+    G = Hq // H
+    Dv = out.shape[2]
+    top = np.empty((parts, B, Hq), F)
+    total = np.empty((parts, B, Hq), F)
+    acc = np.empty((parts, B, Hq, Dv), F)
+    # part-major order: prange hands each thread the same part of every KV head, so 3 heads balance on 2 cores
+    for w in prange(parts * B * H):
+        lanes = (heads, ck, cv, width)
+        part = w // (B * H)
+        b = (w % (B * H)) // H
+        h = w % H
+        n = max(length - start[b], 0)
+        lo = start[b] + n * part // parts
+        hi = start[b] + n * (part + 1) // parts
+        q = np.empty((G, D), F)
+        logits = np.empty((G, TILE), F)
+        a = np.zeros((G, Dv), F)
+        m = np.full(G, NEG, F)
+        s = np.zeros(G, F)
+        load_query(query, b, h, scale, q)
+        scan_range(
+            q,
+            keys,
+            values,
+            b * kb + h * kh + lo * kt,
+            b * vb + h * vh + lo * vt,
+            kt,
+            vt,
+            hi - lo,
+            softcap,
+            logits,
+            a,
+            m,
+            s,
+            lanes,
+        )
+        store_state(part, b, h, a, m, s, top, total, acc)
+    merge_parts(top, total, acc, parts, out, lse)
