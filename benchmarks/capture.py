@@ -3,61 +3,232 @@
 Keys are stored as they enter the cache (after rotary embedding): ``{layer}.key`` and ``{layer}.value`` are
 ``[1, Hkv, T, D]``, ``{layer}.query`` holds the last positions, ``[1, Hq, m, D]``; float16.
 
+Up to the model's context (8192 tokens) the rows are one window of prose. Beyond it, windows of 4096 other tokens are
+put in front of that one: every window starts at position 0, and its first rows, on which a model parks attention it
+has no use for, are kept only once, at the front. The queries always belong to the last window.
+
   python benchmarks/capture.py --tokens 3840 --queries 16 --kv-heads 1 --out tests/data/smollm2_4k.safetensors
+  python benchmarks/capture.py --tokens 524288 --layers 8      fills the cache that the benchmarks read
 """
 
 import argparse
+import ast
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import track
-from safetensors.torch import save_file
-from transformers import AttentionInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from dbattn.haystack import read_haystack
 from dbattn.hf import load_model
+from dbattn.hf.load import cache_folder
 
-CHUNK = 512
+CONTEXT, WINDOW = 8192, 4096
+SINKS = 8
+KEPT_QUERIES = 512
+NAME = "dbattn-capture"
 
 
-def capture(tokens: int, layers: list[int], queries: int, kv_heads: int | None = None) -> dict[str, torch.Tensor]:
-    """Run the model over ``tokens`` tokens of prose and return the rows of ``layers``."""
-    model, tokenizer = load_model()
-    seen: dict[str, torch.Tensor] = {}
+@dataclass(frozen=True)
+class Rows:
+    """Captured rows of one layer: keys, values ``[1, Hkv, n, D]``, query ``[1, Hq, m, D]`` (last m positions); fp32."""
 
-    def record(module, query, key, value, attention_mask, **kwargs):
+    keys: Tensor
+    values: Tensor
+    query: Tensor
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+
+def window_lengths(tokens: int) -> list[int]:
+    """Lengths of the windows that a store of ``tokens`` tokens is made of; the one with the queries comes first."""
+    if tokens <= CONTEXT:
+        return [tokens]
+    return [CONTEXT] + [WINDOW] * ((tokens - CONTEXT) // WINDOW)
+
+
+def load_rows(tokens: int, layer: int) -> Rows:
+    """The rows of ``layer`` over about ``tokens`` tokens, from the cache; what is missing there is captured first."""
+    return join_windows([load_file(path) for path in fill_cache(tokens, layer)], layer, min(tokens, CONTEXT))
+
+
+def join_windows(windows: list[dict[str, Tensor]], layer: int, newest: int) -> Rows:
+    """One store from windows: the sinks, the other windows without their own, the first ``newest`` rows of the first.
+
+    The queries kept belong to the end of the first window, so a shorter ``newest`` has none and is refused.
+    """
+    last = windows[0]
+    if newest != last[f"{layer}.key"].shape[2]:
+        raise ValueError(f"the store would end at row {newest}, the window with the queries has another length")
+    joined = []
+    for name in ("key", "value"):
+        parts = [last[f"{layer}.{name}"][:, :, :SINKS]]
+        parts += [w[f"{layer}.{name}"][:, :, SINKS:] for w in reversed(windows)]
+        joined.append(torch.cat(parts, dim=2).float())
+    return Rows(*joined, last[f"{layer}.query"].float())
+
+
+def fill_cache(tokens: int, layer: int) -> list[Path]:
+    """Capture what the cache lacks of a store of ``tokens`` tokens; its files, the window with the queries first.
+
+    One file per window, written aside and renamed: an interrupted run loses the window it was in.
+    """
+    folder = cache_folder() / "captures" / f"smollm2-135m-{CONTEXT}-{WINDOW}"
+    lengths = window_lengths(max(tokens, CONTEXT))
+    paths = [folder / f"window{i:03d}-layer{layer}.safetensors" for i in range(len(lengths))]
+    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    if not missing:
+        return paths
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=True)
+    with console.status("loading the model and collecting prose"):
+        model, tokenizer = load_model()
+        ids = _cached_ids(folder / "tokens.safetensors", tokenizer, sum(lengths))
+    offsets = [sum(lengths[:i]) for i in range(len(lengths))]
+    columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "left:", TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"capturing layer {layer}", total=sum(lengths[i] for i in missing))
+        for i in missing:
+            part = capture_window(model, ids[None, offsets[i] : offsets[i] + lengths[i]], [layer])
+            kept = {n: x[:, :, -KEPT_QUERIES:] if n.endswith("query") else x for n, x in part.items()}
+            _save({n: x for n, x in kept.items() if i == 0 or not n.endswith("query")}, paths[i])
+            progress.advance(task, lengths[i])
+    return paths
+
+
+def capture_window(model: Any, ids: Tensor, layers: list[int]) -> dict[str, Tensor]:
+    """Run the model over ``ids [1, T]`` as far as the last of ``layers`` needs; queries, keys and values, float32."""
+    seen: dict[str, Tensor] = {}
+
+    def record(module, query, key, value, attention_mask, scaling=None, **kwargs):
         if module.layer_idx in layers:
-            kept = torch.cat([seen.get(f"{module.layer_idx}.query", query[:, :, :0]), query], dim=2)
-            seen[f"{module.layer_idx}.query"] = kept[:, :, -queries:]
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            seen.update({f"{module.layer_idx}.{n}": x for n, x in (("query", query), ("key", key), ("value", value))})
+        if module.layer_idx == max(layers):
+            raise _SeenAllError
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
 
-    AttentionInterface.register("capture", record)
-    # Chunks need their mask spelt out: SDPA's own causal order is aligned to the upper left.
-    AttentionMaskInterface.register("capture", lambda **kw: sdpa_mask(**{**kw, "allow_is_causal_skip": False}))
-    model.set_attn_implementation("capture")
-    ids = tokenizer(read_haystack(), return_tensors="pt")["input_ids"][:, :tokens]
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        for chunk in track(ids.split(CHUNK, dim=1), description="reading the text"):
-            model(chunk, past_key_values=cache, logits_to_keep=1)
-    for layer in layers:
-        seen[f"{layer}.key"], seen[f"{layer}.value"] = cache.layers[layer].keys, cache.layers[layer].values
+    AttentionInterface.register(NAME, record)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        with torch.inference_mode():
+            model(ids, use_cache=False)
+    except _SeenAllError:
+        pass
+    finally:
+        model.set_attn_implementation(before)
+    return seen
+
+
+class _SeenAllError(Exception):
+    """The last layer that was asked for has been seen."""
+
+
+def prose_ids(tokenizer: Any, tokens: int) -> Tensor:
+    """``tokens`` token ids ``[tokens]`` of prose: the language reference, then docstrings of installed packages.
+
+    Raises:
+        ValueError: there is not that much prose on this machine.
+    """
+    found = tokenizer(read_haystack(), return_tensors="pt")["input_ids"][0]
+    docstrings = _long_docstrings()
+    parts, have = [found], len(found)
+    while have < tokens:
+        batch = list(islice(docstrings, 200))
+        if not batch:
+            raise ValueError(f"this machine's docstrings give {have} tokens of prose, {tokens} are needed")
+        parts.append(tokenizer("\n\n".join(batch), return_tensors="pt")["input_ids"][0])
+        have += len(parts[-1])
+    return torch.cat(parts)[:tokens]
+
+
+def _long_docstrings() -> Iterator[str]:
+    """Docstrings of 600 characters and more, without doctests; modules are parsed, not imported."""
+    seen = set()
+    standard, installed = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
+    for root in (standard, installed):
+        for path in sorted(root.rglob("*.py")):
+            inside = path.relative_to(root).parts
+            if {"test", "tests", "site-packages"} & set(inside):
+                continue
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError, OSError):
+                continue  # Python 2 sources and templates
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                    text = ast.get_docstring(node) or ""
+                    if len(text) >= 600 and ">>>" not in text and text not in seen:
+                        seen.add(text)
+                        yield text
+
+
+def _cached_ids(path: Path, tokenizer: Any, tokens: int) -> Tensor:
+    """Ids of all windows. Kept, so that windows captured later do not overlap when packages have changed."""
+    if path.is_file():
+        ids = load_file(path)["ids"]
+        if len(ids) >= tokens:
+            return ids
+        # Only ever made longer: the windows captured already stay the start of it.
+        ids = torch.cat([ids, prose_ids(tokenizer, tokens)[len(ids) :]])
+    else:
+        ids = prose_ids(tokenizer, tokens)
+    _save({"ids": ids}, path)
+    return ids
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({n: (x.half() if x.is_floating_point() else x).contiguous() for n, x in tensors.items()}, aside)
+    aside.replace(path)
+
+
+def capture(tokens: int, layers: list[int], queries: int, kv_heads: int | None) -> dict[str, Tensor]:
+    """Rows of ``layers`` over ``tokens`` tokens as they are stored in a file; within the context, not cached."""
+    if tokens <= CONTEXT:
+        model, tokenizer = load_model()
+        rows = capture_window(model, prose_ids(tokenizer, tokens)[None], layers)
+    else:
+        rows = {}
+        for layer in layers:
+            joined = load_rows(tokens, layer)
+            rows |= {f"{layer}.key": joined.keys, f"{layer}.value": joined.values, f"{layer}.query": joined.query}
+    group = rows[f"{layers[0]}.query"].shape[1] // rows[f"{layers[0]}.key"].shape[1]
+    kept = {n: x[:, :, -queries:] if n.endswith("query") else x for n, x in rows.items()}
     if kv_heads is not None:
-        group = model.config.num_attention_heads // model.config.num_key_value_heads
-        seen = {name: x[:, : kv_heads * (group if name.endswith("query") else 1)] for name, x in seen.items()}
-    return {name: x.half().contiguous() for name, x in seen.items()}
+        kept = {n: x[:, : kv_heads * (group if n.endswith("query") else 1)] for n, x in kept.items()}
+    return kept
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of prose to read (default 4096)")
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 22], help="layers to keep (default 8 22)")
-    parser.add_argument("--queries", type=int, default=64, help="last query positions to keep (default 64)")
+    parser.add_argument("--queries", type=int, default=64, help="last query positions to keep (default 64, most 512)")
     parser.add_argument("--kv-heads", type=int, help="keep only the first KV heads and their query heads")
-    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--out", type=Path, help="safetensors file to write; without it, the cache is filled")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(capture(args.tokens, args.layers, args.queries, args.kv_heads), args.out)
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    if args.out is None:
+        for each in args.layers:
+            print(f"{len(fill_cache(args.tokens, each))} windows of layer {each} in {cache_folder() / 'captures'}")
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        _save(capture(args.tokens, args.layers, args.queries, args.kv_heads), args.out)
+        print(f"{args.out}: {args.out.stat().st_size:,} bytes")

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from index_kernels import attend_rows, merge_states, resolve_backend, top_k
+from index_kernels import merge_states, resolve_backend, top_k
 from index_kernels.ops import FLOATS
 
 from .audit import AuditReport, RunningStats, compare_with_dense
 from .config import RetrievalConfig
-from .dense import causal_ranges, dense_attention
-from .index import make_index
+from .dense import dense_attention, masked_attention
+from .execute import Answer, run_plan
+from .index import SegmentedIndex, make_index
 from .plan import QueryPlan, choose_plan
 from .store import KVStore, check_finite
 
@@ -23,16 +24,6 @@ class Hits:
 
     ids: Tensor
     scores: Tensor
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """A plan that has run: the merged state, what each source read, and the ids the index retrieved."""
-
-    out: Tensor
-    lse: Tensor
-    plan: QueryPlan
-    ids: Tensor | None
 
 
 class AttentionDB:
@@ -73,16 +64,29 @@ class AttentionDB:
         before = len(self.store)
         self.store.append(keys, values)
         try:
-            self.sync(start)
+            self.store.set_start(self.store.start if start is None else start)
         except ValueError:
             self.store.truncate(before)
             raise
+        try:
+            self.sync()
+        except Exception:
+            # Whatever the index made of the new rows goes with them; it is built again from the rows that stay.
+            self.release()
+            self.index = make_index(self.config)
+            self.store.truncate(before)
+            raise
 
-    def sync(self, start: Tensor | None = None) -> None:
+    def sync(self) -> None:
         """Bring the index up to the store's rows; for callers that append to ``store`` themselves, as a cache does."""
-        self.store.set_start(self.store.start if start is None else start)
+        self.store.set_start(self.store.start)
         if not self.store.is_empty:
-            self.index.extend(self.store.keys, self._first_index_row())
+            self.index.extend(self.store, self._first_index_row())
+
+    def release(self) -> None:
+        """Put rows that the index moved back in the order of their positions; the next ``sync`` moves them again."""
+        if not self.store.is_empty:
+            self.index.release(self.store, self._first_index_row())
 
     def attend(
         self,
@@ -104,7 +108,7 @@ class AttentionDB:
             sink_logits: ``[Hq]``, logit of one more row with value zero per head (a model's attention sink).
             return_lse: also return the log-sum-exp over the rows read, ``[B, Hq, m]`` float32.
             retrieve: False scans all rows.
-            audit: compare with dense whatever ``audit_rate`` says; the report joins ``stats.audits``.
+            audit: compare a retrieving call with dense whatever ``audit_rate`` says; see ``stats.audits``.
 
         Returns:
             ``[B, Hq, m, Dv]`` in the query's dtype.
@@ -113,8 +117,11 @@ class AttentionDB:
             ValueError: an empty store, or a query that does not fit it; states what was received.
         """
         self._check_query(query)
-        if sink_logits is not None and sink_logits.shape != (query.shape[1],):
-            raise ValueError(f"sink_logits have shape {list(sink_logits.shape)}, expected [{query.shape[1]}]")
+        scale = self._scale(query, scale)
+        if sink_logits is not None:
+            if sink_logits.shape != (query.shape[1],):
+                raise ValueError(f"sink_logits have shape {list(sink_logits.shape)}, expected [{query.shape[1]}]")
+            check_finite("sink_logits", sink_logits)
         plan = self._plan(query, retrieve)
         stats = self.stats
         stats.calls += 1
@@ -125,9 +132,12 @@ class AttentionDB:
                 return self._dense(query, scale, softcap)
             out, lse = self._dense_state(query, scale, softcap)
         else:
-            answer = self._run(plan, query, scale, softcap)
+            audit = audit or self._audit_is_due()
+            answer = self._run(plan, query, scale, softcap, want_slots=audit)
             out, lse = answer.out, answer.lse
-            self._record(answer, query, scale, softcap, audit)
+            self._record(answer.plan)
+            if audit:
+                stats.audits.append(self._audit(answer, query, scale, softcap))
         if sink_logits is not None:
             sink = sink_logits.to(lse)[None, :, None].expand_as(lse)
             out, lse = merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
@@ -147,18 +157,24 @@ class AttentionDB:
         self._check_query(query)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k!r}, expected an integer of at least 1")
+        if self._sealed_ahead(query):
+            # Some queries may not see all sealed rows: search the rows in order, and seal them again.
+            self.index.release(self.store, self._first_index_row())
+            hits = self.search(query, k, scale=scale)
+            self.sync()
+            return hits
         keys, m = self.store.keys, query.shape[2]
         hot = min(len(self) - m + 1, len(self.index))
         positions = torch.arange(len(self) - m + 1, len(self) + 1, device=query.device)
-        ids, scores = top_k(
-            query, keys[:, :, hot:], k, scale=scale, start=(self.store.start - hot).clamp(min=0), stop=positions - hot
-        )
-        ids = torch.where(ids >= 0, ids + hot, ids)
+        scale = self._scale(query, scale)
+        start = (self.store.start - hot).clamp(min=0)
+        newest, _ = top_k(query, keys[:, :, hot:], k, scale=scale, start=start, stop=positions - hot)
+        slots = torch.where(newest >= 0, newest + hot, newest)
         if hot > 0:
-            older = [self._sink_ids(query, hot), self.index.search(query, keys, k, self._first_index_row(), hot).ids]
-            older_ids = torch.cat(older, dim=-1)
-            ids = torch.cat([ids, older_ids], dim=-1)
-            scores = torch.cat([scores, self._scores(query, older_ids, scale)], dim=-1)
+            found = self.index.search(query, self.store, k, self._first_index_row(), hot).ids
+            slots = torch.cat([slots, self._sink_ids(query, hot), found], dim=-1)
+        # All of them by one piece of code: equal keys must get equal scores for the rule of ties to hold.
+        ids, scores = self.index.positions(slots), self.store.scores(query, slots, scale)
         # Rising ids first, then a stable sort by score: equal scores stay in the order of their ids.
         by_id = ids.argsort(dim=-1)
         ids, scores = ids.gather(-1, by_id), scores.gather(-1, by_id)
@@ -172,9 +188,10 @@ class AttentionDB:
             ValueError: an empty store, or a query that does not fit it.
         """
         self._check_query(query)
+        factor = self._scale(query, scale)
         plan = self._plan(query, retrieve=True)
         if not plan.is_dense:
-            return self._run(plan, query, scale, softcap).plan
+            return self._run(plan, query, factor, softcap, want_slots=False).plan
         dense = replace(plan.sources[0], rows=self._rows_visible(query), bytes=self._bytes_dense(), mass=1.0)
         return plan.with_actuals([dense])
 
@@ -185,12 +202,14 @@ class AttentionDB:
             ValueError: an empty store, or a query that does not fit it.
         """
         self._check_query(query)
+        factor = self._scale(query, scale)
         plan = self._plan(query, retrieve=True)
         if not plan.is_dense:
-            return self._audit(self._run(plan, query, scale, softcap), query, scale, softcap)
-        ones = torch.ones(query.shape[:3], device=query.device)
+            return self._audit(self._run(plan, query, factor, softcap, want_slots=True), query, factor, softcap)
+        seen = self._dense_state(query, factor, softcap)[1] > float("-inf")
+        ones = torch.where(seen, 1.0, torch.nan)
         rows, read = self._rows_visible(query), self._bytes_dense()
-        return AuditReport(ones, ones, torch.zeros_like(ones), 0.0, rows, len(self), read, read)
+        return AuditReport(ones, ones, ones - 1.0, 0.0, rows, len(self), read, read)
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows, as if the others had never come.
@@ -198,8 +217,9 @@ class AttentionDB:
         Raises:
             ValueError: a length below 0 or above ``len(db)``.
         """
+        if len(self) and isinstance(length, int) and 0 <= length <= len(self):
+            self.index.truncate(self.store, length, self._first_index_row())
         self.store.truncate(length)
-        self.index.truncate(length)
         self.sync()
 
     def select(self, batch: Tensor) -> None:
@@ -227,81 +247,75 @@ class AttentionDB:
             retrieve=retrieve,
         )
 
-    def _run(self, plan: QueryPlan, query: Tensor, scale: float | None, softcap: float | None) -> _Answer:
-        keys, values = self.store.keys, self.store.values
-        row_bytes = keys.element_size() * keys.shape[3] + values.element_size() * values.shape[3]
-        ranges = self._exact_ranges(query, plan.hot)
-        exact = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap)
-        found = self.index.search(query, keys, self.config.k, self._first_index_row(), plan.hot)
-        scan = attend_rows(query, keys, values, ids=found.ids, scale=scale, softcap=softcap)
-        outs, lses = torch.stack([exact[0], scan[0]]), torch.stack([exact[1], scan[1]])
-        out, lse = merge_states(outs, lses)
+    def _scale(self, query: Tensor, scale: float | None) -> float:
+        if scale is None:
+            return float(query.shape[-1] ** -0.5)
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale is {scale}, expected a positive number: an index finds the largest products")
+        return float(scale)
 
-        mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
-        exact_rows = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=-1).float()
-        scan_rows = (found.ids >= 0).sum(dim=-1).float()
-        # Heads of a group and queries of a call share the rows of their ranges; each reads its own retrieved rows.
-        shared = query.shape[0] * keys.shape[1] * float(exact_rows.max())
-        actuals = [
-            replace(plan.sources[0], rows=float(exact_rows.mean()), bytes=int(shared) * row_bytes, mass=mass[0]),
-            replace(
-                plan.sources[1],
-                rows=float(scan_rows.mean()),
-                bytes=int(scan_rows.sum()) * row_bytes + found.bytes_read,
-                mass=mass[1],
-            ),
-        ]
-        return _Answer(out, lse, plan.with_actuals(actuals), found.ids)
+    def _run(self, plan: QueryPlan, query: Tensor, scale: float, softcap: float | None, want_slots: bool) -> Answer:
+        return run_plan(
+            plan, query, self.store, self.index, self.config, scale=scale, softcap=softcap, want_slots=want_slots
+        )
 
-    def _record(self, answer: _Answer, query: Tensor, scale: float | None, softcap: float | None, audit: bool) -> None:
-        stats, rate = self.stats, self.config.audit_rate
-        # The first retrieving call, then evenly spread ones.
-        due = rate > 0 and math.ceil((stats.retrieving + 1) * rate) > math.ceil(stats.retrieving * rate)
+    def _audit_is_due(self) -> bool:
+        """The first retrieving call, then evenly spread ones."""
+        rate, calls = self.config.audit_rate, self.stats.retrieving
+        return rate > 0 and math.ceil((calls + 1) * rate) > math.ceil(calls * rate)
+
+    def _record(self, plan: QueryPlan) -> None:
+        stats = self.stats
         stats.retrieving += 1
-        stats.rows_read += sum(source.rows or 0.0 for source in answer.plan.sources)
-        stats.rows_retrieved += answer.plan.sources[-1].rows or 0.0
+        stats.rows_read += plan.rows_read
+        stats.rows_retrieved += plan.sources[1].rows or 0.0
         stats.index = self.index.describe()
-        if audit or due:
-            stats.audits.append(self._audit(answer, query, scale, softcap))
 
     @torch.no_grad()
-    def _audit(self, answer: _Answer, query: Tensor, scale: float | None, softcap: float | None) -> AuditReport:
-        keys, plan = self.store.keys, answer.plan
-        _, exact_scores = top_k(
-            query, keys[:, :, : plan.hot], self.config.k, scale=scale, start=self._first_index_row()
-        )
+    def _audit(self, answer: Answer, query: Tensor, scale: float, softcap: float | None) -> AuditReport:
+        plan, store, k = answer.plan, self.store, self.config.rows_retrieved
+        _, exact_scores = top_k(query, store.keys[:, :, : plan.hot], k, scale=scale, start=self._first_index_row())
+        assert answer.slots is not None
         recall, mass, error = compare_with_dense(
-            (answer.out, answer.lse),
+            (answer.out, answer.exact_lse),
             self._dense_state(query, scale, softcap),
-            self._scores(query, answer.ids, scale),
+            store.scores(query, answer.slots, scale),
             exact_scores,
         )
-        rows = sum(source.rows or 0.0 for source in plan.sources)
-        read = sum(source.bytes or 0 for source in plan.sources)
-        retrieved = plan.sources[-1].rows or 0.0
-        return AuditReport(recall, mass, error, retrieved, rows, len(self), read, self._bytes_dense())
+        retrieved, read = plan.sources[1].rows or 0.0, sum(source.bytes or 0 for source in plan.sources)
+        return AuditReport(recall, mass, error, retrieved, plan.rows_read, len(self), read, self._bytes_dense())
 
-    def _dense(self, query: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    def _dense(self, query: Tensor, scale: float, softcap: float | None) -> Tensor:
+        if self._sealed_ahead(query):
+            return self._dense_state(query, scale, softcap)[0].to(query.dtype)
         start = self.store.start if self.store.has_padding else None
         out = dense_attention(query, self.store.keys, self.store.values, start=start, scale=scale, softcap=softcap)
         assert isinstance(out, Tensor)
         return out
 
-    def _dense_state(self, query: Tensor, scale: float | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+    def _dense_state(self, query: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
         keys, values, start = self.store.keys, self.store.values, self.store.start
+        if self._sealed_ahead(query):
+            # Rows after a query's position were moved among the older ones: causal order is by position, not place.
+            mask = self._causal_mask(query)
+            return masked_attention(query, keys, values, mask, scale=scale, softcap=softcap)
         state = dense_attention(query, keys, values, start=start, scale=scale, softcap=softcap, return_lse=True)
         assert isinstance(state, tuple)
         return state
 
+    def _sealed_ahead(self, query: Tensor) -> bool:
+        return isinstance(self.index, SegmentedIndex) and len(self.index) > len(self) - query.shape[2] + 1
+
+    def _causal_mask(self, query: Tensor) -> Tensor:
+        """``[B, Hq, m, T]`` bool by the positions of rows."""
+        batch, heads, m, _ = query.shape
+        slots = torch.arange(len(self), device=query.device).expand(batch, heads, 1, -1)
+        positions = self.index.positions(slots)
+        newest = torch.arange(len(self) - m, len(self), device=query.device)[:, None]
+        return (positions <= newest) & (positions >= self.store.start[:, None, None, None])
+
     def _first_index_row(self) -> Tensor:
         return self.store.start + self.config.n_sink
-
-    def _exact_ranges(self, query: Tensor, hot: int) -> Tensor:
-        """``[B, Hq, m, 2, 2]``: the sinks below ``hot``, and the rows from ``hot`` up to each query's own."""
-        start = self.store.start
-        newest = causal_ranges(query, len(self) - query.shape[2], start, hot)
-        sinks = torch.stack([start.clamp(max=hot), (start + self.config.n_sink).clamp(max=hot)], dim=-1)
-        return torch.cat([sinks[:, None, None, None, :].expand_as(newest), newest], dim=3)
 
     def _sink_ids(self, query: Tensor, hot: int) -> Tensor:
         """``[B, Hq, m, n_sink]``: the first rows of each batch row, -1 from ``hot`` on."""
@@ -309,18 +323,9 @@ class AttentionDB:
         ids = ids.masked_fill(ids >= hot, -1)
         return ids[:, None, None, :].expand(*query.shape[:3], -1)
 
-    def _scores(self, query: Tensor, ids: Tensor | None, scale: float | None) -> Tensor:
-        """Scaled logits of the given rows, -inf where the id is -1: ``[B, Hq, m, n]``."""
-        assert ids is not None
-        keys = self.store.keys
-        b = torch.arange(ids.shape[0], device=ids.device)[:, None, None, None]
-        h = (torch.arange(ids.shape[1], device=ids.device) // (ids.shape[1] // keys.shape[1]))[:, None, None]
-        logits = (keys[b, h, ids.clamp(min=0)].float() @ query.float()[..., None]).squeeze(-1)
-        return (logits * (query.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(ids < 0, float("-inf"))
-
     def _rows_visible(self, query: Tensor) -> float:
-        m = query.shape[2]
-        return len(self) - (m - 1) / 2 - float(self.store.start.float().mean())
+        stop = torch.arange(len(self) - query.shape[2] + 1, len(self) + 1, device=query.device)
+        return float((stop - self.store.start[:, None]).clamp(min=0).float().mean())
 
     def _bytes_dense(self) -> int:
         keys, values = self.store.keys, self.store.values

@@ -9,8 +9,19 @@ INDEX_OPTIONS: dict[str, dict[str, int]] = {
     "flat": {},
     "ivf": {"nprobe": 128},
     "hnsw": {"ef_search": 256, "neighbors": 32},
+    "segmented": {},
 }
-AUTO_INDEX = "ivf"
+AUTO_INDEX = "segmented"
+# How rows that were not retrieved are answered for, per index; the first is the default.
+TAILS = {
+    "flat": ("none", "sample"),
+    "ivf": ("none", "sample"),
+    "hnsw": ("none", "sample"),
+    "segmented": ("centroid", "none"),
+}
+# Rows under which a dense scan takes less time than the index does.
+DENSE_BELOW = {"flat": 1024, "ivf": 1024, "hnsw": 1024, "segmented": 2048}
+DEFAULT_K = 128
 
 
 @dataclass(frozen=True)
@@ -18,11 +29,14 @@ class RetrievalConfig:
     """What a query reads.
 
     Attributes:
-        index: "auto", "flat" (exact), "ivf" or "hnsw" (both FAISS).
-        k: rows retrieved per query and KV head; k >= the rows in the store reads all of them.
+        index: "segmented" (which "auto" is), "flat" (exact), "ivf" or "hnsw" (both FAISS).
+        k: rows retrieved per query and KV head; k >= the rows in the store reads all of them. Default: 128, and for
+            "segmented" a budget that grows slower than the store (heads share it by need).
+        tail: what answers for rows that were not retrieved. "centroid": each unread list's summary ("segmented", its
+            default). "sample": retrieval becomes a weighted sample of the rows, unbiased (the others). "none".
         n_sink: first rows that every query reads.
         window: newest rows that every query reads, its own row included.
-        dense_below: a store with fewer rows than this is scanned densely.
+        dense_below: a store with fewer rows than this is scanned densely. Default: where the index gets faster.
         max_queries: a call with more new positions than this (a prefill chunk) is answered densely.
         audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1.
         nprobe: lists probed per query ("ivf" only, default 128).
@@ -34,10 +48,11 @@ class RetrievalConfig:
     """
 
     index: str = "auto"
-    k: int = 128
+    k: int | None = None
+    tail: str | None = None
     n_sink: int = 4
     window: int = 64
-    dense_below: int = 1024
+    dense_below: int | None = None
     max_queries: int = 1
     audit_rate: float = 0.02
     nprobe: int | None = None
@@ -48,7 +63,11 @@ class RetrievalConfig:
         if self.index != "auto" and self.index not in INDEX_OPTIONS:
             raise ValueError(f"index is {self.index!r}, expected one of auto, {', '.join(INDEX_OPTIONS)}")
         for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("dense_below", 0), ("max_queries", 1)):
-            _check_integer(name, getattr(self, name), least)
+            if getattr(self, name) is not None or name not in ("k", "dense_below"):
+                _check_integer(name, getattr(self, name), least)
+        if self.tail is not None and self.tail not in TAILS[self.index_name]:
+            allowed = " or ".join(repr(tail) for tail in TAILS[self.index_name])
+            raise ValueError(f"tail is {self.tail!r}, expected {allowed} with index={self.index!r}")
         rate = self.audit_rate
         if isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate) or not 0 <= rate <= 1:
             raise ValueError(f"audit_rate is {rate!r}, expected a number from 0 to 1")
@@ -65,6 +84,21 @@ class RetrievalConfig:
     def index_name(self) -> str:
         """The index that will be built: "auto" resolved."""
         return AUTO_INDEX if self.index == "auto" else self.index
+
+    @property
+    def tail_name(self) -> str:
+        """The tail in force: the index's default filled in."""
+        return self.tail or TAILS[self.index_name][0]
+
+    @property
+    def rows_retrieved(self) -> int:
+        """k, default filled in; for an index without a budget of its own."""
+        return DEFAULT_K if self.k is None else self.k
+
+    @property
+    def least_rows(self) -> int:
+        """dense_below, default filled in."""
+        return DENSE_BELOW[self.index_name] if self.dense_below is None else self.dense_below
 
     @property
     def index_options(self) -> dict[str, int]:

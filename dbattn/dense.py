@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from index_kernels import attend_rows
+from index_kernels import attend_rows, dense_decode
+from index_kernels.ops import check_rows
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
 _LOGITS_BYTES = 64 << 20
@@ -36,10 +37,15 @@ def dense_attention(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; states what was received.
     """
-    if query.ndim != 4 or keys.ndim != 4 or query.shape[2] > keys.shape[2]:
+    check_rows(query, keys, values)
+    if query.shape[2] > keys.shape[2]:
         raise ValueError(f"query {list(query.shape)} needs its own rows: keys are {list(keys.shape)}, expected m <= T")
-    many = query.shape[2] > 1 and query.shape[0] == keys.shape[0] and keys.dtype == values.dtype == query.dtype
-    if many and softcap is None and not return_lse:
+    if start is not None and (start.shape != query.shape[:1] or start.dtype != torch.int64):
+        raise ValueError(f"start is {start.dtype} {list(start.shape)}, expected torch.int64 [{query.shape[0]}]")
+    if query.shape[2] == 1:
+        out, lse = dense_decode(query, keys, values, start=start, scale=scale, softcap=softcap)
+        return (out, lse) if return_lse else out.to(query.dtype)
+    if keys.dtype == values.dtype == query.dtype and softcap is None and not return_lse:
         return _scan_many(query, keys, values, start, scale)
     out, lse = _scan_with_lse(query, keys, values, start, scale, softcap)
     return (out, lse) if return_lse else out.to(query.dtype)

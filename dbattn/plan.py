@@ -11,7 +11,7 @@ class Source:
     """One set of rows in a plan.
 
     Attributes:
-        kind: "sinks + hot rows", "index scan" or "dense scan".
+        kind: "sinks + hot rows", "index scan", "list scan", "summary scan" or "dense scan".
         detail: which rows, in words.
         rows: rows read per query head and position, mean (None until the plan has run).
         bytes: bytes read for it by the whole call, keys scored by the index included (None until it has run).
@@ -38,6 +38,11 @@ class QueryPlan:
     def is_dense(self) -> bool:
         """True where all rows are read."""
         return self.sources[0].kind == "dense scan"
+
+    @property
+    def rows_read(self) -> float:
+        """Rows read per query head and position, mean; 0 until the plan has run."""
+        return sum(source.rows or 0.0 for source in self.sources)
 
     def with_actuals(self, sources: list[Source]) -> "QueryPlan":
         """The plan with what each source really read."""
@@ -77,7 +82,8 @@ def choose_plan(
     ``indexed``: rows below this are in the index. ``first_index_row``: the least row that the index answers for.
     Rows from ``hot`` on are scanned exactly: the window of the oldest query and all that is not indexed yet.
     """
-    hot = max(0, min(rows - queries - config.window + 1, indexed))
+    segmented = config.index_name == "segmented"
+    hot = indexed if segmented else max(0, min(rows - queries - config.window + 1, indexed))
     eligible = hot - first_index_row
 
     def dense(reason: str) -> QueryPlan:
@@ -87,14 +93,21 @@ def choose_plan(
         return dense("dense was asked for")
     if queries > config.max_queries:
         return dense(f"{queries} queries in one call > max_queries={config.max_queries}")
-    if rows < config.dense_below:
-        return dense(f"{rows} rows < dense_below={config.dense_below}")
+    if rows < config.least_rows:
+        return dense(f"{rows} rows < dense_below={config.least_rows}")
     if eligible <= 0:
-        return dense("no rows in the index yet")
-    if config.k >= eligible:
-        return dense(f"k={config.k} covers the {eligible} rows in the index")
-    sources = (
-        Source("sinks + hot rows", f"first {config.n_sink} rows and rows {hot} to {rows - 1}"),
-        Source("index scan", f"{config.index_name}, k={config.k} of {eligible} rows"),
-    )
-    return QueryPlan(sources, f"{rows} rows, k={config.k}", hot=hot, backend=backend)
+        return dense("sinks and hot rows are all there is" if indexed else "no rows in the index yet")
+    if segmented and hot > rows - queries:
+        return dense("rows after the first query are sealed already")
+    if (config.k or 0 if segmented else config.rows_retrieved) >= eligible:
+        return dense(f"k={config.rows_retrieved} covers the {eligible} rows in the index")
+    exact = Source("sinks + hot rows", f"first {config.n_sink} rows and rows {hot} to {rows - 1}")
+    if segmented:
+        budget = "budget by size" if config.k is None else f"k={config.k}"
+        sources = [exact, Source("list scan", f"segmented, {budget} of {eligible} rows")]
+        if config.tail_name == "centroid":
+            sources.append(Source("summary scan", "one summary for each list not read"))
+        return QueryPlan(tuple(sources), f"{rows} rows, {budget}", hot=hot, backend=backend)
+    k, drawn = config.rows_retrieved, " sampled" if config.tail_name == "sample" else ""
+    scan = Source("index scan", f"{config.index_name}, k={k}{drawn} of {eligible} rows")
+    return QueryPlan((exact, scan), f"{rows} rows, k={k}", hot=hot, backend=backend)

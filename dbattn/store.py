@@ -17,6 +17,9 @@ class KVStore:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
         self.num_kv_heads, self.head_dim, self.value_dim = num_kv_heads, head_dim, value_dim
+        self._clear()
+
+    def _clear(self) -> None:
         self._length = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -78,13 +81,17 @@ class KVStore:
             raise ValueError(f"length is {length!r}, expected an integer from 0 to {self._length}")
         self._length = length
         self._settled = min(self._settled, length)
+        if not length:
+            # As if no row had ever come: the next ones may have another batch size, dtype or padding.
+            self._clear()
 
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']`` (an index may repeat): beam search and batch edits."""
         if self._keys is None or self._values is None:
             return
         batch = batch.to(self._keys.device)
-        self._keys, self._values = self._keys.index_select(0, batch), self._values.index_select(0, batch)
+        with torch.inference_mode(False), torch.no_grad():
+            self._keys, self._values = self._keys.index_select(0, batch), self._values.index_select(0, batch)
         self.start = self.start[batch]
         self.has_padding = bool((self.start > 0).any())
 
@@ -97,6 +104,21 @@ class KVStore:
     def values(self) -> Tensor:
         """Zero-copy view ``[B, Hkv, n, Dv]`` of the rows."""
         return self._view(self._values)
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The whole buffers, spare capacity included; for an index that moves rows in place."""
+        if self._keys is None or self._values is None:
+            raise ValueError("the store is empty: insert keys and values first")
+        return self._keys, self._values
+
+    def scores(self, query: Tensor, slots: Tensor, scale: float) -> Tensor:
+        """Logits ``scale * q.k`` of the given places, -inf where a place is -1: ``[B, Hq, m, n]``."""
+        keys = self.keys
+        b = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
+        h = (torch.arange(slots.shape[1], device=slots.device) // (slots.shape[1] // keys.shape[1]))[:, None, None]
+        logits = (keys[b, h, slots.clamp(min=0)].float() @ query.float()[..., None]).squeeze(-1)
+        return (logits * scale).masked_fill(slots < 0, float("-inf"))
 
     @property
     def nbytes(self) -> int:
@@ -124,11 +146,13 @@ class KVStore:
         else:
             capacity = max(length, 64)
             self.start = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
-        self._keys = self._grown(self._keys, keys, capacity)
-        self._values = self._grown(self._values, values, capacity)
+        # Both at once: were memory to run out in between, keys and values would differ in length.
+        self._keys, self._values = self._grown(self._keys, keys, capacity), self._grown(self._values, values, capacity)
 
     def _grown(self, buffer: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        grown = torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
+        # An ordinary tensor even under inference_mode, whose tensors could not be written to outside it.
+        with torch.inference_mode(False):
+            grown = torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
         if buffer is not None:
             grown[:, :, : self._length] = buffer[:, :, : self._length]
         return grown
@@ -158,6 +182,20 @@ class KVStore:
             raise ValueError(f"keys are {keys.dtype} on {keys.device}, values are {values.dtype} on {values.device}")
         for name, rows in (("keys", keys), ("values", values)):
             check_finite(name, rows)
+
+
+def exponential_noise(heads: int, first: int, stop: int, device: torch.device) -> Tensor:
+    """``-ln u`` with u uniform in (0, 1], fixed for each KV head and row position: ``[heads, stop - first]`` float32.
+
+    A hash of the position (splitmix64), so that a row keeps its noise however it arrived.
+    """
+    x = torch.arange(first, stop, device=device) * heads + torch.arange(heads, device=device)[:, None]
+    x = (x + 1) * -7046029254386353131
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
+    uniform = (((x >> 11) & 0x1FFFFFFFFFFFFF).double() + 1) * 2.0**-53
+    return -torch.log(uniform).float()
 
 
 def check_finite(name: str, rows: Tensor) -> None:

@@ -189,6 +189,18 @@ def _add_tail(weight, b, h, lo, hi, values, value_lo, floor, acc, lanes):
         i += n
 
 
+@njit(fastmath=FAST)
+def _lse(top, total, first, last, b, i):
+    """Log-sum-exp of the states first..last of one query head."""
+    m = NEG
+    for p in range(first, last):
+        m = max(m, top[p, b, i])
+    s = F(0.0)
+    for p in range(first, last):
+        s += total[p, b, i] * exp32(top[p, b, i] - m)
+    return m + np.log(s) if s > F(0.0) else F(-np.inf)
+
+
 @njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
 def attend_lists(
     query,
@@ -247,7 +259,7 @@ def attend_lists(
     c_total,
     out,
     lse,
-    lse_exact,
+    lse_by_source,
     stats,
 ):
     """One new query position over a segmented store, all sources in one call: out [B, Hq, Dv], lse [B, Hq].
@@ -256,7 +268,8 @@ def attend_lists(
     open_rows rows; their lists, read best first up to `budget` rows; lists not read and super-lists not opened
     by summary row (tail=True) with log-weight log(size) + alpha * variance of the row logits, and a value tilted by
     beta * cross-covariance. Both budgets are shared by the KV heads of a batch row: a head whose sinks and hot
-    rows hold the mass takes little. lse_exact is over the rows read only. stats [B, 4] = rows read, lists read, lists scored,
+    rows hold the mass takes little. lse_by_source [3, B, Hq]: sinks and hot rows, lists, tail. stats [B, 4] = rows
+    read, lists read, lists scored,
     super-lists scored.
     s_* and c_* are workspace: super-lists [B, Hkv, S], lists under opened super-lists ("candidates") [B, Hkv, L].
     """
@@ -553,5 +566,8 @@ def attend_lists(
         for g in range(G):
             m[g] = peak[b, h * G + g]
         store_state(2 * parts + part, b, h, a, m, s, top, total, acc)
-    merge_parts(top, total, acc, 2 * parts, out, lse_exact)
+    for source in range(3):
+        for b in range(B):
+            for i in range(Hq):
+                lse_by_source[source, b, i] = _lse(top, total, source * parts, (source + 1) * parts, b, i)
     merge_parts(top, total, acc, 3 * parts, out, lse)

@@ -8,7 +8,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ._cpu_common import FAST, NEG, TILE, F, flat_rows, flush, softcapped
+from ._cpu_common import FAST, NEG, TILE, F, flat_rows, flush, softcapped, use_torchs_threads
 from ._cpu_vectors import lanes, score_rows
 
 
@@ -30,6 +30,7 @@ def attend_rows(
         begin = ranges[..., 0].contiguous().numpy()
         size = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).contiguous().numpy()
     weights = torch.zeros(0, 0, 0, 0) if log_weights is None else log_weights.float().contiguous()
+    use_torchs_threads()
     out = torch.empty((*query.shape[:3], values.shape[3]))
     lse = torch.empty(query.shape[:3])
     _attend_rows(

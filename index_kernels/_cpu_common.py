@@ -16,7 +16,7 @@ os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import config, get_num_threads, njit, prange, set_num_threads, types
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -28,8 +28,23 @@ TILE = 128
 NEG = F(-1e30)
 # Without nnan and ninf: masked logits and empty states stay well defined.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
-# Each KV head's work is cut into this many parts, one per core of a pair; the answer depends on it in the last bits.
-PARTS = 2
+
+
+def use_torchs_threads() -> int:
+    """Give Numba as many threads as torch has; returns the parts each KV head's work is cut into, one per thread."""
+    threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
+    if get_num_threads() != threads:
+        set_num_threads(threads)
+    return threads
+
+
+def numpy_bits(rows: Tensor) -> np.ndarray:
+    """The tensor's memory as numpy: bfloat16 as int16 bits, float16 as uint16 bits, float32 as it is."""
+    if rows.dtype == torch.bfloat16:
+        return rows.view(torch.int16).numpy()
+    if rows.dtype == torch.float16:
+        return rows.view(torch.uint16).numpy()
+    return rows.numpy()
 
 
 def flat_rows(rows: Tensor) -> tuple[np.ndarray, int, int, int]:
@@ -39,15 +54,10 @@ def flat_rows(rows: Tensor) -> tuple[np.ndarray, int, int, int]:
     """
     if rows.stride(3) != 1:
         rows = rows.contiguous()
-    if rows.dtype == torch.bfloat16:
-        rows = rows.view(torch.int16)
-    elif rows.dtype == torch.float16:
-        rows = rows.view(torch.uint16)
-    steps = rows.stride()[:3]
     span = (
         1 + sum((size - 1) * step for size, step in zip(rows.shape, rows.stride(), strict=True)) if rows.numel() else 0
     )
-    return torch.as_strided(rows, (span,), (1,)).numpy(), *steps
+    return numpy_bits(torch.as_strided(rows, (span,), (1,))), *rows.stride()[:3]
 
 
 def numpy_queries(query: Tensor) -> np.ndarray:

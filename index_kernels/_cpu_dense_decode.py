@@ -11,7 +11,6 @@ from torch import Tensor
 from ._cpu_common import (
     FAST,
     NEG,
-    PARTS,
     TILE,
     F,
     flat_rows,
@@ -20,6 +19,7 @@ from ._cpu_common import (
     numpy_queries,
     scan_range,
     store_state,
+    use_torchs_threads,
 )
 from ._cpu_vectors import lanes
 
@@ -40,7 +40,7 @@ def dense_decode(
         keys.shape[2],
         F(scale),
         F(softcap or 0.0),
-        PARTS,
+        use_torchs_threads(),
         *lanes(group, query.shape[3], values.shape[3]),
         out.numpy()[:, :, 0],
         lse.numpy()[:, :, 0],
@@ -54,7 +54,8 @@ def _dense_decode(
 ):  # fmt: skip
     """Exact attention of one query position over rows start[b]..length: out [B, Hq, Dv], lse [B, Hq].
 
-    keys, values: flat memory of the rows, with the strides of batch row, KV head and row in elements. heads, ck, cv, width = vec.lanes(Hq // Hkv, D, Dv).
+    keys, values: flat memory of the rows, with the strides of batch row, KV head and row in elements. The lanes are
+    _cpu_vectors.lanes(Hq // Hkv, D, Dv).
     """
     B, Hq, D = query.shape
     G = Hq // H

@@ -19,7 +19,7 @@ F32 = ir.FloatType()
 I64 = ir.IntType(64)
 
 
-def lanes(G, D, Dv):
+def lanes(G: int, D: int, Dv: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Type-level sizes for the kernels: (G, D / width, Dv / width, log2(width) + 1) as tuples of those lengths."""
     width = gcd(gcd(16, D), Dv)
     return (0,) * G, (0,) * (D // width), (0,) * (Dv // width), (0,) * width.bit_length()

@@ -1,5 +1,6 @@
 """Shape checks and dispatch: Triton for CUDA tensors, Numba for CPU tensors; ``backend=`` overrides."""
 
+import math
 import os
 from collections.abc import Callable
 from functools import cache
@@ -43,7 +44,7 @@ def top_k(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or k < 1; states what was received.
     """
-    _check_rows(query, keys)
+    check_rows(query, keys)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k is {k!r}, expected an integer of at least 1")
     start = _bounds(start, "start", query.shape[0], 0, query)
@@ -81,8 +82,7 @@ def attend_rows(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; states what was received.
     """
-    _check_rows(query, keys)
-    _check_values(query, keys, values)
+    check_rows(query, keys, values)
     if (ids is None) == (ranges is None):
         raise ValueError("give either ids or ranges: " + ("both are missing" if ids is None else "both were given"))
     rows = ids if ids is not None else ranges
@@ -102,6 +102,12 @@ def attend_rows(
             raise ValueError(f"log_weights have dtype {log_weights.dtype}, expected a floating-point dtype")
         _same_device(query, log_weights=log_weights)
     _same_device(query, **{what: rows})
+    if (
+        rows.numel()
+        and not rows.is_cuda
+        and (int(rows.max()) > keys.shape[2] - (ids is not None) or int(rows.min()) < -1)
+    ):
+        raise ValueError(f"{what} reach from {int(rows.min())} to {int(rows.max())}, there are {keys.shape[2]} rows")
     run = _implementation("attend_rows", query, backend)
     scale, softcap = _scale(scale, query), _softcap(softcap)
     return run(query, keys, values, scale=scale, ids=ids, ranges=ranges, log_weights=log_weights, softcap=softcap)
@@ -133,8 +139,7 @@ def dense_decode(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; states what was received.
     """
-    _check_rows(query, keys)
-    _check_values(query, keys, values)
+    check_rows(query, keys, values)
     if query.shape[2] != 1:
         raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
     start = _bounds(start, "start", query.shape[0], 0, query)
@@ -208,10 +213,15 @@ def _installed(package: str) -> bool:
 
 
 def _scale(scale: float | None, query: Tensor) -> float:
-    return query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale is None:
+        return float(query.shape[-1] ** -0.5)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}, expected a finite number")
+    return float(scale)
 
 
-def _check_rows(query: Tensor, keys: Tensor) -> None:
+def check_rows(query: Tensor, keys: Tensor, values: Tensor | None = None) -> None:
+    """Raise ValueError unless query, keys and values have shapes, dtypes and devices that fit."""
     if query.ndim != 4 or keys.ndim != 4:
         raise ValueError(
             f"query {list(query.shape)} and keys {list(keys.shape)} must be [B, Hq, m, D] and [B, Hkv, T, D]"
@@ -224,9 +234,8 @@ def _check_rows(query: Tensor, keys: Tensor) -> None:
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected one of float32, float16, bfloat16")
     _same_device(query, keys=keys)
-
-
-def _check_values(query: Tensor, keys: Tensor, values: Tensor) -> None:
+    if values is None:
+        return
     if values.shape[:3] != keys.shape[:3] or values.ndim != 4:
         expected = [*keys.shape[:3], "Dv"]
         raise ValueError(f"values have shape {list(values.shape)}, expected {expected} to match the keys")

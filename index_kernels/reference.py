@@ -88,7 +88,8 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - lse.masked_fill(lse == NEG_INF, 0.0))
-    return (weights[..., None] * outs).sum(dim=0), lse
+    # What an empty state holds does not matter, not even NaN.
+    return torch.where(weights[..., None] > 0, weights[..., None] * outs, 0.0).sum(dim=0), lse
 
 
 def empty_state(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
 from dbattn.config import INDEX_OPTIONS
 
 INDEXES = sorted(INDEX_OPTIONS)
+SEARCHED = [name for name in INDEXES if name != "segmented"]
 
 
 def plain_attention(query, keys, values, start=None, scale=None, softcap=None):
@@ -51,7 +52,7 @@ def test_reading_every_row_equals_dense(index, dtype, heads, kv_heads, dim, valu
 
 
 def test_every_list_probed_equals_exact_search():
-    keys, values = rows(2048)
+    keys, values = rows(2048 + 8)  # whole blocks and the window: both indexes answer for the same rows
     query = torch.randn(1, 4, 1, 16)
     db = database(keys, values, index="ivf", k=500, nprobe=10**6)
     assert db.audit(query).recall == 1.0
@@ -66,23 +67,27 @@ def test_retrieval_reads_less_and_audit_measures_the_difference(index):
     db = database(keys, values, index=index, k=64)
     report = db.audit(query)
     exact = plain_attention(query, keys, values)
-    assert report.rows_retrieved == 64
-    assert report.rows_read < 2048 / 4
+    if index == "segmented":  # lists are read whole, and up to a segment's rows are still hot
+        assert 48 <= report.rows_retrieved <= 64
+        assert report.rows_read < 2048 / 3
+    else:
+        assert report.rows_retrieved == 64
+        assert report.rows_read < 2048 / 4
     assert report.bytes_dense == 2 * 2048 * 2 * 16 * 4
-    assert 0.5 < report.recall <= 1.0
+    assert (0.1 if index == "segmented" else 0.5) < report.recall <= 1.0
     assert 0.3 < report.attention_mass < 1.0
     torch.testing.assert_close(
         report.relative_error_by_query, relative_error(db.attend(query), exact), atol=1e-4, rtol=1e-3
     )
 
 
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("index", SEARCHED)
 def test_retrieval_is_attention_over_exactly_the_rows_it_names(index):
     keys, values = rows(1500)
     query = 2 * torch.randn(1, 2, 1, 16)
     db = database(keys, values, index=index, k=40)
     plan = db.explain(query)
-    found = db.index.search(query, keys, 40, torch.tensor([2]), plan.hot).ids[0, :, 0]
+    found = db.index.search(query, db.store, 40, torch.tensor([2]), plan.hot).ids[0, :, 0]
     for head in range(2):
         read = torch.cat([torch.arange(2), torch.arange(plan.hot, 1500), found[head]]).sort().values
         assert len(set(read.tolist())) == len(read)

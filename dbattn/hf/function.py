@@ -44,7 +44,7 @@ def attention_function(
         db = layer.db
         start = torch.zeros_like(db.store.start) if padding is None else padding
         if (attention_mask is None or padding is not None) and db.store.can_start_at(start):
-            db.sync(start)
+            db.store.set_start(start)
             retrieve, audits = layer.session.retrieve, layer.session.audits
             audited = len(db.stats.audits)
             out = db.attend(
@@ -52,9 +52,12 @@ def attention_function(
             )
             if audits is not None:
                 audits.extend(db.stats.audits[audited:])
+            # Only now: an index may move rows, and the newest queries see only what came before them.
+            db.sync()
             assert isinstance(out, Tensor)
             return out.transpose(1, 2).contiguous(), None
         db.stats.dense_reasons["the mask is not causal with left padding"] += 1
+        db.release()
     elif layer is not None:
         layer.session.stats[layer.layer_index].dense_reasons["the model changed the rows after its cache"] += 1
     out = _foreign(query, key, value, attention_mask, scale, softcap, s_aux, causal)

@@ -5,16 +5,22 @@ from .base import BLOCK, Candidates, KeyIndex
 from .flat import FlatIndex
 from .hnsw import HnswIndex
 from .ivf import IvfIndex
+from .segmented import SegmentedIndex
 
-__all__ = ["BLOCK", "Candidates", "FlatIndex", "HnswIndex", "IvfIndex", "KeyIndex", "make_index"]
-
-_ENGINES: dict[str, type[KeyIndex]] = {"flat": FlatIndex, "ivf": IvfIndex, "hnsw": HnswIndex}
+__all__ = ["BLOCK", "Candidates", "FlatIndex", "HnswIndex", "IvfIndex", "KeyIndex", "SegmentedIndex", "make_index"]
 
 
 def make_index(config: RetrievalConfig) -> KeyIndex:
     """The empty index that the config asks for.
 
     Raises:
-        ImportError: FAISS is missing for an index that needs it; names the extra.
+        ImportError: FAISS or Numba is missing for an index that needs it; names the extra.
     """
-    return _ENGINES[config.index_name](**config.index_options)
+    name, options = config.index_name, config.index_options
+    if name == "flat":
+        return FlatIndex()
+    if name == "segmented":
+        return SegmentedIndex(config.window)
+    sample = config.tail_name == "sample"
+    engine = IvfIndex if name == "ivf" else HnswIndex
+    return engine(config.window, **options, sample=sample)

@@ -9,7 +9,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..store import KVStore, exponential_noise
 from .base import BLOCK, Candidates, KeyIndex, require_faiss
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
@@ -48,9 +50,13 @@ class Unit:
 class FaissIndex(KeyIndex):
     """Units on a ``[B][Hkv]`` grid. Copies share units until one of them is about to change."""
 
-    def __init__(self, min_rows: int) -> None:
+    def __init__(self, min_rows: int, window: int, sample: bool) -> None:
         require_faiss()
         self._min_rows = min_rows
+        # The newest rows are scanned exactly anyway; leaving them out, small truncations never reach the index.
+        self._window = window
+        # Rows that will be sampled carry their noise as one more dimension, which queries weigh by the lift or by 0.
+        self._sample = sample
         self._length = 0
         self._units: list[list[Unit]] = []
         self._owned: list[list[bool]] = []
@@ -62,11 +68,12 @@ class FaissIndex(KeyIndex):
     def __len__(self) -> int:
         return self._length
 
-    def extend(self, keys: Tensor, lo: Tensor) -> None:
+    def extend(self, store: KVStore, lo: Tensor) -> None:
         """See KeyIndex; nothing is built below the index's least size."""
-        length = keys.shape[2] // BLOCK * BLOCK
+        length = max(0, len(store) - self._window) // BLOCK * BLOCK
         if length < self._min_rows or length <= self._length:
             return
+        keys = store.keys
         batch, heads = keys.shape[:2]
         if not self._units:
             self._units = [[self._new_unit() for _ in range(heads)] for _ in range(batch)]
@@ -80,15 +87,23 @@ class FaissIndex(KeyIndex):
                     self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
                 stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
                 if stops:
-                    self._units[b][h].build(_to_numpy(keys[b, h, first[b] : length]), stops, keys.device)
+                    rows = keys[b, h, first[b] : length].float()
+                    if self._sample:
+                        noise = exponential_noise(heads, first[b], length, keys.device)[h]
+                        rows = torch.cat([rows, noise[:, None]], dim=-1)
+                    self._units[b][h].build(_to_numpy(rows), stops, keys.device)
 
         _for_each_unit(build, batch, heads)
         self._length = length
 
-    def search(self, query: Tensor, keys: Tensor, k: int, lo: Tensor, stop: int) -> Candidates:
+    def search(
+        self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
+    ) -> Candidates:
         """See KeyIndex."""
+        if self._sample:
+            query = pad(query.float(), (0, 1), value=lift or 0.0)
         batch, heads, m, dim = query.shape
-        kv_heads = keys.shape[1]
+        kv_heads = store.num_kv_heads
         grouped = _to_numpy(query.reshape(batch, kv_heads, -1, dim))
         found = np.full((batch, kv_heads, grouped.shape[2], k), -1, dtype=np.int64)
         scored = 0
@@ -101,7 +116,7 @@ class FaissIndex(KeyIndex):
                     scored += count
         return Candidates(torch.from_numpy(found).view(batch, heads, m, k).to(query.device), 4 * dim * scored)
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex; a cut into the indexed rows drops the units, and the next extend builds them again."""
         if length < self._length:
             self._length, self._units, self._owned = 0, [], []

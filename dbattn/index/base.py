@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..store import KVStore
+
 # Rows enter an index in blocks that end at multiples of this, so that an index is a function of its rows alone and
 # not of the chunks they came in. Rows after the last full block are hot: they are scanned exactly.
 BLOCK = 256
@@ -32,23 +34,34 @@ class KeyIndex(ABC):
         """Rows ``[0, len)`` of the store are answered for; later rows are hot."""
 
     @abstractmethod
-    def extend(self, keys: Tensor, lo: Tensor) -> None:
-        """Take in rows of ``keys [B, Hkv, T, D]`` that are not indexed yet, as many as fill whole blocks."""
+    def extend(self, store: KVStore, lo: Tensor) -> None:
+        """Take in the store's rows that are not indexed yet, as many as fill whole blocks."""
 
     @abstractmethod
-    def search(self, query: Tensor, keys: Tensor, k: int, lo: Tensor, stop: int) -> Candidates:
+    def search(
+        self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
+    ) -> Candidates:
         """The k rows of ``lo[b] <= id < stop`` with the largest ``q.k``, as far as the index finds them.
 
-        query ``[B, Hq, m, D]``, keys the store's ``[B, Hkv, T, D]``, ``stop <= len(self)``.
+        query ``[B, Hq, m, D]``, ``stop <= len(self)``. With ``lift`` the largest ``q.k + lift * noise`` are sought,
+        where noise is the row's own (see store.exponential_noise): priority sampling.
         """
 
     @abstractmethod
-    def truncate(self, length: int) -> None:
-        """Forget the rows from ``length`` on; what is left answers as if they had never come."""
+    def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
+        """Forget the rows from ``length`` on, before the store does; the rest answers as if they had never come."""
 
     @abstractmethod
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']``; an index may repeat."""
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """Row positions of places in the store, ``[B, Hq, m, n]``: the same, unless the index moves rows."""
+        return slots
+
+    def release(self, store: KVStore, lo: Tensor) -> None:
+        """Put moved rows back in the order of their positions, for code that cannot do without it."""
+        return  # most indexes move none
 
     @property
     @abstractmethod

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from index_kernels import top_k
 
+from ..store import KVStore, exponential_noise
 from .base import Candidates, KeyIndex
 
 
@@ -20,17 +23,24 @@ class FlatIndex(KeyIndex):
     def __len__(self) -> int:
         return self._length
 
-    def extend(self, keys: Tensor, lo: Tensor) -> None:
+    def extend(self, store: KVStore, lo: Tensor) -> None:
         """See KeyIndex; every row is answered for at once."""
-        self._length = keys.shape[2]
+        self._length = len(store)
 
-    def search(self, query: Tensor, keys: Tensor, k: int, lo: Tensor, stop: int) -> Candidates:
+    def search(
+        self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
+    ) -> Candidates:
         """See KeyIndex; exact."""
-        ids, _ = top_k(query, keys[:, :, :stop], min(k, max(stop, 1)), scale=1.0, start=lo)
+        keys = store.keys[:, :, :stop]
+        if lift is not None:
+            noise = exponential_noise(keys.shape[1], 0, stop, keys.device)[None, :, :, None]
+            keys = torch.cat([keys.float(), noise.expand(len(keys), -1, -1, -1)], dim=-1)
+            query = pad(query.float(), (0, 1), value=lift)
+        ids, _ = top_k(query, keys, k, scale=1.0, start=lo)
         rows = int((stop - lo).clamp(min=0).sum()) * keys.shape[1]
         return Candidates(ids, rows * keys.shape[3] * keys.element_size())
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex."""
         self._length = min(self._length, length)
 

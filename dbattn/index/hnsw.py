@@ -11,33 +11,36 @@ from .base import BLOCK, require_faiss
 
 # Head room of M above the longest key seen, so that a slightly longer key does not open another graph.
 HEADROOM = 1.1
+# A key longer than this many times the median of its block does not set the radius of the others' graph.
+OUTLIER = 4.0
 
 
 class HnswIndex(FaissIndex):
     """A graph walked greedily, keeping ``ef_search`` candidates.
 
     Keys become ``(k, sqrt(M^2 - |k|^2))`` and queries ``(q, 0)``: the nearest row by distance is then the row with
-    the largest inner product. A key longer than M cannot be placed so; it opens another graph with a larger M, every
-    graph is searched, and hits compare by ``q.k = (|q|^2 + M^2 - d^2) / 2``, which holds across graphs.
+    the largest inner product. A key longer than M cannot be placed so; it opens another graph with a larger M. A row
+    joins the graph with the smallest M that fits it, every graph is searched, and hits compare by
+    ``q.k = (|q|^2 + M^2 - d^2) / 2``, which holds across graphs.
     """
 
     name = "hnsw"
 
-    def __init__(self, ef_search: int, neighbors: int) -> None:
-        super().__init__(min_rows=BLOCK)
+    def __init__(self, window: int, ef_search: int, neighbors: int, *, sample: bool = False) -> None:
+        super().__init__(BLOCK, window, sample)
         self._ef_search, self._neighbors = ef_search, neighbors
 
     def _new_unit(self) -> Unit:
         return _HnswUnit(self._ef_search, self._neighbors)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Graph:
-    """Rows from ``first`` on, all of them no longer than ``radius`` (M)."""
+    """Rows no longer than ``radius`` (M); ``rows[i]`` is the local id of the graph's i-th row, rising."""
 
-    first: int
     radius: float
     index: Any
+    rows: Ids
 
 
 class _HnswUnit(Unit):
@@ -45,7 +48,7 @@ class _HnswUnit(Unit):
         self.ef_search, self.neighbors = ef_search, neighbors
         self.rows = self.dim = 0
         self.mean: Rows = np.zeros(0, dtype=np.float32)
-        self.graphs: list[_Graph] = []
+        self.graphs: list[_Graph] = []  # by rising radius
 
     def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
         # FAISS has no HNSW for GPUs: the graph lives and is walked on the CPU, whatever the device.
@@ -53,33 +56,45 @@ class _HnswUnit(Unit):
             self.mean, self.dim = keys[: stops[0]].mean(axis=0, dtype=np.float32), keys.shape[1]
         for stop in stops:
             if stop > self.rows:
-                self._add(self.rows, keys[self.rows : stop] - self.mean)
+                self._add(keys[self.rows : stop] - self.mean)
                 self.rows = stop
 
-    def _add(self, first: int, keys: Rows) -> None:
+    def _add(self, keys: Rows) -> None:
         norms = np.einsum("nd,nd->n", keys, keys, dtype=np.float64)
-        longest = float(np.sqrt(norms.max()))
-        if not self.graphs or longest > self.graphs[-1].radius:
-            faiss = require_faiss()
-            index = faiss.IndexHNSWFlat(self.dim + 1, self.neighbors)
-            index.hnsw.efConstruction = max(64, 2 * self.neighbors)
-            self.graphs.append(_Graph(first, max(longest * HEADROOM, 1e-6), index))
-        graph = self.graphs[-1]
-        height = np.sqrt(np.maximum(graph.radius**2 - norms, 0.0)).astype(np.float32)
-        graph.index.add(np.hstack([keys, height[:, None]]))
+        lengths = np.sqrt(norms)
+        if not self.graphs or lengths.max() > self.graphs[-1].radius:
+            # The radius fits the ordinary rows of the block, so that one outlier opens a graph for itself alone.
+            ordinary = lengths if self.graphs else lengths[lengths <= OUTLIER * np.median(lengths)]
+            for longest in (ordinary.max(), lengths.max()):
+                if not self.graphs or longest > self.graphs[-1].radius:
+                    index = require_faiss().IndexHNSWFlat(self.dim + 1, self.neighbors)
+                    index.hnsw.efConstruction = max(64, 2 * self.neighbors)
+                    self.graphs.append(_Graph(max(longest * HEADROOM, 1e-6), index, np.zeros(0, np.int64)))
+        below = -np.inf
+        for graph in self.graphs:
+            chosen = np.flatnonzero((lengths > below) & (lengths <= graph.radius))
+            below = graph.radius
+            if len(chosen):
+                height = np.sqrt(np.maximum(graph.radius**2 - norms[chosen], 0.0)).astype(np.float32)
+                graph.index.add(np.hstack([keys[chosen], height[:, None]]))
+                graph.rows = np.concatenate([graph.rows, self.rows + chosen])
 
     def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
         faiss = require_faiss()
         flat = np.hstack([query, np.zeros((len(query), 1), dtype=np.float32)])
         ids = np.full((len(query), k), -1, dtype=np.int64)
-        scores = np.full((len(query), k), -np.inf, dtype=np.float32)
+        scores = np.full((len(query), k), -np.inf)
         faiss.cvar.hnsw_stats.reset()
         for graph in self.graphs:
-            options = {} if stop is None else {"sel": faiss.IDSelectorRange(0, max(0, stop - graph.first))}
+            seen = len(graph.rows) if stop is None else int(np.searchsorted(graph.rows, stop))
+            if not seen:
+                continue
+            options = {} if seen == len(graph.rows) else {"sel": faiss.IDSelectorRange(0, seen)}
             params = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k), **options)
             distances, local = graph.index.search(flat, k, params=params)
-            products = np.where(local >= 0, graph.radius**2 - distances, -np.inf)
-            ids, scores = np.hstack([ids, np.where(local >= 0, local + graph.first, -1)]), np.hstack([scores, products])
+            products = np.where(local >= 0, graph.radius**2 - distances.astype(np.float64), -np.inf)
+            found = np.where(local >= 0, graph.rows[np.maximum(local, 0)], -1)
+            ids, scores = np.hstack([ids, found]), np.hstack([scores, products])
             best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             ids, scores = np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
         return ids, int(faiss.cvar.hnsw_stats.ndis)

@@ -15,16 +15,16 @@ MIN_ROWS = 1024
 class IvfIndex(FaissIndex):
     """Inverted lists: k-means cells of the keys, of which ``nprobe`` are read per query.
 
-    Training happens on the first 1024, 2048, 4096, ... rows and makes ``8 * sqrt(rows)`` lists; the rows between two
-    trainings join the lists of the latest. Cells are found by distance and ranked by ``q.mean`` of the rows they hold
-    now: on real keys, which drift, this recalls far more than FAISS's own training for inner products, which
-    normalises the centroids and keeps them as trained.
+    Training happens on the first 1024, 2048, 4096, ... rows it is given and makes ``8 * sqrt(rows)`` lists; the rows
+    between two trainings join the lists of the latest. Cells are found by distance and ranked by ``q.mean`` of the
+    rows they hold now: on real keys, which drift, this recalls far more than FAISS's own training for inner products,
+    which normalises the centroids and keeps them as trained.
     """
 
     name = "ivf"
 
-    def __init__(self, nprobe: int) -> None:
-        super().__init__(min_rows=MIN_ROWS)
+    def __init__(self, window: int, nprobe: int, *, sample: bool = False) -> None:
+        super().__init__(MIN_ROWS, window, sample)
         self._nprobe = nprobe
 
     def _new_unit(self) -> Unit:
@@ -78,6 +78,8 @@ class _IvfUnit(Unit):
         faiss = require_faiss()
         centred = keys - self.mean
         _, nearest = self.cells.search(centred, 1)
+        if (nearest < 0).any():
+            raise ValueError("keys are too large to cluster: their squared distances overflow float32")
         cells, ids = nearest[:, 0].copy(), np.arange(self.rows, self.rows + len(keys), dtype=np.int64)
         self.index.add_core(len(keys), faiss.swig_ptr(centred), faiss.swig_ptr(ids), faiss.swig_ptr(cells))
         np.add.at(self.sums, cells, centred)
@@ -91,7 +93,9 @@ class _IvfUnit(Unit):
         if self.index is None:
             return np.full((len(query), k), -1, dtype=np.int64), 0
         options = {} if stop is None else {"sel": faiss.IDSelectorRange(0, stop)}
-        probed = min(self.nprobe, self.lists)
+        # Few rows (a padded batch row) or a k near all of them: every list is probed, so that nothing can be missed.
+        everything = self.rows < MIN_ROWS or k >= self.rows
+        probed = self.lists if everything else min(self.nprobe, self.lists)
         params = faiss.SearchParametersIVF(nprobe=probed, **options)
         if self.gpu_index is not None and stop is None:
             _, ids = self.gpu_index.search(query, k, params=params)

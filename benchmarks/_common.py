@@ -1,0 +1,230 @@
+"""What the benchmarks share: interleaved timing, the guard against other load, tables, JSON, command lines."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {"4K": 4096, "8K": 8192, "32K": 32768, "131K": 131072, "524K": 524288}
+# Read between batches of timed calls, so that each starts with cold rows: twice the largest cache of common machines.
+FLUSH_BYTES = 64 << 20
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contender: ``run(store, query)`` over stores of equal size, so that consecutive calls read cold rows."""
+
+    name: str
+    stores: Sequence[Any]
+    run: Callable[[Any, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time of each call, in the caller's unit; ``quiet`` is the share of batches that had both cores to themselves."""
+
+    times: list[float]
+    quiet: float
+
+    @classmethod
+    def of(cls, batches: Sequence[tuple[bool, list[float]]]) -> "Timing":
+        """From batches (whether it was quiet, times): the disturbed ones are left out if three others remain."""
+        quiet = [times for ok, times in batches if ok]
+        kept = quiet if len(quiet) >= 3 else [times for _, times in batches]
+        return cls([t for times in kept for t in times], len(quiet) / len(batches))
+
+    @property
+    def median(self) -> float:
+        """Median of the calls."""
+        return statistics.median(self.times)
+
+    @property
+    def p10(self) -> float:
+        """10th percentile: what an undisturbed call takes."""
+        return float(torch.tensor(self.times).quantile(0.1))
+
+
+class QuietGuard:
+    """Tells whether both cores are free: a fixed computation in cache takes about its best time."""
+
+    def __init__(self, slack: float = 1.2) -> None:
+        self._x, self._y = torch.linspace(-3, 3, 1 << 17), torch.empty(1 << 17)
+        self._slack = slack
+        self._best = min(self._probe() for _ in range(40))
+
+    def is_quiet(self) -> bool:
+        """Whether the computation ran undisturbed just now."""
+        took = self._probe()
+        self._best = min(self._best, took)
+        return took < self._slack * self._best
+
+    def wait(self, seconds: float = 0.5) -> None:
+        """Return when it is quiet, or after ``seconds``."""
+        end = time.perf_counter() + seconds
+        while not self.is_quiet() and time.perf_counter() < end:
+            time.sleep(0.01)
+
+    def _probe(self) -> float:
+        began = time.perf_counter()
+        for _ in range(3):
+            torch.sin(self._x, out=self._y)
+        return time.perf_counter() - began
+
+
+def time_sides(
+    sides: Sequence[Side], queries: Sequence[Tensor], *, rounds: int, seconds: float, label: str = "timing"
+) -> dict[str, Timing]:
+    """Time every side in turn, round after round, until ``rounds`` are done or ``seconds`` have passed (3 at least).
+
+    A batch is one pass over a side's stores with caches flushed before it; its first call warms up code and threads
+    and is not counted. A side with fewer than three stores has its caches flushed before every counted call instead.
+    Batches that other load disturbed are left out where at least three undisturbed ones remain.
+    """
+    guard, flush = QuietGuard(), torch.ones(FLUSH_BYTES // 4)
+    batches: dict[str, list[tuple[bool, list[float]]]] = {side.name: [] for side in sides}
+    end, at = time.perf_counter() + seconds, 0
+    with progress(label, rounds) as advance:
+        for done in range(rounds):
+            if done >= 3 and time.perf_counter() > end:
+                break
+            for side in sides:
+                few = len(side.stores) < 3
+                guard.wait()
+                flush.sum()
+                took = []
+                for i, store in enumerate([side.stores[0], *side.stores] if few else side.stores):
+                    query, at = queries[at % len(queries)], at + 1
+                    if few:
+                        flush.sum()
+                    began = time.perf_counter()
+                    side.run(store, query)
+                    if i > 0:
+                        took.append(time.perf_counter() - began)
+                batches[side.name].append((guard.is_quiet(), took))
+            advance()
+    return {name: Timing.of(each) for name, each in batches.items()}
+
+
+def check_exact(sides: Sequence[Side], query: Tensor, keys: Tensor, values: Tensor, tolerance: float = 1e-5) -> None:
+    """Refuse to time a side whose answer on its first store is not attention over ``keys`` and ``values``.
+
+    ``query [1, Hq, 1, D]``, keys and values ``[1, Hkv, T, D]`` in any order of rows. Each ``run`` may return the output
+    or ``(output, lse)``, shaped so that it flattens to ``[Hq * D]``.
+
+    Raises:
+        ValueError: a side's relative error against the same sum in float64 exceeds ``tolerance``; names it.
+    """
+    group = query.shape[1] // keys.shape[1]
+    grouped = query[0, :, 0].view(keys.shape[1], group, -1).double()
+    weights = torch.softmax(grouped @ keys[0].double().transpose(1, 2) * query.shape[-1] ** -0.5, dim=-1)
+    reference = (weights @ values[0].double()).flatten()
+    for side in sides:
+        answer = side.run(side.stores[0], query)
+        out = (answer[0] if isinstance(answer, tuple) else answer).double().flatten()
+        error = float((out - reference).norm() / reference.norm())
+        if not error <= tolerance:
+            raise ValueError(f"{side.name} is wrong, so it is not timed: relative error {error:.2e} > {tolerance:.0e}")
+
+
+def fit_exponent(rows: Sequence[float], seconds: Sequence[float]) -> float:
+    """The e of ``seconds ~ rows ** e``, least squares on log-log scales; at least two sizes."""
+    x, y = (torch.tensor(list(each), dtype=torch.float64).log() for each in (rows, seconds))
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar with the time left; yields the function that advances it by one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table: the first column is text, numbers are shown to three figures, None as a dash."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*(show(cell) for cell in row))
+    output = Console()
+    # Piped output has no width of its own; a table cut to 80 columns would be unreadable there.
+    (output if output.is_terminal else Console(width=150)).print(table)
+
+
+def show(value: Any) -> str:
+    """A cell: text as it is, None as a dash, a number to three figures."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def write_json(path: Path | None, benchmark: str, settings: dict[str, Any], results: Any) -> dict[str, Any]:
+    """The record of a run: benchmark, date, machine, settings, results; written whole where a path is given."""
+    record = {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "settings": settings,
+        "results": results,
+    }
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.writing")
+        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
+    return record
+
+
+def parser(doc: str | None, sizes: Sequence[str], allowed: Sequence[str]) -> argparse.ArgumentParser:
+    """The options every benchmark has: ``--sizes``, ``--quick``, ``--json``."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--sizes", nargs="+", default=list(sizes), choices=allowed, metavar="T",
+        help=f"rows per store, of {', '.join(allowed)} (default {' '.join(sizes)})",
+    )  # fmt: skip
+    made.add_argument(
+        "--quick", action="store_true", help="fewer repetitions: rougher figures in a fraction of the time"
+    )
+    made.add_argument("--json", type=Path, metavar="OUT", help="also write the figures to this file")
+    return made

@@ -1,0 +1,131 @@
+"""Lists: the arrays behind SegmentedIndex, one row of summaries per list and super-list."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+ROWS_PER_LIST = 16
+ROWS_PER_SUPER_LIST = 256
+
+
+class Lists:
+    """The arrays of all lists, super-lists and segments, ``[B, Hkv, capacity, ...]``; vectors as float16 bits."""
+
+    def __init__(self, batch: int, heads: int, dim: int, value_dim: int) -> None:
+        self.count = np.zeros((batch, heads), np.int64)
+        self.super_count = np.zeros((batch, heads), np.int64)
+        self.shape = np.zeros((batch, heads, dim, dim), np.uint16)
+        self.cross = np.zeros((batch, heads, dim, value_dim), np.uint16)
+        self.summary_bytes = 2 * (dim + value_dim) + 12
+        small, bits, real = np.int32, np.uint16, np.float32
+        # name: (dtype, what its third axis counts, spare places, trailing axes)
+        self._layout: dict[str, tuple[Any, str, int, tuple[int, ...]]] = {
+            "positions": (small, "rows", 0, ()),
+            "begin": (small, "lists", 0, ()),
+            "size": (small, "lists", 0, ()),
+            "variance": (real, "lists", 0, ()),
+            "key": (bits, "lists", 0, (dim,)),
+            "value": (bits, "lists", 0, (value_dim,)),
+            "super_first": (small, "supers", 1, ()),
+            "super_size": (small, "supers", 0, ()),
+            "super_variance": (real, "supers", 0, ()),
+            "super_key": (bits, "supers", 0, (dim,)),
+            "super_value": (bits, "supers", 0, (value_dim,)),
+            "segment_lists": (np.int64, "segments", 1, ()),
+            "segment_supers": (np.int64, "segments", 1, ()),
+            "segment_shape": (real, "segments", 0, (dim, dim)),
+            "segment_cross": (real, "segments", 0, (dim, value_dim)),
+            "segment_trace": (real, "segments", 0, ()),
+        }
+        self._capacity = dict.fromkeys(("rows", "lists", "supers", "segments"), 0)
+        for name, (dtype, _, spare, trailing) in self._layout.items():
+            setattr(self, name, np.zeros((batch, heads, spare, *trailing), dtype))
+        self._workspaces: dict[int, tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def reserve(self, bounds: list[int], rows: int) -> None:
+        """Make room for segments at these bounds in a store with room for ``rows`` rows."""
+        segments = len(bounds) - 1
+        # Rounding may leave one list or super-list more per level than the plain quotient.
+        supers = bounds[-1] // ROWS_PER_SUPER_LIST + bounds[-1] // (32 * ROWS_PER_SUPER_LIST) + 2 * segments
+        needed = {"rows": rows, "lists": bounds[-1] // ROWS_PER_LIST + supers, "supers": supers, "segments": segments}
+        for axis, count in needed.items():
+            if count > self._capacity[axis]:
+                self._grow(axis, rows if axis == "rows" else count + count // 4 + 8)
+
+    def _grow(self, axis: str, capacity: int) -> None:
+        before = self._capacity[axis]
+        self._capacity[axis] = capacity
+        for name, (dtype, counts, spare, trailing) in self._layout.items():
+            if counts == axis:
+                old = getattr(self, name)
+                new = np.zeros((*old.shape[:2], capacity + spare, *trailing), dtype)
+                new[:, :, : old.shape[2]] = old
+                setattr(self, name, new)
+        if axis == "rows":
+            self.positions[:, :, before:] = np.arange(before, capacity, dtype=np.int32)
+        self._workspaces = {}
+
+    def sum_shapes(self, segments: int) -> None:
+        """Residual covariance (trace 1) and key-value cross-covariance of each head, from its segments' sums."""
+        trace = np.maximum(self.segment_trace[:, :, :segments].sum(axis=2), 1e-20)[..., None, None]
+        self.shape = (self.segment_shape[:, :, :segments].sum(axis=2) / trace).astype(np.float16).view(np.uint16)
+        self.cross = (self.segment_cross[:, :, :segments].sum(axis=2) / trace).astype(np.float16).view(np.uint16)
+
+    def keep_segments(self, segments: int) -> None:
+        """Forget the lists after the first ``segments`` segments."""
+        self.count[:] = self.segment_lists[:, :, segments]
+        self.super_count[:] = self.segment_supers[:, :, segments]
+        self.sum_shapes(segments)
+
+    def select(self, batch: np.ndarray[Any, Any]) -> "Lists":
+        """The lists of the given batch rows."""
+        chosen = copy.copy(self)
+        for name in (*self._layout, "count", "super_count", "shape", "cross"):
+            setattr(chosen, name, getattr(self, name)[batch])
+        chosen._workspaces = {}
+        return chosen
+
+    def workspace(self, heads: int) -> tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]:
+        """Scratch arrays of attend_lists for ``heads`` query heads, and its stats array."""
+        if heads not in self._workspaces:
+            batch, kv_heads = self.count.shape
+            group, supers, lists = heads // kv_heads, self._capacity["supers"], self._capacity["lists"]
+            real, small, large, flag = np.float32, np.int32, np.int64, np.bool_
+            shapes: list[tuple[Any, ...]] = [
+                (real, group, supers), (real, supers), (flag, supers), (small, supers), (large,), (small, supers),
+                (small, lists), (small, lists), (real, lists), (real, group, lists), (real, lists), (flag, lists),
+                (small, lists), (large,), (large,),
+            ]  # fmt: skip
+            scratch = tuple(np.zeros((batch, kv_heads, *shape), dtype) for dtype, *shape in shapes)
+            self._workspaces[heads] = scratch, np.zeros((batch, 4), np.int64)
+        return self._workspaces[heads]
+
+    def chosen_slots(self, heads: int) -> Tensor:
+        """Places of the rows that the latest attend_lists call read from lists: ``[B, Hq, n]``, -1 = none."""
+        scratch, _ = self._workspaces[heads]
+        ids, chosen, count = scratch[6], scratch[12], scratch[13]
+        batch, kv_heads = self.count.shape
+        runs = []
+        for b in range(batch):
+            for h in range(kv_heads):
+                which = ids[b, h, chosen[b, h, : count[b, h]]]
+                begin, size = self.begin[b, h, which], self.size[b, h, which]
+                offsets = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+                runs.append(torch.from_numpy(np.repeat(begin, size) + offsets))
+        widest = max(1, *(len(run) for run in runs))
+        padded = torch.stack([pad(run, (0, widest - len(run)), value=-1) for run in runs])
+        return padded.view(batch, kv_heads, widest).repeat_interleave(heads // kv_heads, dim=1)
+
+    def nbytes(self, rows: int, segments: int) -> int:
+        """Bytes in use for ``rows`` sealed rows in ``segments`` segments."""
+        batch, heads = self.count.shape
+        summaries: int = int(self.count.sum() + self.super_count.sum()) * self.summary_bytes
+        matrices = int(self.shape[0, 0].size + self.cross[0, 0].size)
+        return summaries + int(batch * heads) * (4 * rows + matrices * (2 + 4 * segments))

@@ -1,0 +1,293 @@
+"""SegmentedIndex: rows sealed into segments of small lists, kept in the store itself.
+
+The newest rows are hot and scanned exactly. Older rows form segments: k-means lists of about 16 rows under
+super-lists of about 256, permuted in place so that each list is contiguous (attention does not mind the order of
+rows; ``positions`` remembers it). Each list keeps a summary: mean key, mean value, size and variance. A query reads
+the lists whose unread rows would cost it most and lets the others answer by their summary. Follows RetroInfer's wave
+index (segments, small lists, an estimation zone); the second-moment correction of the summaries is our own.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..store import KVStore
+from ._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists
+from .base import Candidates, KeyIndex
+
+ITERATIONS = 6
+# Upper levels of the clustering are trained on every fourth row.
+TRAINING_STRIDE = 4
+# Rows of a segment, large to small; two of one size merge into one of the next, as in an LSM tree.
+SEGMENT_ROWS = tuple(512 << i for i in range(8, -1, -1))
+# How much of the variance of a list's logits its summary's weight and value are corrected by. A Gaussian would ask
+# for 0.5 and 1; real residuals have lighter tails, and the unread lists are those whose spread matters least.
+ALPHA, BETA = 0.38, 0.7
+# (sealed rows, rows read per KV head, rows under opened super-lists) for a mean error of 0.035 to 0.045 on real keys.
+BUDGETS = np.array(
+    [(7680, 540, 7680), (16384, 720, 8192), (32256, 970, 8200), (130560, 2900, 24000), (523272, 9000, 54000)]
+)
+# Below this many sealed rows every list is scored: opening super-lists first would not pay.
+ONE_LEVEL_ROWS = 12288
+
+
+def segment_bounds(rows: int) -> list[int]:
+    """Where segments end among the first ``rows`` rows: as many large ones as fit, then smaller ones.
+
+    A function of the number of rows alone, so that the structure does not depend on how they arrived.
+    """
+    bounds = [0]
+    for size in SEGMENT_ROWS:
+        while bounds[-1] + size <= rows:
+            bounds.append(bounds[-1] + size)
+    return bounds
+
+
+def default_budget(sealed: int) -> tuple[int, int]:
+    """(rows read, rows opened) per KV head for ``sealed`` rows: BUDGETS interpolated on log-log scales."""
+    x, y = np.log(BUDGETS[:, 0]), np.log(BUDGETS[:, 1:])
+    at = np.log(max(sealed, SEGMENT_ROWS[-1]))
+    i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
+    read, opened = np.exp(y[i - 1] + (at - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1]))
+    return int(read), sealed if sealed < ONE_LEVEL_ROWS else int(opened)
+
+
+@dataclass(frozen=True)
+class ListAnswer:
+    """What one query got from a segmented store.
+
+    Attributes:
+        out: ``[B, Hq, m, Dv]`` float32.
+        lse: ``[B, Hq, m]``.
+        lse_by_source: ``[3, B, Hq, m]``: sinks and hot rows, lists read, tail; -inf for none.
+        rows_read: rows of lists read, per KV head and position, mean.
+        summaries_read: summaries scored, all heads and positions together.
+        slots: rows read from lists, ``[B, Hq, m, n]`` places in the store, -1 = none (only where asked for).
+    """
+
+    out: Tensor
+    lse: Tensor
+    lse_by_source: Tensor
+    rows_read: float
+    summaries_read: int
+    slots: Tensor | None
+
+
+class SegmentedIndex(KeyIndex):
+    """Lists of every batch row and KV head, in arrays ``[B, Hkv, ...]`` that grow with the store."""
+
+    name = "segmented"
+
+    def __init__(self, window: int) -> None:
+        _require_numba()
+        self._window = window
+        self._bounds = [0]
+        self._lists: Lists | None = None
+
+    def __len__(self) -> int:
+        return self._bounds[-1]
+
+    def extend(self, store: KVStore, lo: Tensor) -> None:
+        """See KeyIndex; seals what is due, merging smaller segments into larger ones."""
+        from index_kernels._cpu_seal import seal_rows
+
+        target = segment_bounds(max(len(store) - self._window, 0))
+        keep = self._shared_segments(target)
+        if keep + 1 < len(self._bounds):
+            self._unseal(store, lo, keep)
+        if keep + 1 == len(target):
+            return
+        keys, values = _host_arrays(store)
+        if self._lists is None:
+            self._lists = Lists(keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
+        lists = self._lists
+        lists.reserve(target, keys.shape[2])
+        seal_rows(
+            keys, values, lists.positions, lo.numpy(), 0, np.asarray(target[keep:], np.int64),
+            ROWS_PER_SUPER_LIST, ROWS_PER_LIST, ITERATIONS, TRAINING_STRIDE,
+            lists.begin, lists.size, lists.variance, lists.key, lists.value, lists.count,
+            lists.super_first, lists.super_size, lists.super_variance, lists.super_key, lists.super_value,
+            lists.super_count, lists.segment_lists, lists.segment_supers, lists.segment_shape, lists.segment_cross,
+            lists.segment_trace, keep,
+        )  # fmt: skip
+        self._bounds = target
+        lists.sum_shapes(len(target) - 1)
+
+    def attend(
+        self,
+        query: Tensor,
+        store: KVStore,
+        k: int | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        n_sink: int,
+        tail: bool,
+        want_slots: bool = False,
+    ) -> ListAnswer:
+        """Answer the m newest positions: sinks and hot rows exactly, lists under a budget, the rest by summary.
+
+        query ``[B, Hq, m, D]``; ``k`` rows are read per KV head on average over the heads (default by size), and
+        heads share them by need. ``len(self)`` must not exceed the first query's position.
+        """
+        m = query.shape[2]
+        answers = [
+            self._attend_one(query[:, :, i], store, len(store) - m + i + 1, k, scale, softcap, n_sink, tail, want_slots)
+            for i in range(m)
+        ]
+        if m == 1:
+            return answers[0]
+        slots = None
+        if want_slots:
+            parts = [a.slots for a in answers if a.slots is not None]
+            widest = max(part.shape[-1] for part in parts)
+            slots = torch.cat([pad(part, (0, widest - part.shape[-1]), value=-1) for part in parts], dim=2)
+        return ListAnswer(
+            torch.cat([a.out for a in answers], dim=2),
+            torch.cat([a.lse for a in answers], dim=2),
+            torch.cat([a.lse_by_source for a in answers], dim=3),
+            sum(a.rows_read for a in answers) / m,
+            sum(a.summaries_read for a in answers),
+            slots,
+        )
+
+    def search(
+        self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
+    ) -> Candidates:
+        """See KeyIndex; scores the rows of the lists that a budget of 32 k rows a head would read. No lift."""
+        scale = query.shape[-1] ** -0.5
+        read = self.attend(query, store, 32 * k, scale=scale, softcap=None, n_sink=0, tail=False, want_slots=True)
+        assert read.slots is not None
+        scores = store.scores(query, read.slots, 1.0)
+        at = self.positions(read.slots)
+        scores = scores.masked_fill((at < lo[:, None, None, None]) | (at >= stop), float("-inf"))
+        if scores.shape[-1] < k:
+            scores = pad(scores, (0, k - scores.shape[-1]), value=float("-inf"))
+        best = scores.topk(k, dim=-1)
+        slots = pad(read.slots, (0, scores.shape[-1] - read.slots.shape[-1]), value=-1)
+        ids = slots.gather(-1, best.indices).masked_fill(best.values == float("-inf"), -1)
+        return Candidates(ids, read.summaries_read * self.summary_bytes + read.slots.numel() * 4 * query.shape[-1])
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """Row positions of places in the store, ``[B, Hq, m, n]``; -1 stays -1."""
+        if self._lists is None:
+            return slots
+        table = torch.from_numpy(self._lists.positions)
+        group = slots.shape[1] // table.shape[1]
+        b = torch.arange(slots.shape[0])[:, None, None, None]
+        h = (torch.arange(slots.shape[1]) // group)[:, None, None]
+        found = table[b, h, slots.clamp(min=0)].long()
+        return torch.where((slots < 0) | (slots >= len(self)), slots, found)
+
+    def release(self, store: KVStore, lo: Tensor) -> None:
+        """Put all rows back in the order of their positions; the next extend seals them again."""
+        self._unseal(store, lo, 0)
+
+    def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
+        """See KeyIndex; segments that the shorter store would not have become hot again."""
+        self._unseal(store, lo, self._shared_segments(segment_bounds(max(length - self._window, 0))))
+
+    def select(self, batch: Tensor) -> None:
+        """See KeyIndex."""
+        if self._lists is not None:
+            self._lists = self._lists.select(batch.numpy())
+
+    @property
+    def nbytes(self) -> int:
+        """See KeyIndex; the part in use."""
+        return 0 if self._lists is None else self._lists.nbytes(len(self), len(self._bounds) - 1)
+
+    def describe(self) -> dict[str, Any]:
+        """See KeyIndex."""
+        lists = 0 if self._lists is None else int(self._lists.count[0, 0])
+        return {"index": self.name, "rows": len(self), "segments": len(self._bounds) - 1, "lists": lists}
+
+    def _attend_one(
+        self,
+        query: Tensor,
+        store: KVStore,
+        length: int,
+        k: int | None,
+        scale: float,
+        softcap: float | None,
+        n_sink: int,
+        tail: bool,
+        want_slots: bool,
+    ) -> ListAnswer:
+        from index_kernels._cpu_attend_lists import attend_lists
+        from index_kernels._cpu_common import flat_rows, use_torchs_threads
+        from index_kernels._cpu_vectors import lanes
+
+        lists = self._lists
+        assert lists is not None
+        batch, heads, dim = query.shape
+        value_dim = store.value_dim
+        read, opened = default_budget(len(self))
+        if k is not None:
+            # Opening costs a sixteenth of reading; four rows opened for each read keep the choice honest.
+            read, opened = k, max(opened, 4 * k)
+        kv_heads = store.num_kv_heads
+        workspace, stats = lists.workspace(heads)
+        out, lse, by_source = (
+            torch.empty(shape) for shape in ((batch, heads, value_dim), (batch, heads), (3, batch, heads))
+        )
+        attend_lists(
+            query.detach().float().contiguous().numpy(), *flat_rows(store.keys), *flat_rows(store.values),
+            store.start.numpy(), n_sink, len(self), length,
+            lists.begin, lists.size, lists.variance, lists.key, lists.value, lists.count,
+            lists.super_first, lists.super_size, lists.super_variance, lists.super_key, lists.super_value,
+            lists.super_count, lists.shape, lists.cross, np.float32(scale), np.float32(softcap or 0.0),
+            np.float32(ALPHA), np.float32(BETA), opened * kv_heads, read * kv_heads, tail, use_torchs_threads(),
+            *lanes(heads // kv_heads, dim, value_dim), *workspace,
+            out.numpy(), lse.numpy(), by_source.numpy(), stats,
+        )  # fmt: skip
+        # stats counts sinks and hot rows too, once per KV head
+        exact = sum(n_sink + max(0, length - max(len(self), int(s) + n_sink)) for s in store.start) * kv_heads
+        rows = (int(stats[:, 0].sum()) - exact) / (batch * kv_heads)
+        slots = lists.chosen_slots(heads)[:, :, None] if want_slots else None
+        return ListAnswer(out[:, :, None], lse[:, :, None], by_source[..., None], rows, int(stats[:, 2:].sum()), slots)
+
+    def _shared_segments(self, target: list[int]) -> int:
+        """How many leading segments the present and the target bounds share."""
+        shared = 0
+        for ours, theirs in zip(self._bounds[1:], target[1:], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        return shared
+
+    def _unseal(self, store: KVStore, lo: Tensor, keep: int) -> None:
+        """Return the segments after the first ``keep`` to hot rows in the order of their positions."""
+        if keep + 1 >= len(self._bounds):
+            return
+        from index_kernels._cpu_seal import unseal_rows
+
+        assert self._lists is not None
+        keys, values = _host_arrays(store)
+        unseal_rows(keys, values, self._lists.positions, lo.numpy(), 0, np.asarray(self._bounds[keep:], np.int64))
+        self._bounds = self._bounds[: keep + 1]
+        self._lists.keep_segments(keep)
+
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes of one list's summary."""
+        assert self._lists is not None
+        return self._lists.summary_bytes
+
+
+def _host_arrays(store: KVStore) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The store's buffers as numpy arrays of the same memory."""
+    from index_kernels._cpu_common import numpy_bits
+
+    keys, values = store.buffers
+    return numpy_bits(keys), numpy_bits(values)
+
+
+def _require_numba() -> None:
+    if find_spec("numba") is None:
+        raise ImportError('index="segmented" needs Numba: pip install "dbattn[cpu]"; index="flat" works without it')
