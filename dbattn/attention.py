@@ -133,9 +133,9 @@ class AttentionDB:
             out, lse = self._dense_state(query, scale, softcap)
         else:
             audit = audit or self._audit_is_due()
-            answer = self._run(plan, query, scale, softcap, want_slots=audit)
+            answer = self._run(plan, query, scale, softcap, measure=audit)
             out, lse = answer.out, answer.lse
-            self._record(answer.plan)
+            self._record(answer)
             if audit:
                 stats.audits.append(self._audit(answer, query, scale, softcap))
         if sink_logits is not None:
@@ -191,7 +191,7 @@ class AttentionDB:
         factor = self._scale(query, scale)
         plan = self._plan(query, retrieve=True)
         if not plan.is_dense:
-            return self._run(plan, query, factor, softcap, want_slots=False).plan
+            return self._run(plan, query, factor, softcap, measure=True).plan
         dense = replace(plan.sources[0], rows=self._rows_visible(query), bytes=self._bytes_dense(), mass=1.0)
         return plan.with_actuals([dense])
 
@@ -205,7 +205,7 @@ class AttentionDB:
         factor = self._scale(query, scale)
         plan = self._plan(query, retrieve=True)
         if not plan.is_dense:
-            return self._audit(self._run(plan, query, factor, softcap, want_slots=True), query, factor, softcap)
+            return self._audit(self._run(plan, query, factor, softcap, measure=True), query, factor, softcap)
         seen = self._dense_state(query, factor, softcap)[1] > float("-inf")
         ones = torch.where(seen, 1.0, torch.nan)
         rows, read = self._rows_visible(query), self._bytes_dense()
@@ -254,21 +254,19 @@ class AttentionDB:
             raise ValueError(f"scale is {scale}, expected a positive number: an index finds the largest products")
         return float(scale)
 
-    def _run(self, plan: QueryPlan, query: Tensor, scale: float, softcap: float | None, want_slots: bool) -> Answer:
-        return run_plan(
-            plan, query, self.store, self.index, self.config, scale=scale, softcap=softcap, want_slots=want_slots
-        )
+    def _run(self, plan: QueryPlan, query: Tensor, scale: float, softcap: float | None, measure: bool) -> Answer:
+        return run_plan(plan, query, self.store, self.index, self.config, scale=scale, softcap=softcap, measure=measure)
 
     def _audit_is_due(self) -> bool:
         """The first retrieving call, then evenly spread ones."""
         rate, calls = self.config.audit_rate, self.stats.retrieving
         return rate > 0 and math.ceil((calls + 1) * rate) > math.ceil(calls * rate)
 
-    def _record(self, plan: QueryPlan) -> None:
+    def _record(self, answer: Answer) -> None:
         stats = self.stats
         stats.retrieving += 1
-        stats.rows_read += plan.rows_read
-        stats.rows_retrieved += plan.sources[1].rows or 0.0
+        stats.rows_read += answer.rows_read
+        stats.rows_retrieved += answer.rows_retrieved
         stats.index = self.index.describe()
 
     @torch.no_grad()
@@ -282,8 +280,8 @@ class AttentionDB:
             store.scores(query, answer.slots, scale),
             exact_scores,
         )
-        retrieved, read = plan.sources[1].rows or 0.0, sum(source.bytes or 0 for source in plan.sources)
-        return AuditReport(recall, mass, error, retrieved, plan.rows_read, len(self), read, self._bytes_dense())
+        counts = answer.rows_retrieved, answer.rows_read, len(self), plan.bytes_read, self._bytes_dense()
+        return AuditReport(recall, mass, error, *counts)
 
     def _dense(self, query: Tensor, scale: float, softcap: float | None) -> Tensor:
         if self._sealed_ahead(query):

@@ -8,7 +8,7 @@ from . import __version__
 from .config import INDEX_OPTIONS
 
 _EXAMPLES = """examples:
-  dbattn demo                                  three needles in 4000 tokens of prose, ivf against dense
+  dbattn demo                                  three needles in 4000 tokens of prose, retrieval against dense
   dbattn demo --index hnsw --k 128             another index, fewer rows
   dbattn demo --haystack book.txt --tokens 7000 --needles 5 --json result.json
 """
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dbattn: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, ImportError, TypeError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"dbattn: {error}", file=sys.stderr)
         return 2
     return 0
@@ -30,17 +30,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _demo(args: argparse.Namespace) -> None:
     from .demo import run_demo
+    from .hf import UnsupportedModelError
 
-    run_demo(
-        tokens=args.tokens,
-        index=args.index,
-        k=args.k,
-        needles=args.needles,
-        haystack=args.haystack,
-        model=args.model,
-        json_path=args.json,
-        quiet=args.quiet,
-    )
+    try:
+        run_demo(
+            tokens=args.tokens,
+            index=args.index,
+            k=args.k,
+            needles=args.needles,
+            haystack=args.haystack,
+            model=args.model,
+            json_path=args.json,
+            quiet=args.quiet,
+        )
+    except UnsupportedModelError as error:
+        raise ValueError(f"--model: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

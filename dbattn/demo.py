@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,16 @@ def run_demo(
 
     # Everything cheap that can be wrong is checked before the minute-long work starts.
     config = RetrievalConfig(index=index, k=k, audit_rate=0.0, max_queries=QUESTION_TOKENS)
+    least = max(config.least_rows, config.rows_retrieved) + config.window + config.n_sink
+    if tokens <= least:
+        raise ValueError(
+            f"tokens is {tokens}, expected more than {least}: with index={config.index_name!r} and k={k}, "
+            "a shorter text is read densely"
+        )
     if json_path is not None and not json_path.parent.is_dir():
         raise FileNotFoundError(f"--json {json_path}: the folder {json_path.parent} does not exist")
+    if json_path is not None and json_path.is_dir():
+        raise ValueError(f"--json {json_path} is a folder, expected a file")
     prose, hidden = read_haystack(haystack), make_needles(needles)
     console = Console(stderr=True, quiet=quiet)
     with console.status("loading the model (the first time, a GGUF file is converted: about half a minute)"):
@@ -103,7 +112,7 @@ def run_demo(
 
 
 def summary(answers: list[Answer]) -> dict[str, Any]:
-    """The result as plain data: per-needle verdicts, and means over the questions."""
+    """The result as plain data: per-needle verdicts, means over the questions, and median times (None: not timed)."""
 
     def mean(name: str) -> float:
         return statistics.fmean(a.figures[name] for a in answers)
@@ -124,10 +133,15 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
         "rows_read": mean("rows_read"),
         "rows_stored": mean("rows_stored"),
         "ms_per_token": {
-            "dense": statistics.median([ms for a in answers for ms in a.ms_dense]),
-            "retrieval": statistics.median([ms for a in answers for ms in a.ms_retrieval]),
+            "dense": _median([ms for a in answers for ms in a.ms_dense]),
+            "retrieval": _median([ms for a in answers for ms in a.ms_retrieval]),
         },
     }
+
+
+def _median(times: list[float]) -> float | None:
+    # An answer that ends with its first token has no decode step to time.
+    return statistics.median(times) if times else None
 
 
 def _prompt(text: str, needle: Needle, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,9 +178,12 @@ def _ask(lm: Any, tokenizer: Any, handle: "Handle", cache: Any, needle: Needle) 
     _, question = _prompt("", needle, tokenizer)
     with handle.dense():
         dense, ms_dense = _generate(lm, question, cache, tokenizer.eos_token_id)
+    before = _dense_reasons(handle)
     retrieved, ms_retrieval = _generate(lm, question, cache, tokenizer.eos_token_id)
     with handle.audit() as audits:
         _generate(lm, question, cache, tokenizer.eos_token_id)
+    if not audits:
+        raise ValueError(f"nothing was retrieved: {'; '.join(_dense_reasons(handle) - before)}")
     return Answer(
         needle,
         tokenizer.decode(dense, skip_special_tokens=True).strip(),
@@ -177,10 +194,12 @@ def _ask(lm: Any, tokenizer: Any, handle: "Handle", cache: Any, needle: Needle) 
     )
 
 
+def _dense_reasons(handle: "Handle") -> Counter[str]:
+    return sum((Counter(layer.dense) for layer in handle.report().layers), Counter())
+
+
 def _figures(audits: list[AuditReport]) -> dict[str, float]:
     """Means over the audited calls of one question."""
-    if not audits:
-        raise ValueError("nothing was retrieved: k covers every row of the text; lower k or raise tokens")
     names = ("recall", "attention_mass", "relative_error", "rows_retrieved", "rows_read", "rows_stored")
     return {name: statistics.fmean(float(getattr(audit, name)) for audit in audits) for name in names}
 
@@ -216,8 +235,7 @@ def _table(answers: list[Answer], config: RetrievalConfig) -> Table:
             f"{figures['recall']:.3f}",
             f"{figures['attention_mass']:.3f}",
             f"{figures['relative_error']:.4f}",
-            f"{statistics.median(a.ms_dense):.1f}" if a.ms_dense else "-",
-            f"{statistics.median(a.ms_retrieval):.1f}" if a.ms_retrieval else "-",
+            *("-" if ms is None else f"{ms:.1f}" for ms in (_median(a.ms_dense), _median(a.ms_retrieval))),
         )
     return table
 
@@ -225,5 +243,8 @@ def _table(answers: list[Answer], config: RetrievalConfig) -> Table:
 def _write_json(path: Path, answers: list[Answer]) -> None:
     """Written aside and renamed: the file is whole or absent."""
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(summary(answers), indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(summary(answers), indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -22,13 +22,17 @@ class Answer:
         out: ``[B, Hq, m, Dv]`` float32.
         lse: ``[B, Hq, m]`` over all sources.
         exact_lse: ``[B, Hq, m]`` over the rows that were read.
-        plan: the plan, with what each source read.
-        slots: places of the rows that the index retrieved, ``[B, Hq, m, n]``, -1 = none; None if not asked for.
+        rows_retrieved: rows the index retrieved, per query head and position, mean.
+        rows_read: rows read, sinks and hot rows included, likewise.
+        plan: the plan; with what each source read where the answer was measured.
+        slots: places of the rows that the index retrieved, ``[B, Hq, m, n]``, -1 = none; None if not measured.
     """
 
     out: Tensor
     lse: Tensor
     exact_lse: Tensor
+    rows_retrieved: float
+    rows_read: float
     plan: QueryPlan
     slots: Tensor | None
 
@@ -42,12 +46,12 @@ def run_plan(
     *,
     scale: float,
     softcap: float | None,
-    want_slots: bool,
+    measure: bool,
 ) -> Answer:
-    """Answer ``query [B, Hq, m, D]`` by a plan that is not dense."""
+    """Answer ``query [B, Hq, m, D]`` by a plan that is not dense; ``measure`` also tells what each source did."""
     if isinstance(index, SegmentedIndex):
-        return _run_lists(plan, query, store, index, config, scale, softcap, want_slots)
-    return _run_search(plan, query, store, index, config, scale, softcap)
+        return _run_lists(plan, query, store, index, config, scale, softcap, measure)
+    return _run_search(plan, query, store, index, config, scale, softcap, measure)
 
 
 def row_bytes(store: KVStore) -> int:
@@ -64,6 +68,7 @@ def _run_search(
     config: RetrievalConfig,
     scale: float,
     softcap: float | None,
+    measure: bool,
 ) -> Answer:
     """Sinks and hot rows by range, then the rows an index finds by id, weighted where they are a sample."""
     keys, values, k = store.keys, store.values, config.rows_retrieved
@@ -80,14 +85,17 @@ def _run_search(
     scan = attend_rows(query, keys, values, ids=slots, log_weights=log_weights, scale=scale, softcap=softcap)
     outs, lses = torch.stack([exact[0], scan[0]]), torch.stack([exact[1], scan[1]])
     out, lse = merge_states(outs, lses)
+    exact_rows = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=-1).float()
+    scan_rows = (slots >= 0).sum(dim=-1).float()
+    counts = float(scan_rows.mean()), float(scan_rows.mean() + exact_rows.mean())
+    if not measure:
+        return Answer(out, lse, lse, *counts, plan, None)
     exact_lse = lse
     if log_weights is not None:
         read = attend_rows(query, keys, values, ids=slots, scale=scale, softcap=softcap)
         exact_lse = torch.logaddexp(exact[1], read[1])
 
     mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
-    exact_rows = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=-1).float()
-    scan_rows = (slots >= 0).sum(dim=-1).float()
     # Heads of a group and queries of a call share the rows of their ranges; each reads its own retrieved rows.
     shared = int(query.shape[0] * keys.shape[1] * float(exact_rows.max()))
     scanned = int(scan_rows.sum()) * row_bytes(store) + found.bytes_read
@@ -95,7 +103,7 @@ def _run_search(
         replace(plan.sources[0], rows=float(exact_rows.mean()), bytes=shared * row_bytes(store), mass=mass[0]),
         replace(plan.sources[1], rows=float(scan_rows.mean()), bytes=scanned, mass=mass[1]),
     ]
-    return Answer(out, lse, exact_lse, plan.with_actuals(actuals), slots)
+    return Answer(out, lse, exact_lse, *counts, plan.with_actuals(actuals), slots)
 
 
 def _priority_sample(query: Tensor, store: KVStore, ids: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -126,7 +134,7 @@ def _run_lists(
     config: RetrievalConfig,
     scale: float,
     softcap: float | None,
-    want_slots: bool,
+    measure: bool,
 ) -> Answer:
     """Everything in one kernel call per position."""
     answer = index.attend(
@@ -137,11 +145,14 @@ def _run_lists(
         softcap=softcap,
         n_sink=config.n_sink,
         tail=config.tail_name == "centroid",
-        want_slots=want_slots,
+        want_slots=measure,
     )
     batch, _, m, _ = query.shape
-    heads, per_row = store.num_kv_heads, row_bytes(store)
     hot = config.n_sink + len(store) - (m - 1) / 2 - plan.hot
+    counts = answer.rows_read, answer.rows_read + hot
+    if not measure:
+        return Answer(answer.out, answer.lse, answer.lse, *counts, plan, None)
+    heads, per_row = store.num_kv_heads, row_bytes(store)
     summaries = answer.summaries_read * index.summary_bytes
     shares = torch.exp(answer.lse_by_source - answer.lse).nanmean(dim=(1, 2, 3)).tolist()
     actuals = [
@@ -156,7 +167,7 @@ def _run_lists(
     if config.tail_name == "centroid":
         actuals.append(replace(plan.sources[2], rows=0.0, bytes=0, mass=shares[2]))
     exact_lse = torch.logaddexp(answer.lse_by_source[0], answer.lse_by_source[1])
-    return Answer(answer.out, answer.lse, exact_lse, plan.with_actuals(actuals), answer.slots)
+    return Answer(answer.out, answer.lse, exact_lse, *counts, plan.with_actuals(actuals), answer.slots)
 
 
 def _exact_ranges(query: Tensor, store: KVStore, hot: int, n_sink: int) -> Tensor:

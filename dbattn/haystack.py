@@ -19,6 +19,8 @@ _THINGS = (
     "lottery jackpot",
     "locker combination",
 )
+# How far from its depth a needle may stand, as a share of the text.
+NEAR = 0.1
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ def make_needles(count: int, seed: int = 0) -> list[Needle]:
 
 
 def hide(needles: list[Needle], haystack: str, tokens: int, tokenizer: Any) -> str:
-    """``haystack`` cut to about ``tokens`` tokens in all, with each needle between two sentences at its depth.
+    """``haystack`` cut to about ``tokens`` tokens in all, with each needle between two sentences or lines at its depth.
 
     Raises:
-        ValueError: the haystack is shorter than that, or the needles alone are longer.
+        ValueError: the haystack is shorter than that, the needles alone are longer, or no sentence or line ends near
+            a depth.
     """
     ids = tokenizer(haystack, add_special_tokens=False)["input_ids"]
     room = tokens - sum(len(tokenizer(n.sentence, add_special_tokens=False)["input_ids"]) + 2 for n in needles)
@@ -107,10 +110,16 @@ def hide(needles: list[Needle], haystack: str, tokens: int, tokenizer: Any) -> s
     if len(ids) < room:
         raise ValueError(f"the haystack has {len(ids)} tokens, {room} are needed: give a longer file or fewer tokens")
     text: str = tokenizer.decode(ids[:room])
-    for needle in sorted(needles, key=lambda n: n.depth, reverse=True):
-        at = int(needle.depth * len(text))
-        # Rising depths are inserted from the end, so that earlier places stay where they are.
-        stop = text.find(". ", at)
-        at = len(text) if stop < 0 else stop + 2
-        text = f"{text[:at]}{needle.sentence} {text[at:]}"
+    ends = [match.end() for match in re.finditer(r"[.!?]\s+|\n+", text)]
+    places = []
+    for needle in needles:
+        at = min(ends, key=lambda end: abs(end - needle.depth * len(text)), default=-len(text))
+        if abs(at / len(text) - needle.depth) > NEAR:
+            raise ValueError(
+                f"no sentence or line of the haystack ends near depth {needle.depth:.0%}: give a text with more of them"
+            )
+        places.append((at, needle.depth, needle.sentence))
+    # From the end, so that earlier places stay where they are.
+    for at, _, sentence in sorted(places, reverse=True):
+        text = f"{text[:at]}{sentence} {text[at:]}"
     return text

@@ -40,9 +40,9 @@ class QueryPlan:
         return self.sources[0].kind == "dense scan"
 
     @property
-    def rows_read(self) -> float:
-        """Rows read per query head and position, mean; 0 until the plan has run."""
-        return sum(source.rows or 0.0 for source in self.sources)
+    def bytes_read(self) -> int:
+        """Bytes read by the whole call; 0 until the plan has run."""
+        return sum(source.bytes or 0 for source in self.sources)
 
     def with_actuals(self, sources: list[Source]) -> "QueryPlan":
         """The plan with what each source really read."""

@@ -1,5 +1,16 @@
 """Kernels of attention as a query: exact top-k, attention over chosen rows, dense decode, the merge of states."""
 
+from .lists import Summaries, attend_lists, probe_lists, summary_logits
 from .ops import attend_rows, dense_decode, merge_states, resolve_backend, top_k
 
-__all__ = ["attend_rows", "dense_decode", "merge_states", "resolve_backend", "top_k"]
+__all__ = [
+    "Summaries",
+    "attend_lists",
+    "attend_rows",
+    "dense_decode",
+    "merge_states",
+    "probe_lists",
+    "resolve_backend",
+    "summary_logits",
+    "top_k",
+]

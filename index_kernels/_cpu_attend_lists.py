@@ -269,7 +269,7 @@ def attend_lists(
     by summary row (tail=True) with log-weight log(size) + alpha * variance of the row logits, and a value tilted by
     beta * cross-covariance. Both budgets are shared by the KV heads of a batch row: a head whose sinks and hot
     rows hold the mass takes little. lse_by_source [3, B, Hq]: sinks and hot rows, lists, tail. stats [B, 4] = rows
-    read, lists read, lists scored,
+    read from lists, lists read, lists scored,
     super-lists scored.
     s_* and c_* are workspace: super-lists [B, Hkv, S], lists under opened super-lists ("candidates") [B, Hkv, L].
     """
@@ -489,7 +489,6 @@ def attend_lists(
         stats[b, 2] = 0
         stats[b, 3] = 0
         for h in range(H):
-            stats[b, 0] += min(n_sink, length - start[b]) + max(0, length - max(sealed, start[b] + n_sink))
             stats[b, 1] += c_count[b, h]
             stats[b, 2] += c_total[b, h]
             if two_level[b]:

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import index_kernels
-from index_kernels import attend_rows, merge_states, resolve_backend, top_k
+from index_kernels import attend_rows, dense_decode, merge_states, resolve_backend, top_k
 
 # The bound of every dtype: backends read the same rounded rows, and all arithmetic and all results are float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 BACKENDS = [
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
+    "numba",
+    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")),
 ]
 
 
@@ -321,5 +322,21 @@ def test_bad_input_raises_at_the_door_and_says_what_came(op, args, options, mess
 def test_triton_refuses_cpu_tensors_without_its_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs CUDA tensors, got cpu"):
-        merge_states(f(2, 1, 4, 2, 8), f(2, 1, 4, 2), backend="triton")
-    assert resolve_backend(K) == "reference"
+        top_k(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 5, 4), 2, backend="triton")
+    with pytest.raises(ValueError, match="'numba' needs CPU tensors, got meta"):
+        resolve_backend(torch.ones(1, device="meta"), "numba")
+    assert resolve_backend(torch.ones(1)) == "numba"
+    assert resolve_backend(torch.ones(1), "reference") == "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim", "length"), [(3, 1, 64, 64, 700), (2, 2, 20, 7, 33)])
+def test_dense_decode_equals_the_reference(run, backend, softcap, dtype, heads, kv_heads, dim, value_dim, length):
+    query = torch.randn(2, heads, 1, dim, generator=rng(5)).to(dtype)
+    keys, values = rows_of(kv_heads, length, dim, dtype), rows_of(kv_heads, length, value_dim, dtype, seed=1)
+    for start in (None, torch.tensor([0, length - 1]), torch.tensor([length, 3])):
+        wanted = dense_decode(query, keys, values, start=start, softcap=softcap, backend="reference")
+        got = run(backend, "dense_decode", query, keys, values, start=start, softcap=softcap)
+        assert_same_state(got, wanted)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from index_kernels import Summaries
 
 ROWS_PER_LIST = 16
 ROWS_PER_SUPER_LIST = 256
@@ -108,20 +109,33 @@ class Lists:
         return self._workspaces[heads]
 
     def chosen_slots(self, heads: int) -> Tensor:
-        """Places of the rows that the latest attend_lists call read from lists: ``[B, Hq, n]``, -1 = none."""
+        """Places of the rows that the latest fused call read from lists: ``[B, Hq, n]``, -1 = none."""
         scratch, _ = self._workspaces[heads]
-        ids, chosen, count = scratch[6], scratch[12], scratch[13]
-        batch, kv_heads = self.count.shape
-        runs = []
-        for b in range(batch):
-            for h in range(kv_heads):
-                which = ids[b, h, chosen[b, h, : count[b, h]]]
-                begin, size = self.begin[b, h, which], self.size[b, h, which]
-                offsets = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-                runs.append(torch.from_numpy(np.repeat(begin, size) + offsets))
-        widest = max(1, *(len(run) for run in runs))
-        padded = torch.stack([pad(run, (0, widest - len(run)), value=-1) for run in runs])
-        return padded.view(batch, kv_heads, widest).repeat_interleave(heads // kv_heads, dim=1)
+        ids, places, count = scratch[6], scratch[12], scratch[13]
+        chosen = np.zeros(self.begin.shape, np.bool_)
+        for b, h in np.ndindex(*count.shape):
+            chosen[b, h, ids[b, h, places[b, h, : count[b, h]]]] = True
+        begin, size = (torch.from_numpy(array).long() for array in (self.begin, self.size))
+        return list_slots(begin, size, torch.from_numpy(chosen), heads)
+
+    def summaries(self, device: torch.device) -> Summaries:
+        """The lists as float32 tensors on a device."""
+
+        def tensor(array: np.ndarray[Any, Any]) -> Tensor:
+            values = array.view(np.float16) if array.dtype == np.uint16 else array
+            return torch.from_numpy(values).to(device)
+
+        most = int(self.count.max())
+        used = torch.arange(most) < torch.from_numpy(self.count)[..., None]
+        return Summaries(
+            begin=tensor(self.begin[:, :, :most]).long(),
+            size=tensor(self.size[:, :, :most]).long() * used.to(device),
+            key=tensor(self.key[:, :, :most]).float(),
+            value=tensor(self.value[:, :, :most]).float(),
+            variance=tensor(self.variance[:, :, :most]),
+            shape=tensor(self.shape).float(),
+            cross=tensor(self.cross).float(),
+        )
 
     def nbytes(self, rows: int, segments: int) -> int:
         """Bytes in use for ``rows`` sealed rows in ``segments`` segments."""
@@ -129,3 +143,18 @@ class Lists:
         summaries: int = int(self.count.sum() + self.super_count.sum()) * self.summary_bytes
         matrices = int(self.shape[0, 0].size + self.cross[0, 0].size)
         return summaries + int(batch * heads) * (4 * rows + matrices * (2 + 4 * segments))
+
+
+def list_slots(begin: Tensor, size: Tensor, chosen: Tensor, heads: int) -> Tensor:
+    """Places of all rows of the chosen lists (``[B, Hkv, L]`` each): ``[B, Hq, n]``, -1 = none."""
+    batch, kv_heads, _ = begin.shape
+    runs = []
+    for b in range(batch):
+        for h in range(kv_heads):
+            which = chosen[b, h].nonzero()[:, 0]
+            counts = size[b, h, which]
+            offsets = torch.arange(int(counts.sum()), device=begin.device)
+            offsets -= (counts.cumsum(dim=0) - counts).repeat_interleave(counts)
+            runs.append(begin[b, h, which].repeat_interleave(counts) + offsets)
+    padded = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=-1)
+    return padded.view(batch, kv_heads, -1).repeat_interleave(heads // kv_heads, dim=1)

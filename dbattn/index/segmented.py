@@ -7,7 +7,10 @@ the lists whose unread rows would cost it most and lets the others answer by the
 index (segments, small lists, an estimation zone); the second-moment correction of the summaries is our own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from index_kernels import attend_lists, attend_rows, merge_states, probe_lists, summary_logits
+
 from ..store import KVStore
-from ._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists
+from ._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, list_slots
 from .base import Candidates, KeyIndex
 
 ITERATIONS = 6
@@ -48,6 +53,7 @@ def segment_bounds(rows: int) -> list[int]:
     return bounds
 
 
+@lru_cache
 def default_budget(sealed: int) -> tuple[int, int]:
     """(rows read, rows opened) per KV head for ``sealed`` rows: BUDGETS interpolated on log-log scales."""
     x, y = np.log(BUDGETS[:, 0]), np.log(BUDGETS[:, 1:])
@@ -102,19 +108,20 @@ class SegmentedIndex(KeyIndex):
             self._unseal(store, lo, keep)
         if keep + 1 == len(target):
             return
-        keys, values = _host_arrays(store)
+        rows, values = store.buffers
         if self._lists is None:
-            self._lists = Lists(keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
+            self._lists = Lists(rows.shape[0], rows.shape[1], rows.shape[3], values.shape[3])
         lists = self._lists
-        lists.reserve(target, keys.shape[2])
-        seal_rows(
-            keys, values, lists.positions, lo.numpy(), 0, np.asarray(target[keep:], np.int64),
-            ROWS_PER_SUPER_LIST, ROWS_PER_LIST, ITERATIONS, TRAINING_STRIDE,
-            lists.begin, lists.size, lists.variance, lists.key, lists.value, lists.count,
-            lists.super_first, lists.super_size, lists.super_variance, lists.super_key, lists.super_value,
-            lists.super_count, lists.segment_lists, lists.segment_supers, lists.segment_shape, lists.segment_cross,
-            lists.segment_trace, keep,
-        )  # fmt: skip
+        lists.reserve(target, rows.shape[2])
+        with _on_host(store, target[keep], target[-1]) as (host_keys, host_values):
+            seal_rows(
+                host_keys, host_values, lists.positions, lo.cpu().numpy(), 0, np.asarray(target[keep:], np.int64),
+                ROWS_PER_SUPER_LIST, ROWS_PER_LIST, ITERATIONS, TRAINING_STRIDE,
+                lists.begin, lists.size, lists.variance, lists.key, lists.value, lists.count,
+                lists.super_first, lists.super_size, lists.super_variance, lists.super_key, lists.super_value,
+                lists.super_count, lists.segment_lists, lists.segment_supers, lists.segment_shape,
+                lists.segment_cross, lists.segment_trace, keep,
+            )  # fmt: skip
         self._bounds = target
         lists.sum_shapes(len(target) - 1)
 
@@ -136,8 +143,10 @@ class SegmentedIndex(KeyIndex):
         heads share them by need. ``len(self)`` must not exceed the first query's position.
         """
         m = query.shape[2]
+        # One fused call on the CPU; elsewhere the same in torch, with the device's own kernels for the rows.
+        attend_one = self._attend_fused if query.device.type == "cpu" else self._attend_portable
         answers = [
-            self._attend_one(query[:, :, i], store, len(store) - m + i + 1, k, scale, softcap, n_sink, tail, want_slots)
+            attend_one(query[:, :, i], store, len(store) - m + i + 1, k, scale, softcap, n_sink, tail, want_slots)
             for i in range(m)
         ]
         if m == 1:
@@ -177,10 +186,10 @@ class SegmentedIndex(KeyIndex):
         """Row positions of places in the store, ``[B, Hq, m, n]``; -1 stays -1."""
         if self._lists is None:
             return slots
-        table = torch.from_numpy(self._lists.positions)
+        table = torch.from_numpy(self._lists.positions).to(slots.device)
         group = slots.shape[1] // table.shape[1]
-        b = torch.arange(slots.shape[0])[:, None, None, None]
-        h = (torch.arange(slots.shape[1]) // group)[:, None, None]
+        b = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
+        h = (torch.arange(slots.shape[1], device=slots.device) // group)[:, None, None]
         found = table[b, h, slots.clamp(min=0)].long()
         return torch.where((slots < 0) | (slots >= len(self)), slots, found)
 
@@ -195,7 +204,7 @@ class SegmentedIndex(KeyIndex):
     def select(self, batch: Tensor) -> None:
         """See KeyIndex."""
         if self._lists is not None:
-            self._lists = self._lists.select(batch.numpy())
+            self._lists = self._lists.select(batch.cpu().numpy())
 
     @property
     def nbytes(self) -> int:
@@ -207,7 +216,13 @@ class SegmentedIndex(KeyIndex):
         lists = 0 if self._lists is None else int(self._lists.count[0, 0])
         return {"index": self.name, "rows": len(self), "segments": len(self._bounds) - 1, "lists": lists}
 
-    def _attend_one(
+    def _budget(self, k: int | None) -> tuple[int, int]:
+        """Rows to read and rows to open, per KV head."""
+        read, opened = default_budget(len(self))
+        # Opening costs a sixteenth of reading; four rows opened for each read keep the choice honest.
+        return (read, opened) if k is None else (k, max(opened, 4 * k))
+
+    def _attend_fused(
         self,
         query: Tensor,
         store: KVStore,
@@ -219,7 +234,7 @@ class SegmentedIndex(KeyIndex):
         tail: bool,
         want_slots: bool,
     ) -> ListAnswer:
-        from index_kernels._cpu_attend_lists import attend_lists
+        from index_kernels._cpu_attend_lists import attend_lists as attend_lists_fused
         from index_kernels._cpu_common import flat_rows, use_torchs_threads
         from index_kernels._cpu_vectors import lanes
 
@@ -227,16 +242,13 @@ class SegmentedIndex(KeyIndex):
         assert lists is not None
         batch, heads, dim = query.shape
         value_dim = store.value_dim
-        read, opened = default_budget(len(self))
-        if k is not None:
-            # Opening costs a sixteenth of reading; four rows opened for each read keep the choice honest.
-            read, opened = k, max(opened, 4 * k)
+        read, opened = self._budget(k)
         kv_heads = store.num_kv_heads
         workspace, stats = lists.workspace(heads)
         out, lse, by_source = (
             torch.empty(shape) for shape in ((batch, heads, value_dim), (batch, heads), (3, batch, heads))
         )
-        attend_lists(
+        attend_lists_fused(
             query.detach().float().contiguous().numpy(), *flat_rows(store.keys), *flat_rows(store.values),
             store.start.numpy(), n_sink, len(self), length,
             lists.begin, lists.size, lists.variance, lists.key, lists.value, lists.count,
@@ -246,11 +258,43 @@ class SegmentedIndex(KeyIndex):
             *lanes(heads // kv_heads, dim, value_dim), *workspace,
             out.numpy(), lse.numpy(), by_source.numpy(), stats,
         )  # fmt: skip
-        # stats counts sinks and hot rows too, once per KV head
-        exact = sum(n_sink + max(0, length - max(len(self), int(s) + n_sink)) for s in store.start) * kv_heads
-        rows = (int(stats[:, 0].sum()) - exact) / (batch * kv_heads)
+        rows, _, *summaries = stats.sum(axis=0).tolist()
         slots = lists.chosen_slots(heads)[:, :, None] if want_slots else None
-        return ListAnswer(out[:, :, None], lse[:, :, None], by_source[..., None], rows, int(stats[:, 2:].sum()), slots)
+        rows_read = rows / (batch * kv_heads)
+        return ListAnswer(out[:, :, None], lse[:, :, None], by_source[..., None], rows_read, sum(summaries), slots)
+
+    def _attend_portable(
+        self,
+        query: Tensor,
+        store: KVStore,
+        length: int,
+        k: int | None,
+        scale: float,
+        softcap: float | None,
+        n_sink: int,
+        tail: bool,
+        want_slots: bool,
+    ) -> ListAnswer:
+        """The same on any device: every list is scored, and the pieces are index_kernels' own."""
+        assert self._lists is not None
+        query = query[:, :, None]
+        keys, values = store.keys[:, :, :length], store.values[:, :, :length]
+        lists = self._lists.summaries(query.device)
+        first = (store.start + n_sink).clamp(max=length)
+        bounds = [[store.start.clamp(max=length), first], [first.clamp(min=len(self)), torch.full_like(first, length)]]
+        ranges = torch.stack([torch.stack(pair, dim=-1) for pair in bounds], dim=1)
+        ranges = ranges[:, None, None].expand(*query.shape[:3], 2, 2)
+        exact = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap)
+        logits, spread = summary_logits(query, lists, scale=scale, softcap=softcap, alpha=ALPHA)
+        budget = self._budget(k)[0] * store.num_kv_heads
+        chosen = probe_lists(logits, spread, lists, exact[1][..., 0], budget)
+        outs, lses = attend_lists(
+            query, keys, values, lists, chosen, logits, scale=scale, softcap=softcap, beta=BETA, tail=tail
+        )
+        outs, lses = torch.cat([exact[0][None], outs]), torch.cat([exact[1][None], lses])
+        rows = float((lists.size * chosen).sum()) / chosen.shape[0] / chosen.shape[1]
+        slots = list_slots(lists.begin, lists.size, chosen, query.shape[1])[:, :, None] if want_slots else None
+        return ListAnswer(*merge_states(outs, lses), lses, rows, chosen.numel(), slots)
 
     def _shared_segments(self, target: list[int]) -> int:
         """How many leading segments the present and the target bounds share."""
@@ -268,8 +312,9 @@ class SegmentedIndex(KeyIndex):
         from index_kernels._cpu_seal import unseal_rows
 
         assert self._lists is not None
-        keys, values = _host_arrays(store)
-        unseal_rows(keys, values, self._lists.positions, lo.numpy(), 0, np.asarray(self._bounds[keep:], np.int64))
+        bounds = np.asarray(self._bounds[keep:], np.int64)
+        with _on_host(store, self._bounds[keep], self._bounds[-1]) as (keys, values):
+            unseal_rows(keys, values, self._lists.positions, lo.cpu().numpy(), 0, bounds)
         self._bounds = self._bounds[: keep + 1]
         self._lists.keep_segments(keep)
 
@@ -280,12 +325,21 @@ class SegmentedIndex(KeyIndex):
         return self._lists.summary_bytes
 
 
-def _host_arrays(store: KVStore) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The store's buffers as numpy arrays of the same memory."""
+@contextmanager
+def _on_host(store: KVStore, first: int, stop: int) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """The store's buffers as numpy arrays, whose rows ``first .. stop`` may be changed inside the block."""
     from index_kernels._cpu_common import numpy_bits
 
-    keys, values = store.buffers
-    return numpy_bits(keys), numpy_bits(values)
+    buffers = store.buffers
+    if buffers[0].device.type == "cpu":
+        yield numpy_bits(buffers[0]), numpy_bits(buffers[1])
+        return
+    host = [torch.empty(buffer.shape, dtype=buffer.dtype) for buffer in buffers]
+    for copy, buffer in zip(host, buffers, strict=True):
+        copy[:, :, first:stop] = buffer[:, :, first:stop].cpu()
+    yield numpy_bits(host[0]), numpy_bits(host[1])
+    for copy, buffer in zip(host, buffers, strict=True):
+        buffer[:, :, first:stop] = copy[:, :, first:stop].to(buffer.device)
 
 
 def _require_numba() -> None:
