@@ -29,7 +29,7 @@ def plot_frontier(sizes: list[dict[str, Any]], path: Path) -> None:
             right.plot(read, [point["recall"] for point in curve["points"]], label=label, **style)
         for panel, title in ((left, "mean relative error against dense"), (right, "recall@k of the rows chosen")):
             panel.axvline(size["bytes_dense"] / 1e6, color="black", linewidth=0.8)
-            panel.annotate("dense", (size["bytes_dense"] / 1e6, 0.02), xycoords=("data", "axes fraction"), rotation=90)
+            panel.annotate("dense", (size["bytes_dense"] / 1e6, 0.9), xycoords=("data", "axes fraction"), rotation=90)
             panel.set(xscale="log", xlabel="MB read per call", title=f"{size['rows']:,} rows: {title}")
             panel.grid(True, which="both", alpha=0.25)
         left.set(yscale="log")

@@ -61,18 +61,13 @@ def window_lengths(tokens: int) -> list[int]:
 
 
 def load_rows(tokens: int, layer: int) -> Rows:
-    """The rows of ``layer`` over about ``tokens`` tokens, from the cache; what is missing there is captured first."""
-    return join_windows([load_file(path) for path in fill_cache(tokens, layer)], layer, min(tokens, CONTEXT))
+    """The rows of ``layer`` over about ``tokens >= 8192`` tokens, from the cache; what it lacks is captured first."""
+    return join_windows([load_file(path) for path in fill_cache(tokens, layer)], layer)
 
 
-def join_windows(windows: list[dict[str, Tensor]], layer: int, newest: int) -> Rows:
-    """One store from windows: the sinks, the other windows without their own, the first ``newest`` rows of the first.
-
-    The queries kept belong to the end of the first window, so a shorter ``newest`` has none and is refused.
-    """
+def join_windows(windows: list[dict[str, Tensor]], layer: int) -> Rows:
+    """One store from windows: the first one's sinks, the other windows and then the first, without their sinks."""
     last = windows[0]
-    if newest != last[f"{layer}.key"].shape[2]:
-        raise ValueError(f"the store would end at row {newest}, the window with the queries has another length")
     joined = []
     for name in ("key", "value"):
         parts = [last[f"{layer}.{name}"][:, :, :SINKS]]

@@ -14,10 +14,10 @@ def main(rows: int, k: int) -> None:
     keys = centres.repeat_interleave(rows // 64, dim=2) + 0.5 * torch.randn(1, 2, rows // 64 * 64, 64) + 1.0
     values = torch.randn_like(keys)
     query = torch.randn(1, 4, 1, 64) + 1.5 * keys[:, :, rows // 2 : rows // 2 + 1].repeat_interleave(2, dim=1)
-    for index in ("flat", "ivf", "hnsw"):
+    for index in ("segmented", "flat", "ivf", "hnsw"):
         db = dbattn.AttentionDB(2, 64, config=dbattn.RetrievalConfig(index=index, k=k))
         db.insert(keys, values)
-        print(f"{index:5} {db.audit(query)}")
+        print(f"{index:9} {db.audit(query)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main(tokens: int, k: int, model: str | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=2000, help="length of the prompt (default 2000)")
+    parser.add_argument("--tokens", type=int, default=2500, help="length of the prompt (default 2500)")
     parser.add_argument("--k", type=int, default=128, help="rows retrieved per query and KV head (default 128)")
     parser.add_argument("--model", help="model folder or .gguf file (default: SmolLM2-135M-Instruct)")
     main(**vars(parser.parse_args()))

@@ -1,8 +1,11 @@
 """The demo, the command line and the examples, on a tiny model of random weights."""
 
+import hashlib
 import json
+import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dbattn.cli import main
+from dbattn.demo import Answer, _write_json, summary
 from dbattn.haystack import hide, make_needles, read_haystack
 from dbattn.hf import load_model
 
@@ -47,7 +51,7 @@ def model_folder(tmp_path_factory):
 
 def test_demo_prints_a_table_and_writes_the_json(model_folder, tmp_path, capsys):
     out = tmp_path / "result.json"
-    options = f"--tokens 1500 --k 32 --needles 2 --model {model_folder} --json {out}"
+    options = f"--tokens 1500 --index flat --k 32 --needles 2 --model {model_folder} --json {out}"
     assert main(["demo", *options.split()]) == 0
     printed = capsys.readouterr()
     assert "dense against retrieval" in printed.out
@@ -68,21 +72,27 @@ def test_demo_prints_a_table_and_writes_the_json(model_folder, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "20"], "tokens is 20, too few to hide 3 needles"),
+        (["--tokens", "500", "--k", "32"], "tokens is 500, expected more than 2116: with index='segmented' and k=32"),
         (["--tokens", "4000"], "the model's context is 4096"),
         (["--needles", "0"], "needles is 0, expected 1 to 10"),
         (["--k", "0"], "k is 0, expected an integer of at least 1"),
-        (["--k", "5000", "--tokens", "1500"], "k covers every row"),
+        (["--k", "5000"], "tokens is 4000, expected more than 5068"),
+        (["--k", "2100", "--tokens", "2500"], r"nothing was retrieved: k=2100 covers the \d+ rows in the index$"),
         (["--haystack", "{tmp}/missing.txt"], "missing.txt is not a file"),
         (["--haystack", "{tmp}/empty.txt"], "empty.txt is empty"),
         (["--haystack", "{tmp}/binary.txt"], "binary.txt is not UTF-8 text"),
         (["--haystack", "{tmp}/nul.txt"], "nul.txt is not text"),
-        (["--tokens", "1500", "--haystack", "{tmp}/short.txt"], r"the haystack has \d tokens"),
+        (["--tokens", "2500", "--haystack", "{tmp}/short.txt"], r"the haystack has \d tokens"),
         (["--model", "{tmp}/nowhere"], "nowhere does not exist"),
         (["--model", "{tmp}"], "it has no config.json"),
         (["--model", "{tmp}/short.txt"], "short.txt is not a model: expected a folder, or a GGUF file"),
-        (["--model", "{tmp}/fake.gguf"], "fake.gguf"),
+        (["--model", "{tmp}/fake.gguf"], "fake.gguf is not a model: "),
         (["--model", "{tmp}/broken"], "is not JSON"),
+        (["--model", "{tmp}/weightless"], r"weightless is not a model: .*no file named model.safetensors"),
+        (["--model", "{tmp}/torn"], r"torn is not a model: .*incomplete metadata"),
+        (["--model", "{tmp}/float"], r"float is not a model: .*hidden_size"),
+        (["--model", "{tmp}/mamba"], "MambaForCausalLM cannot be wrapped"),
+        (["--json", "{tmp}"], r"--json .* is a folder, expected a file"),
         (["--json", "{tmp}/no/such/folder.json"], "the folder .* does not exist"),
     ],
 )
@@ -94,6 +104,16 @@ def test_bad_input_ends_with_exit_code_2_and_one_clear_line(arguments, message, 
     (tmp_path / "fake.gguf").write_bytes(b"GGUF" + b"\xff" * 64)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    for folder in ("weightless", "torn", "float"):
+        shutil.copytree(model_folder, tmp_path / folder)
+    (tmp_path / "weightless" / "model.safetensors").unlink()
+    os.truncate(tmp_path / "torn" / "model.safetensors", 100_000)
+    config = json.loads((model_folder / "config.json").read_text())
+    (tmp_path / "float" / "config.json").write_text(json.dumps(config | {"hidden_size": 1.5}))
+    if "{tmp}/mamba" in arguments:
+        sizes = {"vocab_size": 1000, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+        shutil.copytree(model_folder, tmp_path / "mamba")
+        transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).save_pretrained(tmp_path / "mamba")
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     if "--model" not in arguments:
         arguments += ["--model", str(model_folder)]
@@ -101,6 +121,7 @@ def test_bad_input_ends_with_exit_code_2_and_one_clear_line(arguments, message, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("dbattn: ")
     assert re.search(message, lines[-1])
+    assert not any("Traceback" in line for line in lines)
 
 
 def test_an_unknown_option_and_help_teach(capsys):
@@ -119,9 +140,46 @@ def test_ctrl_c_ends_with_130(monkeypatch, model_folder, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dbattn.demo._prefill", interrupted)
-    assert main(["demo", "--tokens", "1500", "--model", str(model_folder)]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    for where in ("dbattn.demo._prefill", "dbattn.hf.load.AutoModelForCausalLM.from_pretrained"):
+        monkeypatch.setattr(where, interrupted)
+        assert main(["demo", "--tokens", "2500", "--model", str(model_folder)]) == 130
+        assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_leaves_no_file_behind(tmp_path):
+    figures = dict.fromkeys(
+        ("recall", "attention_mass", "relative_error", "rows_retrieved", "rows_read", "rows_stored"), 1.0
+    )
+    # Both answers ended with their first token: there was no decode step to time.
+    answer = Answer(make_needles(1)[0], "", "", figures, [], [])
+    assert summary([answer])["ms_per_token"] == {"dense": None, "retrieval": None}
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        _write_json(tmp_path / "taken", [answer])
+    _write_json(tmp_path / "result.json", [answer])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "taken"]
+
+
+def test_two_first_runs_at_once_share_one_conversion(model_folder, tmp_path, monkeypatch):
+    gguf = tmp_path / "tiny.gguf"
+    gguf.write_bytes(b"GGUF and the rest")
+    monkeypatch.setenv("DBATTN_CACHE", str(tmp_path / "cache"))
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def convert(path, **options):
+        if "gguf_file" not in options:
+            return load(path, **options)
+        # The other run finishes while this one converts.
+        (aside,) = (tmp_path / "cache" / "models").iterdir()
+        target = aside.with_name(f"tiny-{hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]}")
+        shutil.copytree(model_folder, target)
+        return load(model_folder)
+
+    monkeypatch.setattr("dbattn.hf.load.AutoModelForCausalLM.from_pretrained", convert)
+    tokenizer = load_model(model_folder)[1]
+    monkeypatch.setattr("dbattn.hf.load.AutoTokenizer.from_pretrained", lambda *args, **options: tokenizer)
+    assert load_model(gguf)[0].config.vocab_size == 1000
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
 
 
 def test_ctrl_c_between_questions_keeps_the_answers_so_far(monkeypatch, model_folder, tmp_path):
@@ -137,7 +195,8 @@ def test_ctrl_c_between_questions_keeps_the_answers_so_far(monkeypatch, model_fo
 
     monkeypatch.setattr(demo, "_ask", once)
     out = tmp_path / "result.json"
-    assert main(["demo", "--tokens", "1500", "--k", "32", "--model", str(model_folder), "--json", str(out)]) == 130
+    options = f"--tokens 1500 --index flat --k 32 --model {model_folder} --json {out}"
+    assert main(["demo", *options.split()]) == 130
     assert len(json.loads(out.read_text())["needles"]) == 1
 
 
@@ -147,11 +206,40 @@ def test_needles_stand_at_their_depths_between_sentences(model_folder):
     text = hide(needles, read_haystack(), 3000, tokenizer)
     for needle in needles:
         at = text.index(needle.sentence)
-        assert text[at - 2 : at] == ". "
+        assert re.search(r"[.!?] $|\n$", text[:at])
         assert abs(at / len(text) - needle.depth) < 0.06
     assert abs(len(tokenizer(text)["input_ids"]) - 3000) < 60
     assert len({needle.number for needle in needles}) == 4
     assert make_needles(4) == needles
+
+
+class Letters:
+    """A tokenizer: a token is a letter."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": list(text)}
+
+    def decode(self, ids):
+        return "".join(ids)
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+@pytest.mark.parametrize("line", ["This is line {}", "Is this line {}?", "A line that ends. And goes on to {}"])
+def test_needles_stay_whole_in_any_text_that_has_lines(line, count):
+    needles = make_needles(count)
+    haystack = "\n".join(line.format(i) for i in range(700))
+    text = hide(needles, haystack, 9000, Letters())
+    assert all(needle.sentence in text for needle in needles)
+    places = [text.index(needle.sentence) for needle in needles]
+    assert places == sorted(places)
+    for needle in needles:
+        text = text.replace(f"{needle.sentence} ", "")
+    assert haystack.startswith(text)
+
+
+def test_a_text_without_sentences_or_lines_hides_nothing():
+    with pytest.raises(ValueError, match="no sentence or line of the haystack ends near depth 17%"):
+        hide(make_needles(3), "word " * 5000, 9000, Letters())
 
 
 def test_importing_dbattn_loads_no_heavy_package():
@@ -167,8 +255,8 @@ def test_examples_run(example, model_folder, monkeypatch, capsys):
     small = {
         "quickstart": [],
         "compare_with_dense": ["--rows", "2048", "--k", "32"],
-        "wrap_model": ["--tokens", "1200", "--k", "32", "--model", str(model_folder)],
-        "needle_in_haystack": ["--tokens", "1200", "--k", "32", "--needles", "1", "--model", str(model_folder)],
+        "wrap_model": ["--tokens", "2500", "--k", "32", "--model", str(model_folder)],
+        "needle_in_haystack": ["--tokens", "2200", "--k", "32", "--needles", "1", "--model", str(model_folder)],
     }[example.stem]
     monkeypatch.setattr(sys, "argv", [str(example), *small])
     runpy.run_path(str(example), run_name="__main__")

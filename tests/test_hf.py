@@ -9,7 +9,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from dbattn import RetrievalConfig
-from dbattn.hf import wrap
+from dbattn.hf import UnsupportedModelError, wrap
+from dbattn.hf.function import attention_function
 
 SIZES = {
     "vocab_size": 128,
@@ -64,10 +65,14 @@ def generate(model, inputs, **options):
     return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
 
 
+def assert_close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+
+
 def assert_same(got, expected, tolerance=1e-5):
     assert torch.equal(got.sequences, expected.sequences)
     for a, b in zip(got.logits, expected.logits, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+        assert_close(a, b, tolerance)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -95,6 +100,23 @@ def test_every_family_retrieves(family):
         assert layer.recall == pytest.approx(1.0)
         assert 0 < layer.relative_error < 1
         assert 0.2 < layer.attention_mass < 1
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gemma2", {"initializer_range": 0.3, "attn_logit_softcapping": 2.0}), ("gpt_oss", {"initializer_range": 0.2})],
+)
+def test_retrieval_with_softcap_sinks_and_padding_is_close_to_dense(family, changes):
+    inputs, model = prompt(length=200, padding=(40, 0)), tiny(family, **changes)
+    for name, weights in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.constant_(weights, 4.0)  # a third of the softmax weight
+    expected = generate(model, inputs, max_new_tokens=2)
+    # All rows of the longer sequence but one: the first two, the newest eight, and 190 of 191 others.
+    config = RetrievalConfig(index="flat", k=190, window=8, n_sink=2, dense_below=0)
+    with wrap(model, config) as handle:
+        assert_same(generate(model, inputs, max_new_tokens=2), expected, tolerance=1e-2)
+        assert handle.report().layers[1].retrieving > 0
 
 
 @pytest.mark.parametrize(
@@ -167,17 +189,222 @@ def test_a_cache_filled_before_wrapping_is_taken_over_and_survives_unwrapping():
         reference = model(**inputs, past_key_values=copy.deepcopy(cache)).logits[:, -1].argmax(-1, keepdim=True)
         model(input_ids=inputs["input_ids"][:, :-1], past_key_values=cache)
         with wrap(model, RETRIEVING) as handle:
-            again = (
-                model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache)
-                .logits[:, -1]
-                .argmax(-1, keepdim=True)
-            )
+            again = model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache).logits[:, -1]
             assert handle.report().layers[0].rows_stored == 60
+            # The first step indexes the rows, the next one retrieves.
+            model(input_ids=reference, past_key_values=cache)
             assert handle.report().layers[0].retrieving == 1
         plain = model(input_ids=reference, past_key_values=cache)
-    assert again.shape == reference.shape
+    assert torch.equal(again.argmax(-1, keepdim=True), reference)
     assert plain.logits.isfinite().all()
-    assert cache.get_seq_length() == 61
+    assert cache.get_seq_length() == 62
+
+
+@pytest.mark.parametrize("index", ["flat", "segmented"])
+def test_a_cache_moves_from_one_wrap_to_the_next_with_its_rows_in_order(index):
+    model, inputs = tiny(max_position_embeddings=1024), prompt(length=700, padding=(90, 0))
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], dim=1)
+    step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": mask}
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        plain = model(**inputs).past_key_values
+        expected = model(**step, past_key_values=plain).logits
+        with wrap(model, RetrievalConfig(index=index, dense_below=0)) as first:
+            model(**inputs, past_key_values=cache)
+        with wrap(model, EXACT) as second:
+            assert_close(model(**step, past_key_values=cache).logits, expected)
+        assert second.report().layers[0].rows_stored == 701
+        assert first.report().layers[0].rows_stored == 700
+    # The second session scans all 701 rows of the store in place, and k-means moved 512 of the first one's.
+    layer = cache.layers[0]
+    assert layer.db.store.start.tolist() == [90, 0]
+    layer.db.release()
+    assert_close(layer.keys[1], plain.layers[0].keys[1])
+
+
+def test_refused_rows_leave_the_cache_as_it_was():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+    with torch.inference_mode():
+        cache = model(**inputs).past_key_values
+        rows = cache.layers[1].keys
+        rows[0, 0, 3, 0] = float("nan")
+        with wrap(model, EXACT), pytest.raises(ValueError, match="keys hold nan"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert cache.get_seq_length() == 60
+    assert cache.layers[1].keys is rows
+
+
+def test_a_mask_shorter_than_the_rows_hides_what_it_does_in_transformers():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+
+    def logits():
+        out = model(**inputs, use_cache=True)
+        short = torch.ones(1, 2, dtype=torch.int64)
+        ids = torch.tensor([[5, 6]])
+        return model(input_ids=ids, attention_mask=short, past_key_values=out.past_key_values).logits
+
+    with torch.inference_mode():
+        expected = logits()
+        with wrap(model, EXACT):
+            assert_close(logits(), expected)
+
+
+def test_a_cache_may_come_by_position_and_use_cache_may_be_none():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+    ids = inputs["input_ids"]
+    with torch.inference_mode():
+        expected = model.model(ids).last_hidden_state
+        with wrap(model, RETRIEVING) as handle:
+            given = model.model(ids, None, None, DynamicCache(config=model.config))
+            made = model.model(ids, None, None, None, use_cache=None)
+            none = model.model(ids, None, None, None, use_cache=False)
+            assert none.past_key_values is None
+            for out in (given, made):
+                assert_close(out.last_hidden_state, expected)
+                model(torch.tensor([[5]]), None, None, out.past_key_values)
+            assert handle.report().layers[0].retrieving == 2
+            with pytest.raises(TypeError, match="multiple values"):
+                model.model(ids, None, None, None, past_key_values=None)
+
+
+def test_batch_edits_of_a_cache_copy_only_what_changes():
+    model, inputs = tiny(), prompt(batch=2, padding=(0, 0))
+    with torch.inference_mode(), wrap(model, RETRIEVING):
+        cache = model(**inputs).past_key_values
+        layer = cache.layers[0]
+        before = layer.keys
+        cache.reorder_cache(torch.tensor([0, 1]))
+        assert layer.keys.data_ptr() == before.data_ptr()
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert torch.equal(layer.keys, before.flip(0))
+        cache.batch_select_indices(torch.tensor([False, True]))
+        assert torch.equal(layer.keys, before[:1])
+        cache.batch_repeat_interleave(3)
+        assert torch.equal(layer.keys, before[:1].expand(3, -1, -1, -1))
+
+
+def implementations(config):
+    """Every config below one, by path, with its attention implementation."""
+    found = {(): config._attn_implementation}
+    for key in config.sub_configs:
+        if getattr(config, key) is not None:
+            found |= {(key, *path): name for path, name in implementations(getattr(config, key)).items()}
+    return found
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def llava():
+    text, vision = transformers.LlamaConfig(**SIZES), transformers.CLIPVisionConfig(**VISION)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=126)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def paligemma():
+    text = transformers.GemmaConfig(**SIZES, head_dim=12)
+    vision = transformers.SiglipVisionConfig(**VISION, projection_dim=48)
+    config = transformers.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=48, hidden_size=48)
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def phi4_multimodal():
+    audio = {"num_blocks": 1, "ext_pw_out_channel": 32, "nemo_conv_channels": 8, "nemo_final_size": 32}
+    audio |= {key: VISION[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = transformers.Phi4MultimodalConfig(**SIZES, audio_config=audio, vision_config={**VISION, "crop_size": 28})
+    return transformers.Phi4MultimodalForCausalLM(config)
+
+
+def qwen2_5_omni():
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}
+    thinker = {
+        "text_config": {**SIZES, "rope_parameters": rope},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 32,
+            "out_hidden_size": 48,
+        },
+        "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "output_dim": 48},
+        "vision_start_token_id": 120,
+    }
+    config = transformers.Qwen2_5OmniConfig(thinker_config=thinker, enable_audio_output=False)
+    return transformers.Qwen2_5OmniForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (llava, ("text_config",)),
+        (paligemma, ("text_config",)),
+        (phi4_multimodal, ()),
+        (qwen2_5_omni, ("thinker_config", "text_config")),
+    ],
+)
+def test_composite_models_retrieve_in_their_text_part_only(make, text):
+    model, inputs = make().eval(), prompt(batch=1, padding=())
+    writer = getattr(model, "thinker", model)
+    writer.config.vision_config._attn_implementation = "eager"
+    before, expected = implementations(model.config), generate(writer, inputs)
+    with wrap(model, RETRIEVING) as handle:
+        assert implementations(model.config) == before | {text: "dbattn"}
+        generate(writer, inputs)
+        # PaliGemma reads its prompt both ways, so that its first step finds nothing indexed yet.
+        assert all(layer.retrieving >= 14 for layer in handle.report().layers)
+    with wrap(model, EXACT):
+        assert_same(generate(writer, inputs), expected)
+    assert implementations(model.config) == before
+
+
+def test_reports_say_why_attention_that_is_not_causal_is_dense():
+    model, inputs = paligemma().eval(), prompt(batch=1, padding=())
+    with wrap(model, RETRIEVING) as handle:
+        model.generate(**inputs, max_new_tokens=3, eos_token_id=None)
+        dense = handle.report().layers[0].dense
+    assert dense["the model's attention is not causal here"] == 1
+
+
+def test_a_nan_that_a_query_can_see_stays_one():
+    query, key, value = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
+    value[0, 0, 1, 0] = float("nan")
+    mask = torch.tensor([[True, True, True], [False, False, False]])[None, None]
+    additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    for given in (mask, additive):
+        out, _ = attention_function(torch.nn.Module(), query, key, value, given)
+        assert out[0, 0, 0].isnan().tolist() == [True, False, False, False]
+        assert torch.equal(out[0, 1], torch.zeros(1, 4))
+
+
+def test_a_copy_of_a_wrapped_model_says_what_it_is():
+    model, inputs = tiny(), prompt(batch=1, padding=())
+    with wrap(model, EXACT):
+        twin = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="LlamaForCausalLM is a copy of a wrapped model"):
+            twin(**inputs)
+        model(**inputs)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM is a copy of a wrapped model"):
+        twin(**inputs)
+
+
+def test_a_wrap_that_fails_leaves_nothing_behind(monkeypatch):
+    model = tiny()
+    before = snapshot(model)
+
+    def refuse(*args, **kwargs):
+        raise ValueError("no hooks here")
+
+    monkeypatch.setattr(type(model.model), "register_forward_pre_hook", refuse)
+    with pytest.raises(ValueError, match="no hooks here"):
+        wrap(model)
+    assert snapshot(model) == before
 
 
 def test_calls_without_generate_retrieve_too():
@@ -249,17 +476,23 @@ def test_what_cannot_be_served_is_refused_by_name():
     t5 = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=32)
     )
-    with pytest.raises(TypeError, match="T5ForConditionalGeneration cannot be wrapped: an encoder-decoder"):
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration cannot be wrapped: an encoder-decoder"):
         wrap(t5)
     falcon = transformers.FalconForCausalLM(
         transformers.FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    with pytest.raises(TypeError, match="FalconForCausalLM cannot be wrapped: it does not use"):
+    with pytest.raises(UnsupportedModelError, match="FalconForCausalLM cannot be wrapped: it does not use"):
         wrap(falcon)
-    with pytest.raises(TypeError, match="MistralForCausalLM cannot be wrapped: no layer attends to all rows"):
+    with pytest.raises(
+        UnsupportedModelError, match="MistralForCausalLM cannot be wrapped: no layer attends to all rows"
+    ):
         wrap(tiny("mistral", sliding_window=8))
-    with pytest.raises(TypeError, match="Linear cannot be wrapped"):
+    with pytest.raises(UnsupportedModelError, match="Linear cannot be wrapped"):
         wrap(torch.nn.Linear(2, 2))
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaForCausalLM cannot be wrapped: it is torch.float64, expected"
+    ):
+        wrap(tiny().double())
     model = tiny()
     with wrap(model), pytest.raises(RuntimeError, match=r"wrapped already"):
         wrap(model)

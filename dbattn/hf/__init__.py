@@ -6,6 +6,6 @@ except ImportError as error:
     raise ImportError('wrapping a model needs transformers: pip install "dbattn[hf]"') from error
 
 from .load import load_model
-from .wrap import Handle, wrap
+from .wrap import Handle, UnsupportedModelError, wrap
 
-__all__ = ["Handle", "load_model", "wrap"]
+__all__ = ["Handle", "UnsupportedModelError", "load_model", "wrap"]

@@ -25,7 +25,7 @@ class Session:
         return self
 
     def adopt(self, cache: DynamicCache) -> None:
-        """Put a database in place of every plain layer of a cache; rows it holds already move over."""
+        """Put our database in place of every plain layer of a cache, and of another session's; their rows move over."""
         if cache.offloading:
             raise ValueError("an offloaded cache cannot be served: its rows leave the device between layers")
         if cache.layer_class_to_replicate is DynamicLayer:
@@ -33,10 +33,22 @@ class Session:
             cache.layers.extend(DynamicLayer() for _ in range(missing))
             cache.layer_class_to_replicate = None
         for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer:
-                cache.layers[i] = DatabaseLayer(self, i)
-                if layer.is_initialized and layer.get_seq_length():
-                    cache.layers[i].update(layer.keys, layer.values)
+            if type(layer) is DynamicLayer or (isinstance(layer, DatabaseLayer) and layer.session is not self):
+                # Assigned when it is complete: rows that are refused stay where they were.
+                cache.layers[i] = self._with_rows_of(layer, i)
+
+    def _with_rows_of(self, layer: DynamicLayer, layer_index: int) -> "DatabaseLayer":
+        ours = DatabaseLayer(self, layer_index)
+        if not layer.get_seq_length():
+            return ours
+        theirs = layer.db if isinstance(layer, DatabaseLayer) else None
+        if theirs is not None:
+            theirs.release()
+        ours.update(layer.keys, layer.values)
+        if theirs is not None and theirs.store.has_padding:
+            assert ours.db is not None
+            ours.db.store.set_start(theirs.store.start)
+        return ours
 
 
 class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
@@ -99,14 +111,16 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each batch row."""
         if self.db is not None:
-            self._select(torch.arange(self.db.store.keys.shape[0]).repeat_interleave(repeats))
+            self._select(torch.arange(len(self.db.store.start)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some batch rows."""
-        self._select(indices)
+        """Keep some batch rows: their numbers, or a bool mask."""
+        if self.db is not None:
+            self._select(torch.arange(len(self.db.store.start), device=indices.device)[indices])
 
     def _select(self, batch: Tensor) -> None:
-        if self.db is not None:
+        # Beams often stay as they are; copying all rows would cost more than the step itself.
+        if self.db is not None and not torch.equal(batch, torch.arange(len(self.db.store.start)).to(batch)):
             self.db.select(batch)
             self._refresh()
 

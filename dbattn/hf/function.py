@@ -40,10 +40,12 @@ def attention_function(
     padding: Tensor | None = getattr(attention_mask, "_dbattn_start", None)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if layer is not None and layer.db is not None and value is layer.values and causal:
+    if layer is not None and layer.db is not None and value is layer.values:
         db = layer.db
         start = torch.zeros_like(db.store.start) if padding is None else padding
-        if (attention_mask is None or padding is not None) and db.store.can_start_at(start):
+        # The newest position sees every row either way: one query is causal.
+        in_order = causal or query.shape[2] == 1
+        if in_order and (attention_mask is None or padding is not None) and db.store.can_start_at(start):
             db.store.set_start(start)
             retrieve, audits = layer.session.retrieve, layer.session.audits
             audited = len(db.stats.audits)
@@ -56,10 +58,11 @@ def attention_function(
             db.sync()
             assert isinstance(out, Tensor)
             return out.transpose(1, 2).contiguous(), None
-        db.stats.dense_reasons["the mask is not causal with left padding"] += 1
+        reason = "the mask is not causal with left padding" if in_order else "the model's attention is not causal here"
+        db.stats.dense_reasons[reason] += 1
         db.release()
     elif layer is not None:
-        layer.session.stats[layer.layer_index].dense_reasons["the model changed the rows after its cache"] += 1
+        layer.session.stats[layer.layer_index].dense_reasons["the model changed the values after its cache"] += 1
     out = _foreign(query, key, value, attention_mask, scale, softcap, s_aux, causal)
     return out.transpose(1, 2).contiguous(), None
 
@@ -80,13 +83,21 @@ def _foreign(
         mask = torch.ones(m, rows, dtype=torch.bool, device=query.device).tril(rows - m)
     if softcap is None and s_aux is None:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+        if mask is None:
+            return out
         # A query that may see no row (padding) has no defined answer; zero keeps it out of everything else.
-        return out if mask is None else out.nan_to_num()
+        hidden = ~mask if mask.dtype == torch.bool else mask == float("-inf")
+        return out.masked_fill(hidden.all(dim=-1, keepdim=True), 0.0)
     out, lse = masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
     if s_aux is not None:
-        sink = s_aux.to(lse)[None, :, None].expand_as(lse)
-        out, _ = merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
+        out, _ = merge_sink(out, lse, s_aux)
     return out.to(query.dtype)
+
+
+def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The state ``(out, lse)`` with one more row of value zero per head, whose logits are ``sink_logits [Hq]``."""
+    sink = sink_logits.to(lse)[None, :, None].expand_as(lse)
+    return merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
 
 
 def mask_of_model(
@@ -100,7 +111,8 @@ def mask_of_model(
     no_later_rows = kwargs["q_offset"] + kwargs["q_length"] == kv_length + kwargs.get("kv_offset", 0)
     plain = mask_function is causal_mask_function and bool(no_later_rows)
     valid = None if attention_mask is None else attention_mask[:, :kv_length].bool()
-    if plain and (valid is None or bool(valid.all())):
+    # transformers hides rows beyond a mask that is too short.
+    if plain and (valid is None or (valid.shape[1] == kv_length and bool(valid.all()))):
         return None
     kwargs["allow_is_causal_skip"] = False
     mask: Tensor | None = sdpa_mask(

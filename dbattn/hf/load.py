@@ -27,7 +27,7 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
 
     Raises:
         FileNotFoundError: there is no such path, or the default model's package is not installed.
-        ValueError: the path is not a model; says what was expected.
+        ValueError: the path is not a model, or a damaged one; says what was expected.
     """
     source = _default_gguf() if path is None else Path(path)
     if not source.exists():
@@ -43,9 +43,9 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
         raise ValueError(f"{folder / 'config.json'} is not a model's config: it names no model_type")
     # Safetensors only: a pickled checkpoint could run code.
     options = {"local_files_only": True, "trust_remote_code": False}
-    with _no_progress_bars():
+    with _reading(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+        return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
 
 
 def cache_folder() -> Path:
@@ -63,6 +63,18 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """No progress bars; whatever transformers, safetensors and gguf raise about damaged files is one ValueError."""
+    try:
+        with _no_progress_bars():
+            yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a model: {' '.join(str(error).split())}") from error
 
 
 def _default_gguf() -> Path:
@@ -93,8 +105,8 @@ def _converted(gguf: Path) -> Path:
     aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
         options = {"gguf_file": gguf.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        with _no_progress_bars():
+        with _reading(gguf):
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **options)
         # It is de-quantised by now; transformers refuses to save it while it looks quantised.
         model.hf_quantizer = None
@@ -103,7 +115,12 @@ def _converted(gguf: Path) -> Path:
         with _no_progress_bars():
             model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        aside.rename(target)
+        try:
+            aside.rename(target)
+        except OSError:
+            # Another process may have converted it meanwhile.
+            if not (target / "config.json").is_file():
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target

@@ -1,0 +1,71 @@
+"""Run all benchmarks and compare with what the engine must reach.
+
+Captures rows of SmolLM2-135M first where the cache lacks them (about ten minutes, once). Each benchmark writes its
+figures to the results folder as soon as it is done; the summary takes in those that ran.
+
+  python -m benchmarks                        everything, under 20 minutes on two cores
+  python -m benchmarks --quick                a few minutes, smaller sizes; the figures wobble
+  python -m benchmarks --only decode insert   some of them
+
+Writes decode.json, model.json, insert.json, frontier.json, frontier.png, summary.json and summary.png; summary.json
+holds targets[] = {what, must, aim, measured, unit, note, verdict}, and machine and date as the others do.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import bench_decode, bench_frontier, bench_insert, bench_model
+from ._common import RESULTS, SIZES, console, write_json
+from ._plots import plot_summary
+from ._targets import print_targets, targets
+from .capture import fill_cache
+
+NAMES = ("decode", "model", "insert", "frontier")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="benchmarks to run")
+    options.add_argument("--quick", action="store_true", help="smaller sizes and fewer repetitions")
+    options.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
+    args = options.parse_args(argv)
+    quick: bool = args.quick
+    sizes = ["8K", "32K"] if quick else ["8K", "32K", "131K", "524K"]
+
+    benchmarks: dict[str, Callable[[], Any]] = {
+        "decode": lambda: bench_decode.run(sizes, quick=quick),
+        "model": lambda: bench_model.run(["4K", "8K"] if quick else ["4K", "8K", "32K", "131K"], quick=quick),
+        "insert": lambda: bench_insert.run(["8K"] if quick else ["8K", "32K"], quick=quick),
+        "frontier": lambda: bench_frontier.run(
+            ["8K"] if quick else ["8K", "32K"], quick=quick, plot=args.out / "frontier.png"
+        ),
+    }
+    if "decode" in args.only and not quick:
+        fill_cache(SIZES["524K"], 8)
+    results: dict[str, Any] = {}
+    for name in (n for n in NAMES if n in args.only):
+        console.rule(name)
+        began = time.perf_counter()
+        results[name] = benchmarks[name]()
+        write_json(args.out / f"{name}.json", name, {"quick": quick}, results[name])
+        console.print(f"{name} took {time.perf_counter() - began:.0f} s")
+
+    found = targets(results)
+    print_targets(found)
+    settings = {"quick": quick, "benchmarks": [n for n in NAMES if n in args.only]}
+    write_json(args.out / "summary.json", "summary", settings, {"targets": [t.to_dict() for t in found]})
+    if "decode" in results:
+        decode = results["decode"]
+        plot_summary(decode["sizes"], decode["exponent"]["points"], args.out / "summary.png")
+        print(f"plot: {args.out / 'summary.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What the engine must reach and aims at, and the verdict on measured results."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ._common import SIZES, print_table, show
+
+
+@dataclass(frozen=True)
+class Target:
+    """One figure. ``more`` tells whether more is better; ``must`` is None where there is only an aim.
+
+    ``measured`` is None where the benchmark did not run, or where no setting qualified: then ``note`` says so.
+    Otherwise ``note`` names the setting that was measured.
+    """
+
+    what: str
+    must: float | None
+    aim: float
+    measured: float | None
+    more: bool
+    unit: str = ""
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The best bound that holds, "aim" or "must", or "missed"; "not measured" where its benchmark did not run."""
+        if self.measured is None:
+            return "missed" if self.note else "not measured"
+        for name, bound in (("aim", self.aim), ("must", self.must)):
+            if bound is not None and (self.measured >= bound if self.more else self.measured <= bound):
+                return name
+        return "missed" if self.must is not None else "below aim"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figure as plain data."""
+        names = ("what", "must", "aim", "measured", "unit", "note", "verdict")
+        return {name: getattr(self, name) for name in names}
+
+
+def targets(results: dict[str, Any]) -> list[Target]:
+    """All targets, from the results of the benchmarks that ran: ``{name: results}``."""
+    sizes = {size["tokens"]: size for size in results.get("decode", {}).get("sizes", [])}
+    best = {p["rows"]: p for p in results.get("decode", {}).get("exponent", {}).get("points", [])}
+    found: list[Target] = []
+
+    def side(tokens: int, name: str, ok: Callable[[dict[str, Any]], bool]) -> tuple[float | None, str]:
+        size = sizes.get(tokens)
+        if size is None:
+            return None, ""
+        matching = [s for s in size["sides"] if ok(s)]
+        if not matching:
+            return None, "no setting within the error"
+        return matching[0][name], matching[0]["side"]
+
+    def within_bound(tokens: int) -> Callable[[dict[str, Any]], bool]:
+        point = best.get(sizes[tokens]["rows"]) if tokens in sizes else None
+        return lambda s: point is not None and s["side"] == point["side"]
+
+    def own(s: dict[str, Any]) -> bool:
+        return bool(s["kind"] == "dense_decode")
+
+    at = SIZES["131K"]
+    found.append(Target("dense_decode, times faster than SDPA, 131K", 2.5, 4, side(at, "x_sdpa", own)[0], True, "x"))
+    share = side(at, "bandwidth_share", own)[0]
+    found.append(Target("dense_decode, share of read bandwidth, 131K", None, 0.8, share, True))
+    for against, name, wanted in (
+        ("SDPA", "x_sdpa", (("8K", 6, 10), ("32K", 15, 30), ("131K", 30, 60), ("524K", 50, 120))),
+        ("dense_decode", "x_dense_decode", (("32K", 5, 10), ("131K", 12, 25))),
+    ):
+        for size, must, aim in wanted:
+            measured, setting = side(SIZES[size], name, within_bound(SIZES[size]))
+            what = f"segmented, times faster than {against}, error <= 0.05, {size}"
+            found.append(Target(what, must, aim, measured, True, "x", setting))
+    exponent = results.get("decode", {}).get("exponent", {})
+    # The target is about this range; a fit over fewer sizes is another figure.
+    whole = len(exponent.get("points", [])) == 4
+    value = exponent.get("value") if whole else None
+    found.append(Target("exponent of time in T, 8K to 524K, error <= 0.05", 0.75, 0.5, value, False))
+
+    insert = results.get("insert", {})
+    share = insert.get("prefill", {}).get("share")
+    found.append(Target("sealing and merging, share of the model's prefill at 8K", 0.10, 0.03, share, False))
+    overheads = [size["overhead"] for size in insert.get("sizes", [])]
+    found.append(Target("memory above one copy of K and V", 0.20, 0.10, max(overheads, default=None), False))
+
+    model = results.get("model", {})
+    fidelity = model.get("fidelity", {})
+    if fidelity.get("context", 0) < 7900:
+        fidelity = {}
+    for what, key, must, aim, more in (
+        ("logits, relative L2, all layers retrieving, 8K", "logits_l2", 0.08, 0.03, False),
+        ("KL to dense, the same run", "kl", 0.01, 0.001, False),
+        ("top-1 agreement, the same run", "top1", 0.95, 0.99, True),
+    ):
+        found.append(Target(what, must, aim, fidelity.get(key), more))
+    speedups = {size["rows"]: size.get("speedup") for size in model.get("sizes", [])}
+    what = "SmolLM2 end to end, times faster than unwrapped, 8K"
+    found.append(Target(what, 2, 4, speedups.get(SIZES["8K"]), True, "x"))
+    what = "the same at 4K: no slower"
+    found.append(Target(what, 1, 1, speedups.get(SIZES["4K"]), True, "x"))
+    return found
+
+
+def print_targets(found: Sequence[Target]) -> None:
+    """The table of musts and aims."""
+    rows = []
+    for t in found:
+        sign = ">=" if t.more else "<="
+        must, aim = (None if bound is None else f"{sign} {show(bound)}{t.unit}" for bound in (t.must, t.aim))
+        measured = None if t.measured is None else f"{show(t.measured)}{t.unit}"
+        rows.append([t.what, must, aim, measured, t.verdict, t.note])
+    print_table("What the engine must reach", ("figure", "must", "aim", "measured", "verdict", "setting"), rows)

@@ -1,0 +1,218 @@
+"""The benchmarks measure what they say they do: on synthetic rows, and without timing anything that matters."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbattn.dense import dense_attention
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+pytest.importorskip("matplotlib")
+pytest.importorskip("numba")
+
+from benchmarks import __main__ as everything
+from benchmarks import _stores, bench_decode, bench_frontier, bench_insert, bench_model
+from benchmarks._common import QuietGuard, Side, Timing, check_exact, fit_exponent, time_sides, write_json
+from benchmarks._model import compare_logits, stretched
+from benchmarks._plots import plot_frontier, plot_summary
+from benchmarks._stores import STEPS_TO, build, config_of, query_at
+from benchmarks._targets import Target, targets
+from benchmarks.capture import CONTEXT, SINKS, WINDOW, Rows, join_windows, window_lengths
+
+SIDE_KEYS = {
+    "side", "kind", "k", "ms", "ms_p10", "calls", "quiet", "x_sdpa", "x_dense_decode", "error", "error_p95", "recall",
+    "attention_mass", "bytes_read", "bandwidth_share", "build_s",
+}  # fmt: skip
+POINT_KEYS = {"k", "error", "error_p95", "recall", "attention_mass", "rows_read", "bytes_read", "bytes_dense"}
+
+
+@pytest.fixture(autouse=True)
+def _never_wait(monkeypatch):
+    monkeypatch.setattr(QuietGuard, "wait", lambda self, seconds=0.0: None)
+
+
+def synthetic(rows=1536, heads=1, group=1, dim=16):
+    return Rows(
+        torch.randn(1, heads, rows, dim), torch.randn(1, heads, rows, dim), 2 * torch.randn(1, heads * group, 512, dim)
+    )
+
+
+def test_the_exponent_of_known_times_is_found():
+    rows = [8e3, 32e3, 131e3, 524e3]
+    assert fit_exponent(rows, [3e-6 * n**0.6 for n in rows]) == pytest.approx(0.6)
+    assert fit_exponent(rows, [5.0] * 4) == pytest.approx(0.0)
+
+
+def test_exact_sides_pass_and_a_wrong_kernel_is_refused():
+    rows = synthetic(300, heads=2, group=3)
+    db = build(rows, config_of("flat", 10), 300)
+    query = query_at(rows, 299)
+    right = [contender.side for contender in bench_decode.dense_contenders([db])]
+    errors = check_exact(right, query, rows.keys, rows.values)
+    assert len(errors) == 3
+    assert max(errors.values()) < 1e-5
+    forgetful = Side(
+        "forgetful", [db], lambda db, q: dense_attention(q, db.store.keys[:, :, 1:], db.store.values[:, :, 1:])
+    )
+    with pytest.raises(ValueError, match="forgetful is wrong"):
+        check_exact([*right, forgetful], query, rows.keys, rows.values)
+    broken = Side("broken", [db], lambda db, q: torch.full_like(q, float("nan")))
+    with pytest.raises(ValueError, match="broken is wrong"):
+        check_exact([broken], query, rows.keys, rows.values)
+
+
+def test_sides_take_turns_and_read_each_store_once_a_batch():
+    seen = []
+    many = Side("many", ["a", "b", "c"], lambda store, query: seen.append(store))
+    few = Side("few", ["x"], lambda store, query: seen.append(store))
+    timings = time_sides([many, few], [torch.zeros(1)], rounds=3, seconds=0)
+    assert seen == ["a", "b", "c", "x", "x"] * 3
+    # A pass's first call, and the extra call where stores are few, are not counted. Disturbed batches may be left out.
+    assert len(timings["many"].times) == 6
+    assert len(timings["few"].times) == 3
+
+
+def test_disturbed_batches_are_left_out_only_where_enough_remain():
+    batches = [(True, [1.0]), (False, [9.0]), (True, [2.0]), (True, [3.0])]
+    assert Timing.of(batches) == Timing([1.0, 2.0, 3.0], 0.75)
+    assert Timing.of(batches[:3]).times == [1.0, 9.0, 2.0]
+    assert Timing([1.0, 3.0, 2.0], 1.0).median == 2.0
+
+
+def test_windows_are_joined_with_one_set_of_sinks_and_the_queries_window_last():
+    assert window_lengths(4096) == [4096]
+    assert window_lengths(32768) == [CONTEXT] + 6 * [WINDOW]
+    windows = []
+    for w in range(3):
+        key = (1000 * w + torch.arange(20.0))[None, None, :, None]
+        windows.append({"8.key": key, "8.value": -key})
+    windows[0]["8.query"] = torch.randn(1, 1, 4, 1)
+    rows = join_windows(windows, 8)
+    expected = [*range(SINKS), *range(2000 + SINKS, 2020), *range(1000 + SINKS, 1020), *range(SINKS, 20)]
+    assert rows.keys.flatten().tolist() == expected
+    assert torch.equal(rows.values, -rows.keys)
+    assert torch.equal(query_at(rows, len(rows) - 1), rows.query[:, :, 3:])
+    with pytest.raises(ValueError, match="position is 10"):
+        query_at(rows, 10)
+
+
+def test_decode_results_have_the_documented_keys_and_agree_with_each_other(monkeypatch):
+    monkeypatch.setattr(_stores, "STRIDE", 64)
+    monkeypatch.setattr(bench_decode, "read_bandwidth", lambda: 1e10)
+    captures = [synthetic(), synthetic()]
+    size = bench_decode.bench_size(captures, 1536, stock=["flat"], quick=True)
+    assert set(size) == {"tokens", "rows", "layers", "bandwidth", "sides"}
+    assert size["rows"] == 1536 - STEPS_TO
+    assert all(set(side) == SIDE_KEYS for side in size["sides"])
+    sides = {side["side"]: side for side in size["sides"]}
+    assert min(s["x_sdpa"] for s in size["sides"] if s["kind"] == "sdpa") <= 1.0
+    assert max(s["x_sdpa"] for s in size["sides"] if s["kind"] == "sdpa") == 1.0
+    assert sides["dense_decode"]["x_dense_decode"] == 1.0
+    assert sides["dense_decode"]["bytes_read"] == size["rows"] * 2 * 16 * 4
+    assert sides["flat, k=100"]["recall"] == 1.0
+    segmented = [s for s in size["sides"] if s["kind"] == "segmented"]
+    assert all(0 < s["error"] < 1 and s["error"] < s["error_p95"] for s in segmented)
+
+    made = [
+        {"rows": n, "sides": [{"side": "a", "kind": "segmented", "ms": n / 100, "error": 0.04}]} for n in (100, 900)
+    ]
+    made[1]["sides"].append({"side": "b", "kind": "segmented", "ms": 3.0, "error": 0.05})
+    made[1]["sides"].append({"side": "c", "kind": "segmented", "ms": 0.1, "error": 0.06})
+    fit = bench_decode.exponent(made)
+    assert [point["side"] for point in fit["points"]] == ["a", "b"]
+    assert fit["value"] == pytest.approx(0.5)
+
+
+def test_error_falls_along_the_frontier_and_the_plot_is_drawn(tmp_path):
+    captures = [synthetic()]
+    curve = bench_frontier.curve(captures, "flat", "none", [16, 64, 256])
+    assert all(set(point) == POINT_KEYS for point in curve["points"])
+    errors = [point["error"] for point in curve["points"]]
+    assert errors[0] > errors[1] > errors[2] > 0
+    read = [point["rows_read"] for point in curve["points"]]
+    assert read[1] - read[0] == 48
+    assert read[2] - read[1] == 192
+    plot_frontier([{"rows": 1344, "bytes_dense": 1e6, "curves": [curve]}], tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_insert_counts_every_row_and_tells_index_from_spare_memory():
+    rows = synthetic(1536)
+    for chunk, calls in ((512, 3), (1000, 2)):
+        db, seconds = bench_insert.insert_all(rows, "segmented", chunk)
+        assert len(db) == 1536
+        assert len(seconds) == calls
+        memory = bench_insert.memory_of(db)
+        assert memory["raw_bytes"] == 1536 * 2 * 16 * 4
+        assert memory["raw_bytes"] + memory["index_bytes"] + memory["spare_bytes"] == db.nbytes
+        assert memory["overhead"] > 0
+    flat, _ = bench_insert.insert_all(rows, "flat", 1536)
+    assert bench_insert.memory_of(flat)["overhead"] == 0
+
+
+def test_fidelity_figures_of_known_logits():
+    dense = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
+    same = compare_logits(dense, dense)
+    assert same == {"logits_l2": 0.0, "kl": pytest.approx(0.0), "top1": 1.0}
+    other = compare_logits(dense[:1], dense[:1].flip(1))
+    assert other["kl"] == pytest.approx(0.5 * torch.tensor(3.0).log().item())
+    assert other["top1"] == 0.0
+    assert compare_logits(dense, 1.1 * dense)["logits_l2"] == pytest.approx(0.1)
+
+
+def test_a_stretched_cache_keeps_its_rows_and_repeats_none():
+    from transformers import DynamicCache, LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=4)
+    cache = DynamicCache(config=config)
+    for layer in range(2):
+        cache.update(torch.randn(1, 2, 10, 8), torch.randn(1, 2, 10, 8), layer)
+    longer = stretched(cache, 35, config)
+    assert longer.get_seq_length() == 35
+    assert torch.equal(longer.layers[1].keys[:, :, :10], cache.layers[1].keys)
+    assert len(longer.layers[1].keys[0, 0].unique(dim=0)) == 35
+    assert torch.equal(stretched(cache, 4, config).layers[0].values, cache.layers[0].values[:, :, :4])
+
+
+def test_verdicts_follow_the_figures():
+    assert Target("t", 2, 4, 4.0, True).verdict == "aim"
+    assert Target("t", 2, 4, 3.9, True).verdict == "must"
+    assert Target("t", 2, 4, 1.9, True).verdict == "missed"
+    assert Target("t", 0.1, 0.03, 0.05, False).verdict == "must"
+    assert Target("t", 2, 4, None, True).verdict == "not measured"
+    found = targets({})
+    assert len(found) == 16
+    assert {t.verdict for t in found} == {"not measured"}
+
+    exact = {"side": "dense_decode", "kind": "dense_decode", "x_sdpa": 3.0, "bandwidth_share": 0.5}
+    poor = {"side": "segmented", "kind": "segmented", "ms": 1.0, "error": 0.2, "x_sdpa": 90.0, "x_dense_decode": 90.0}
+    sizes = [{"tokens": 131072, "rows": 130760, "sides": [exact, poor]}]
+    decode = {"sizes": sizes, "exponent": bench_decode.exponent(sizes)}
+    verdicts = {t.what: t.verdict for t in targets({"decode": decode})}
+    assert verdicts["dense_decode, times faster than SDPA, 131K"] == "must"
+    assert verdicts["dense_decode, share of read bandwidth, 131K"] == "below aim"
+    assert verdicts["segmented, times faster than SDPA, error <= 0.05, 131K"] == "missed"
+
+
+def test_the_summary_plot_is_drawn(tmp_path):
+    sides = [{"kind": "sdpa", "ms": 3.0}, {"kind": "sdpa", "ms": 2.0}, {"kind": "dense_decode", "ms": 1.0}]
+    plot_summary([{"rows": 8000, "sides": sides}], [{"rows": 8000, "ms": 0.1, "error": 0.04}], tmp_path / "summary.png")
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_is_written_whole(tmp_path):
+    record = write_json(tmp_path / "new" / "out.json", "decode", {"quick": True}, [1, 2])
+    assert json.loads((tmp_path / "new" / "out.json").read_text()) == record
+    assert set(record) == {"benchmark", "date", "machine", "settings", "results"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("module", [bench_decode, bench_frontier, bench_insert, bench_model, everything])
+def test_help_teaches_with_an_example(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    assert "  python -m benchmarks" in capsys.readouterr().out
