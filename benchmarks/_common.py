@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -43,13 +44,6 @@ class Timing:
     times: list[float]
     quiet: float
 
-    @classmethod
-    def of(cls, batches: Sequence[tuple[bool, list[float]]]) -> "Timing":
-        """From batches (whether it was quiet, times): the disturbed ones are left out if three others remain."""
-        quiet = [times for ok, times in batches if ok]
-        kept = quiet if len(quiet) >= 3 else [times for _, times in batches]
-        return cls([t for times in kept for t in times], len(quiet) / len(batches))
-
     @property
     def median(self) -> float:
         """Median of the calls."""
@@ -62,24 +56,41 @@ class Timing:
 
 
 class QuietGuard:
-    """Tells whether both cores are free: a fixed computation in cache takes about its best time."""
+    """Tells whether a batch had the cores to itself: other processes used little CPU, and both cores are free after it.
+
+    Without ``/proc/stat``, or for batches shorter than its clock, only the latter: a fixed computation in cache takes
+    about its best time.
+    """
 
     def __init__(self, slack: float = 1.2) -> None:
         self._x, self._y = torch.linspace(-3, 3, 1 << 17), torch.empty(1 << 17)
         self._slack = slack
         self._best = min(self._probe() for _ in range(40))
+        self._mark = self._clocks()
 
-    def is_quiet(self) -> bool:
-        """Whether the computation ran undisturbed just now."""
+    def wait(self, seconds: float = 1.0) -> None:
+        """Return when it is quiet, or after ``seconds``: a batch begins."""
+        end = time.perf_counter() + seconds
+        while not self._is_free() and time.perf_counter() < end:
+            time.sleep(0.01)
+        self._mark = self._clocks()
+
+    def was_quiet(self) -> bool:
+        """Whether nothing else ran to speak of since the latest ``wait``."""
+        elapsed, others = (now - then for now, then in zip(self._clocks(), self._mark, strict=True))
+        # The kernel counts in hundredths of a second.
+        return others < 0.03 + 0.1 * elapsed and self._is_free()
+
+    def _clocks(self) -> tuple[float, float]:
+        """Now, and the CPU seconds that other processes have used on this machine."""
+        cpu, own = psutil.cpu_times(), os.times()
+        busy = sum(cpu) - cpu.idle - getattr(cpu, "iowait", 0.0)
+        return time.perf_counter(), busy - own.user - own.system
+
+    def _is_free(self) -> bool:
         took = self._probe()
         self._best = min(self._best, took)
         return took < self._slack * self._best
-
-    def wait(self, seconds: float = 0.5) -> None:
-        """Return when it is quiet, or after ``seconds``."""
-        end = time.perf_counter() + seconds
-        while not self.is_quiet() and time.perf_counter() < end:
-            time.sleep(0.01)
 
     def _probe(self) -> float:
         # Once uncounted: the batch before may have pushed the operands out of the caches.
@@ -97,7 +108,7 @@ def time_sides(
 
     A batch is one pass over a side's stores with caches flushed before it; its first call warms up code and threads
     and is not counted. A side with fewer than three stores has its caches flushed before every counted call instead.
-    Batches that other load disturbed are left out where at least three undisturbed ones remain.
+    ``timings_of`` says what happens to batches that other load disturbed.
     """
     guard, flush = QuietGuard(), torch.ones(FLUSH_BYTES // 4)
     batches: dict[str, list[tuple[bool, list[float]]]] = {side.name: [] for side in sides}
@@ -119,9 +130,25 @@ def time_sides(
                     side.run(store, query)
                     if i > 0:
                         took.append(time.perf_counter() - began)
-                batches[side.name].append((guard.is_quiet(), took))
+                batches[side.name].append((guard.was_quiet(), took))
             advance()
-    return {name: Timing.of(each) for name, each in batches.items()}
+    return timings_of(batches)
+
+
+def timings_of(batches: dict[str, list[tuple[bool, list[float]]]]) -> dict[str, Timing]:
+    """Timings from each side's batches (whether it was quiet, times of its calls).
+
+    Disturbed batches are left out if every side has three others. Otherwise all are kept on all sides: long batches
+    are disturbed more often than short ones, so leaving them out on some sides only would favour the fast ones.
+    """
+    choose = all(sum(ok for ok, _ in each) >= 3 for each in batches.values())
+    timings = {}
+    for name, each in batches.items():
+        kept = [times for ok, times in each if ok or not choose]
+        timings[name] = Timing([t for times in kept for t in times], sum(ok for ok, _ in each) / len(each))
+    if not choose:
+        console.print("[yellow]other load disturbed this measurement: repeat it on a quiet machine[/yellow]")
+    return timings
 
 
 def check_exact(sides: Sequence[Side], query: Tensor, keys: Tensor, values: Tensor) -> dict[str, float]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.ticker import NullFormatter
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen, so that no display is needed
@@ -51,7 +52,13 @@ def plot_summary(sizes: list[dict[str, Any]], points: list[dict[str, Any]], path
     ):
         best = [min(side["ms"] for side in size["sides"] if side["kind"] == kind) for size in sizes]
         panel.plot(rows, best, "o-", color=colour, label=label)
-    panel.plot([p["rows"] for p in points], [p["ms"] for p in points], "o-", color="tab:blue", label="segmented")
+    panel.plot(
+        [p["rows"] for p in points],
+        [p["ms"] for p in points],
+        "o-",
+        color="tab:blue",
+        label="segmented, fastest setting within the error",
+    )
     for p in points:
         panel.annotate(
             f"error {p['error']:.3f}", (p["rows"], p["ms"]), xytext=(0, -14), textcoords="offset points", ha="center"
@@ -61,6 +68,7 @@ def plot_summary(sizes: list[dict[str, Any]], points: list[dict[str, Any]], path
         title="One decode step of one layer (3 KV heads x 3 query heads, D = 64, float32)",
     )  # fmt: skip
     panel.set_xticks(rows, [f"{n / 1000:.0f}K" for n in rows], minor=False)
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.margins(0.1)
     panel.grid(True, which="both", alpha=0.25)
     panel.legend()

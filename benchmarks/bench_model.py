@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from dbattn.hf import Handle, load_model, wrap
 
-from ._common import SIZES, QuietGuard, Timing, console, parser, print_table, progress, write_json
+from ._common import SIZES, QuietGuard, Timing, console, parser, print_table, progress, timings_of, write_json
 from ._model import (
     cache_bytes,
     compare_logits,
@@ -136,12 +136,13 @@ def _time_in_turn(steps: dict[str, Step], rounds: int, label: str) -> dict[str, 
     with progress(label, rounds) as tick:
         for _ in range(rounds):
             for name, step in steps.items():
-                guard.wait()
+                guard.wait(5.0)
                 times, growth = step()
-                batches[name].append((guard.is_quiet(), times))
+                batches[name].append((guard.was_quiet(), times))
                 grown[name] = max(grown[name], growth)
             tick()
-    return {name: (Timing.of(batches[name]), grown[name]) for name in steps}
+    timings = timings_of(batches)
+    return {name: (timings[name], grown[name]) for name in steps}
 
 
 def _weights(model: Any) -> int:
@@ -183,7 +184,7 @@ def run(names: Sequence[str], *, quick: bool = False) -> dict[str, Any]:
         results["fidelity"] = fidelity(plain, handle, cache, ids[:, context - 1 : context + forced])
         results["sizes"] = []
         for rows in (SIZES[name] for name in names):
-            rounds = 2 if rows > SIZES["32K"] else 3 if quick or rows > SIZES["8K"] else 8
+            rounds = 3 if quick else 4 if rows > SIZES["8K"] else 8
             results["sizes"].append(bench_size(plain, handle, cache, rows, rounds=rounds))
     _print(results)
     return results

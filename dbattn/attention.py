@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from index_kernels import merge_states, resolve_backend, top_k
+from index_kernels import resolve_backend, top_k
 from index_kernels.ops import FLOATS
 
 from .audit import AuditReport, RunningStats, compare_with_dense
 from .config import RetrievalConfig
-from .dense import dense_attention, masked_attention
+from .dense import dense_attention, masked_attention, merge_sink
 from .execute import Answer, run_plan
 from .index import SegmentedIndex, make_index
 from .plan import QueryPlan, choose_plan
@@ -139,8 +139,7 @@ class AttentionDB:
             if audit:
                 stats.audits.append(self._audit(answer, query, scale, softcap))
         if sink_logits is not None:
-            sink = sink_logits.to(lse)[None, :, None].expand_as(lse)
-            out, lse = merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
+            out, lse = merge_sink(out, lse, sink_logits)
         return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)
 
     def search(self, query: Tensor, k: int, *, scale: float | None = None) -> Hits:
@@ -217,10 +216,13 @@ class AttentionDB:
         Raises:
             ValueError: a length below 0 or above ``len(db)``.
         """
+        indexed = len(self.index)
         if len(self) and isinstance(length, int) and 0 <= length <= len(self):
             self.index.truncate(self.store, length, self._first_index_row())
         self.store.truncate(length)
-        self.sync()
+        # Rows that were never indexed stay so until their owner says that their padding is known.
+        if indexed:
+            self.sync()
 
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']`` int64; an index may repeat (beam search)."""

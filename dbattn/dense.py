@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from index_kernels import attend_rows, dense_decode
+from index_kernels import attend_rows, dense_decode, merge_states
 from index_kernels.ops import check_rows
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
@@ -77,6 +77,12 @@ def masked_attention(
         outs.append(out.view(batch, heads, -1, values.shape[-1]))
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The state ``(out, lse)`` with one more row of value zero per head, whose logits are ``sink_logits [Hq]``."""
+    sink = sink_logits.to(lse)[None, :, None].expand_as(lse)
+    return merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
 
 
 def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scale: float | None) -> Tensor:

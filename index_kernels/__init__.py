@@ -1,7 +1,7 @@
 """Kernels of attention as a query: exact top-k, attention over chosen rows, dense decode, the merge of states."""
 
 from .lists import Summaries, attend_lists, probe_lists, summary_logits
-from .ops import attend_rows, dense_decode, merge_states, resolve_backend, top_k
+from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
 
 __all__ = [
     "Summaries",
@@ -10,6 +10,7 @@ __all__ = [
     "dense_decode",
     "merge_states",
     "probe_lists",
+    "read_bandwidth",
     "resolve_backend",
     "summary_logits",
     "top_k",

@@ -18,9 +18,15 @@ import torch
 from llvmlite import ir
 from numba import config, get_num_threads, njit, prange, set_num_threads, types
 from numba.extending import intrinsic
+from numba.np.ufunc.parallel import _launch_threads
 from torch import Tensor
 
 from ._cpu_vectors import add_rows, score_rows
+
+# Numba's pool sets OpenMP's thread count when it starts, which is torch's too: start it now, and put torch's back.
+_threads = torch.get_num_threads()
+_launch_threads()
+torch.set_num_threads(_threads)
 
 F = np.float32
 I32 = np.int32

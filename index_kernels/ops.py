@@ -170,6 +170,18 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[
     return _implementation("merge_states", outs, backend)(outs.float(), lses.float())
 
 
+def read_bandwidth() -> float:
+    """Bytes per second that the CPU reads from memory: the limit of every scan. Takes about half a second.
+
+    Raises:
+        ImportError: Numba is missing; names the extra to install.
+    """
+    resolve_backend(torch.empty(0), "numba")
+    from ._cpu_common import read_bandwidth as measure
+
+    return float(measure())
+
+
 def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     """The backend that will serve this tensor: the name that EXPLAIN shows.
 

@@ -128,6 +128,63 @@ def test_truncate_is_never_having_inserted(kept, cut, added, index):
 
 
 @pytest.mark.parametrize("index", INDEXES)
+def test_truncate_to_nothing_forgets_batch_padding_and_dtype(index):
+    db = database(*rows(1500, batch=2), start=torch.tensor([0, 5]), index=index, k=32)
+    db.truncate(0)
+    keys, values = rows(1500, batch=3, dtype=torch.float16)
+    db.insert(keys, values)
+    query = torch.randn(3, 4, 1, 16)
+    assert torch.equal(db.attend(query), database(keys, values, index=index, k=32).attend(query))
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_rows_inserted_under_inference_mode_can_be_added_to_outside_it(index):
+    with torch.inference_mode():
+        db = database(*rows(1500), index=index, k=32)
+    db.insert(*rows(700))
+    assert len(db) == 2200
+    assert db.attend(torch.randn(1, 2, 1, 16)).isfinite().all()
+
+
+def test_a_refused_insert_leaves_the_index_as_it_was():
+    keys, values = rows(1500)
+    db, untouched = (database(keys, values, index="ivf", k=32) for _ in range(2))
+    with pytest.raises(ValueError, match="too large to cluster"):
+        db.insert(1e25 * torch.ones(1, 2, 600, 16), torch.ones(1, 2, 600, 16))
+    more = rows(600)
+    db.insert(*more)
+    untouched.insert(*more)
+    query = torch.randn(1, 4, 1, 16)
+    assert torch.equal(db.attend(query), untouched.attend(query))
+
+
+@pytest.mark.parametrize("index", SEARCHED)
+def test_a_sampled_tail_is_unbiased_and_beats_dropping_it(index):
+    """Weights of priority sampling: over many draws of rows, the sum they stand for is the sum over all rows."""
+    keys, values = rows(4096 + 8, dim=16)
+    query = 1.5 * torch.randn(1, 4, 1, 16)
+    exact, lse = dense_attention(query, keys, values, return_lse=True)
+    effort = {"ivf": {"nprobe": 10**6}, "hnsw": {"ef_search": 2048}}.get(index, {})
+    errors, ratios = {}, []
+    for tail in ("none", "sample"):
+        db = database(keys, values, index=index, k=256, tail=tail, **effort)
+        errors[tail] = float(relative_error(db.attend(query), exact).mean())
+        ratios.append(float(torch.exp(db.attend(query, return_lse=True)[1] - lse).mean()))
+    assert errors["sample"] < 0.75 * errors["none"]
+    assert ratios[0] < 0.9
+    assert abs(ratios[1] - 1) < 0.08
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_scale_must_be_positive(scale):
+    db = database(*rows(600), index="flat", k=32)
+    query = torch.randn(1, 2, 1, 16)
+    for call in (db.attend, db.audit, db.explain):
+        with pytest.raises(ValueError, match="scale is"):
+            call(query, scale=scale)
+
+
+@pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("m", [1, 5, 300])
 def test_no_row_after_the_query_is_read(index, m):
     keys, values = rows(1800)

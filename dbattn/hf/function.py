@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from index_kernels import merge_states
-
-from ..dense import masked_attention
+from ..dense import masked_attention, merge_sink
 from .cache import DatabaseLayer
 
 NAME = "dbattn"
@@ -92,12 +90,6 @@ def _foreign(
     if s_aux is not None:
         out, _ = merge_sink(out, lse, s_aux)
     return out.to(query.dtype)
-
-
-def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The state ``(out, lse)`` with one more row of value zero per head, whose logits are ``sink_logits [Hq]``."""
-    sink = sink_logits.to(lse)[None, :, None].expand_as(lse)
-    return merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
 
 
 def mask_of_model(

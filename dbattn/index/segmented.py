@@ -200,6 +200,8 @@ class SegmentedIndex(KeyIndex):
     def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex; segments that the shorter store would not have become hot again."""
         self._unseal(store, lo, self._shared_segments(segment_bounds(max(length - self._window, 0))))
+        if not length:
+            self._lists = None  # the next rows may come in another batch size
 
     def select(self, batch: Tensor) -> None:
         """See KeyIndex."""
