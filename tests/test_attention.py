@@ -161,7 +161,8 @@ def test_a_refused_insert_leaves_the_index_as_it_was():
 @pytest.mark.parametrize("index", SEARCHED)
 def test_a_sampled_tail_is_unbiased_and_beats_dropping_it(index):
     """Weights of priority sampling: over many draws of rows, the sum they stand for is the sum over all rows."""
-    keys, values = rows(4096 + 8, dim=16)
+    keys, _ = rows(4096 + 8)
+    values = keys + 1.0  # values that go with their keys, so that what is dropped matters
     query = 1.5 * torch.randn(1, 4, 1, 16)
     exact, lse = dense_attention(query, keys, values, return_lse=True)
     effort = {"ivf": {"nprobe": 10**6}, "hnsw": {"ef_search": 2048}}.get(index, {})
