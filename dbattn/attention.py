@@ -269,7 +269,8 @@ class AttentionDB:
         stats.retrieving += 1
         stats.rows_read += answer.rows_read
         stats.rows_retrieved += answer.rows_retrieved
-        stats.index = self.index.describe()
+        if stats.index.get("rows") != len(self.index):
+            stats.index = self.index.describe()
 
     @torch.no_grad()
     def _audit(self, answer: Answer, query: Tensor, scale: float, softcap: float | None) -> AuditReport:

@@ -1,6 +1,7 @@
 """The plan of a query: a union of row sources, why it was chosen, and (EXPLAIN) what it really read."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from .config import RetrievalConfig
@@ -67,6 +68,7 @@ class QueryPlan:
         return "\n".join(lines)
 
 
+@lru_cache(maxsize=64)  # the layers of a model ask the same
 def choose_plan(
     config: RetrievalConfig,
     *,

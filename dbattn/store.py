@@ -1,5 +1,7 @@
 """KVStore: the rows of one layer, kept once, in buffers that double."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -201,7 +203,7 @@ def exponential_noise(heads: int, first: int, stop: int, device: torch.device) -
 def check_finite(name: str, rows: Tensor) -> None:
     """Raise ValueError naming the first NaN or infinite element of ``rows``."""
     # A finite sum proves every element finite in one cheap pass; only an overflow of the sum needs the second look.
-    if bool(torch.isfinite(rows.sum(dtype=torch.float32))):
+    if math.isfinite(rows.sum(dtype=torch.float32).item()):
         return
     bad = (~torch.isfinite(rows)).nonzero()
     if len(bad):

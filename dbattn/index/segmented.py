@@ -10,8 +10,9 @@ index (segments, small lists, an estimation zone); the second-moment correction 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,10 @@ SEGMENT_ROWS = tuple(512 << i for i in range(8, -1, -1))
 # How much of the variance of a list's logits its summary's weight and value are corrected by. A Gaussian would ask
 # for 0.5 and 1; real residuals have lighter tails, and the unread lists are those whose spread matters least.
 ALPHA, BETA = 0.38, 0.7
-# (sealed rows, rows read per KV head, rows under opened super-lists) for a mean error of 0.035 to 0.045 on real keys.
+# (sealed rows, rows read per KV head, rows under opened super-lists), from a sweep on SmolLM2's rows for a mean error
+# of 0.015 (8K) to 0.035 (524K) at the least time; time grows faster with rows opened than with rows read.
 BUDGETS = np.array(
-    [(7680, 540, 7680), (16384, 720, 8192), (32256, 970, 8200), (130560, 2900, 24000), (523272, 9000, 54000)]
+    [(7680, 200, 7680), (16384, 250, 4096), (32256, 320, 4600), (130560, 800, 12000), (523272, 1800, 24000)]
 )
 # Below this many sealed rows every list is scored: opening super-lists first would not pay.
 ONE_LEVEL_ROWS = 12288
@@ -94,6 +96,11 @@ class SegmentedIndex(KeyIndex):
         self._window = window
         self._bounds = [0]
         self._lists: Lists | None = None
+        self._flat: tuple[Tensor, tuple[Any, ...]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must look at its own store's memory.
+        return {**self.__dict__, "_flat": None}
 
     def __len__(self) -> int:
         return self._bounds[-1]
@@ -236,11 +243,7 @@ class SegmentedIndex(KeyIndex):
         tail: bool,
         want_slots: bool,
     ) -> ListAnswer:
-        from index_kernels._cpu_attend_lists import attend_lists as attend_lists_fused
-        from index_kernels._cpu_common import flat_rows, use_torchs_threads
-        from index_kernels._cpu_vectors import lanes
-
-        lists = self._lists
+        lists, kernels = self._lists, _fused_kernels()
         assert lists is not None
         batch, heads, dim = query.shape
         value_dim = store.value_dim
@@ -250,20 +253,28 @@ class SegmentedIndex(KeyIndex):
         out, lse, by_source = (
             torch.empty(shape) for shape in ((batch, heads, value_dim), (batch, heads), (3, batch, heads))
         )
-        attend_lists_fused(
-            query.detach().float().contiguous().numpy(), *flat_rows(store.keys), *flat_rows(store.values),
+        kernels.attend_lists(
+            query.detach().float().contiguous().numpy(), *self._flat_buffers(store),
             store.start.numpy(), n_sink, len(self), length,
             lists.begin, lists.size, lists.variance, lists.key, lists.value, lists.count,
             lists.super_first, lists.super_size, lists.super_variance, lists.super_key, lists.super_value,
             lists.super_count, lists.shape, lists.cross, np.float32(scale), np.float32(softcap or 0.0),
-            np.float32(ALPHA), np.float32(BETA), opened * kv_heads, read * kv_heads, tail, use_torchs_threads(),
-            *lanes(heads // kv_heads, dim, value_dim), *workspace,
+            np.float32(ALPHA), np.float32(BETA), opened * kv_heads, read * kv_heads, tail, kernels.use_torchs_threads(),
+            *kernels.lanes(heads // kv_heads, dim, value_dim), *workspace,
             out.numpy(), lse.numpy(), by_source.numpy(), stats,
         )  # fmt: skip
-        rows, _, *summaries = stats.sum(axis=0).tolist()
+        rows, _, *summaries = (stats[0] if batch == 1 else stats.sum(axis=0)).tolist()
         slots = lists.chosen_slots(heads)[:, :, None] if want_slots else None
         rows_read = rows / (batch * kv_heads)
         return ListAnswer(out[:, :, None], lse[:, :, None], by_source[..., None], rows_read, sum(summaries), slots)
+
+    def _flat_buffers(self, store: KVStore) -> tuple[Any, ...]:
+        """The store's buffers as the kernels take them; made anew only when the store has grown."""
+        buffers = store.buffers
+        if self._flat is None or self._flat[0] is not buffers[0]:
+            flat_rows = _fused_kernels().flat_rows
+            self._flat = buffers[0], (*flat_rows(buffers[0]), *flat_rows(buffers[1]))
+        return self._flat[1]
 
     def _attend_portable(
         self,
@@ -342,6 +353,18 @@ def _on_host(store: KVStore, first: int, stop: int) -> Iterator[tuple[np.ndarray
     yield numpy_bits(host[0]), numpy_bits(host[1])
     for copy, buffer in zip(host, buffers, strict=True):
         buffer[:, :, first:stop] = copy[:, :, first:stop].to(buffer.device)
+
+
+@cache
+def _fused_kernels() -> SimpleNamespace:
+    """The Numba kernels, imported when first needed."""
+    from index_kernels._cpu_attend_lists import attend_lists
+    from index_kernels._cpu_common import flat_rows, use_torchs_threads
+    from index_kernels._cpu_vectors import lanes
+
+    return SimpleNamespace(
+        attend_lists=attend_lists, flat_rows=flat_rows, use_torchs_threads=use_torchs_threads, lanes=lru_cache(lanes)
+    )
 
 
 def _require_numba() -> None:
