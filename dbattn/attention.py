@@ -137,7 +137,7 @@ class AttentionDB:
             out, lse = answer.out, answer.lse
             self._record(answer)
             if audit:
-                stats.audits.append(self._audit(answer, query, scale, softcap))
+                stats.add_audit(self._audit(answer, query, scale, softcap))
         if sink_logits is not None:
             out, lse = merge_sink(out, lse, sink_logits)
         return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)

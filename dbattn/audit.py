@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .metrics import attention_mass, recall_at_k, relative_error
 
+# A long generation audits without end; reports are for the present state of affairs.
+AUDITS_KEPT = 1000
+
 
 @dataclass(frozen=True)
 class AuditReport:
@@ -95,7 +98,7 @@ class RunningStats:
         rows_stored: rows in the store at the last call.
         dense_reasons: why calls were answered densely, with how often.
         index: what the index had built at the last retrieving call.
-        audits: reports of audited calls.
+        audits: reports of the latest audited calls.
 
     Copies of a store go on counting in the same place.
     """
@@ -108,6 +111,12 @@ class RunningStats:
     dense_reasons: Counter[str] = field(default_factory=Counter)
     index: dict[str, Any] = field(default_factory=dict)
     audits: list[AuditReport] = field(default_factory=list)
+
+    def add_audit(self, report: AuditReport) -> None:
+        """Keep a report, and no more than the latest few thousand."""
+        self.audits.append(report)
+        if len(self.audits) > 2 * AUDITS_KEPT:
+            del self.audits[:AUDITS_KEPT]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RunningStats":
         return self

@@ -1,15 +1,12 @@
 """The benchmarks measure what they say they do: on synthetic rows, and without timing anything that matters."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from dbattn.dense import dense_attention
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 pytest.importorskip("matplotlib")
 pytest.importorskip("numba")
 

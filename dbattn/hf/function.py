@@ -46,12 +46,12 @@ def attention_function(
         if in_order and (attention_mask is None or padding is not None) and db.store.can_start_at(start):
             db.store.set_start(start)
             retrieve, audits = layer.session.retrieve, layer.session.audits
-            audited = len(db.stats.audits)
+            before = db.stats.retrieving
             out = db.attend(
                 query, scale=scale, softcap=softcap, sink_logits=s_aux, retrieve=retrieve, audit=audits is not None
             )
-            if audits is not None:
-                audits.extend(db.stats.audits[audited:])
+            if audits is not None and db.stats.retrieving > before:
+                audits.append(db.stats.audits[-1])
             # Only now: an index may move rows, and the newest queries see only what came before them.
             db.sync()
             assert isinstance(out, Tensor)
