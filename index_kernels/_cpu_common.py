@@ -16,7 +16,7 @@ os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import config, get_num_threads, njit, prange, set_num_threads, types
+from numba import config, njit, prange, set_num_threads, types
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import _launch_threads
 from torch import Tensor
@@ -28,6 +28,8 @@ _threads = torch.get_num_threads()
 _launch_threads()
 torch.set_num_threads(_threads)
 
+_threads_set = 0
+
 F = np.float32
 I32 = np.int32
 TILE = 128
@@ -38,9 +40,11 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 def use_torchs_threads() -> int:
     """Give Numba as many threads as torch has; returns the parts each KV head's work is cut into, one per thread."""
+    global _threads_set
     threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
-    if get_num_threads() != threads:
+    if threads != _threads_set:
         set_num_threads(threads)
+        _threads_set = threads
     return threads
 
 

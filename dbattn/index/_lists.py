@@ -1,6 +1,7 @@
 """Lists: the arrays behind SegmentedIndex, one row of summaries per list and super-list."""
 
 import copy
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,22 @@ from index_kernels import Summaries
 
 ROWS_PER_LIST = 16
 ROWS_PER_SUPER_LIST = 256
+
+
+Workspace = tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]
+# One workspace serves all layers of a model, so that it stays in the cache; each thread has its own.
+_scratch = threading.local()
+
+
+def _new_workspace(batch: int, kv_heads: int, group: int, supers: int, lists: int) -> Workspace:
+    real, small, large, flag = np.float32, np.int32, np.int64, np.bool_
+    shapes: list[tuple[Any, ...]] = [
+        (real, group, supers), (real, supers), (flag, supers), (small, supers), (large,), (small, supers),
+        (small, lists), (small, lists), (real, lists), (real, group, lists), (real, lists), (flag, lists),
+        (small, lists), (large,), (large,),
+    ]  # fmt: skip
+    scratch = tuple(np.zeros((batch, kv_heads, *shape), dtype) for dtype, *shape in shapes)
+    return scratch, np.zeros((batch, 4), np.int64)
 
 
 class Lists:
@@ -45,7 +62,6 @@ class Lists:
         self._capacity = dict.fromkeys(("rows", "lists", "supers", "segments"), 0)
         for name, (dtype, _, spare, trailing) in self._layout.items():
             setattr(self, name, np.zeros((batch, heads, spare, *trailing), dtype))
-        self._workspaces: dict[int, tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(name)
@@ -71,7 +87,6 @@ class Lists:
                 setattr(self, name, new)
         if axis == "rows":
             self.positions[:, :, before:] = np.arange(before, capacity, dtype=np.int32)
-        self._workspaces = {}
 
     def sum_shapes(self, segments: int) -> None:
         """Residual covariance (trace 1) and key-value cross-covariance of each head, from its segments' sums."""
@@ -90,27 +105,22 @@ class Lists:
         chosen = copy.copy(self)
         for name in (*self._layout, "count", "super_count", "shape", "cross"):
             setattr(chosen, name, getattr(self, name)[batch])
-        chosen._workspaces = {}
         return chosen
 
-    def workspace(self, heads: int) -> tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]:
+    def workspace(self, heads: int) -> Workspace:
         """Scratch arrays of attend_lists for ``heads`` query heads, and its stats array."""
-        if heads not in self._workspaces:
-            batch, kv_heads = self.count.shape
-            group, supers, lists = heads // kv_heads, self._capacity["supers"], self._capacity["lists"]
-            real, small, large, flag = np.float32, np.int32, np.int64, np.bool_
-            shapes: list[tuple[Any, ...]] = [
-                (real, group, supers), (real, supers), (flag, supers), (small, supers), (large,), (small, supers),
-                (small, lists), (small, lists), (real, lists), (real, group, lists), (real, lists), (flag, lists),
-                (small, lists), (large,), (large,),
-            ]  # fmt: skip
-            scratch = tuple(np.zeros((batch, kv_heads, *shape), dtype) for dtype, *shape in shapes)
-            self._workspaces[heads] = scratch, np.zeros((batch, 4), np.int64)
-        return self._workspaces[heads]
+        batch, kv_heads = self.count.shape
+        key = (batch, kv_heads, heads // kv_heads, self._capacity["supers"], self._capacity["lists"])
+        kept: dict[tuple[int, ...], Workspace] = _scratch.__dict__.setdefault("arrays", {})
+        if key not in kept:
+            if len(kept) > 4:
+                kept.clear()
+            kept[key] = _new_workspace(*key)
+        return kept[key]
 
     def chosen_slots(self, heads: int) -> Tensor:
         """Places of the rows that the latest fused call read from lists: ``[B, Hq, n]``, -1 = none."""
-        scratch, _ = self._workspaces[heads]
+        scratch, _ = self.workspace(heads)
         ids, places, count = scratch[6], scratch[12], scratch[13]
         chosen = np.zeros(self.begin.shape, np.bool_)
         for b, h in np.ndindex(*count.shape):

@@ -250,9 +250,9 @@ class SegmentedIndex(KeyIndex):
         read, opened = self._budget(k)
         kv_heads = store.num_kv_heads
         workspace, stats = lists.workspace(heads)
-        out, lse, by_source = (
-            torch.empty(shape) for shape in ((batch, heads, value_dim), (batch, heads), (3, batch, heads))
-        )
+        out, lses = torch.empty(batch, heads, value_dim), torch.empty(4, batch, heads)
+        lse, by_source = lses[0], lses[1:]
+        lses_out = lses.numpy()
         kernels.attend_lists(
             query.detach().float().contiguous().numpy(), *self._flat_buffers(store),
             store.start.numpy(), n_sink, len(self), length,
@@ -261,7 +261,7 @@ class SegmentedIndex(KeyIndex):
             lists.super_count, lists.shape, lists.cross, np.float32(scale), np.float32(softcap or 0.0),
             np.float32(ALPHA), np.float32(BETA), opened * kv_heads, read * kv_heads, tail, kernels.use_torchs_threads(),
             *kernels.lanes(heads // kv_heads, dim, value_dim), *workspace,
-            out.numpy(), lse.numpy(), by_source.numpy(), stats,
+            out.numpy(), lses_out[0], lses_out[1:], stats,
         )  # fmt: skip
         rows, _, *summaries = (stats[0] if batch == 1 else stats.sum(axis=0)).tolist()
         slots = lists.chosen_slots(heads)[:, :, None] if want_slots else None
