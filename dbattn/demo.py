@@ -85,9 +85,7 @@ def run_demo(
     answers: list[Answer] = []
     interrupted = False
     with torch.inference_mode(), wrap(lm, config) as handle:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=lm.config)
+        cache = handle.new_cache()
         with handle.dense():
             _prefill(lm, context, cache, console)
         try:

@@ -73,6 +73,12 @@ class Handle:
         self._text_config._attn_implementation_internal = self._previous
         unregister()
 
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for the wrapped model, its layers databases already; to read a text once and ask often."""
+        cache = DynamicCache(config=self.model.config)
+        self._session.adopt(cache)
+        return cache
+
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
         return Report.of(self._session.stats)
