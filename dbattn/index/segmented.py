@@ -37,7 +37,7 @@ ALPHA, BETA = 0.38, 0.7
 # (sealed rows, rows read per KV head, rows under opened super-lists), from a sweep on SmolLM2's rows for a mean error
 # of 0.015 (8K) to 0.035 (524K) at the least time; time grows faster with rows opened than with rows read.
 BUDGETS = np.array(
-    [(7680, 200, 7680), (16384, 250, 4096), (32256, 320, 4600), (130560, 800, 12000), (523272, 1800, 24000)]
+    [(7680, 320, 7680), (16384, 360, 4096), (32256, 440, 4600), (130560, 900, 12000), (523272, 2000, 24000)]
 )
 # Below this many sealed rows every list is scored: opening super-lists first would not pay.
 ONE_LEVEL_ROWS = 12288
