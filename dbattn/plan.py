@@ -83,6 +83,7 @@ def choose_plan(
 
     ``indexed``: rows below this are in the index. ``first_index_row``: the least row that the index answers for.
     Rows from ``hot`` on are scanned exactly: the window of the oldest query and all that is not indexed yet.
+    Reasons hold no number that changes from step to step: reports count them.
     """
     segmented = config.index_name == "segmented"
     hot = indexed if segmented else max(0, min(rows - queries - config.window + 1, indexed))
@@ -94,15 +95,15 @@ def choose_plan(
     if not retrieve:
         return dense("dense was asked for")
     if queries > config.max_queries:
-        return dense(f"{queries} queries in one call > max_queries={config.max_queries}")
+        return dense(f"more queries in one call than max_queries={config.max_queries}")
     if rows < config.least_rows:
-        return dense(f"{rows} rows < dense_below={config.least_rows}")
+        return dense(f"fewer rows than dense_below={config.least_rows}")
     if eligible <= 0:
         return dense("sinks and hot rows are all there is" if indexed else "no rows in the index yet")
     if segmented and hot > rows - queries:
         return dense("rows after the first query are sealed already")
     if (config.k or 0 if segmented else config.rows_retrieved) >= eligible:
-        return dense(f"k={config.rows_retrieved} covers the {eligible} rows in the index")
+        return dense(f"k={config.rows_retrieved} covers every row in the index")
     exact = Source("sinks + hot rows", f"first {config.n_sink} rows and rows {hot} to {rows - 1}")
     if segmented:
         budget = "budget by size" if config.k is None else f"k={config.k}"

@@ -528,4 +528,4 @@ def test_report_is_a_table_and_data():
     data = report.to_dict()["layers"]
     assert data[0]["retrieving"] == 0
     assert data[0]["recall"] is None
-    assert data[1]["dense"] == {"60 queries in one call > max_queries=1": 1}
+    assert data[1]["dense"] == {"more queries in one call than max_queries=1": 1}
