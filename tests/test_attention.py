@@ -225,6 +225,17 @@ def test_padded_rows_are_never_read(index, start):
         assert len(ids) == 4 * min(50, 1300 - first)
 
 
+@pytest.mark.parametrize("index", SEARCHED)
+def test_k_of_all_rows_of_a_padded_batch_row_is_dense_for_it(index):
+    keys, values = rows(2048, batch=2)
+    query = torch.randn(2, 4, 1, 16)
+    start = torch.tensor([0, 1200])
+    out = database(keys, values, start=start, index=index, k=900).attend(query)
+    exact = plain_attention(query, keys, values, start)
+    assert relative_error(out[1], exact[1]).max() < (1e-5 if index != "hnsw" else 0.2)
+    assert relative_error(out[0], exact[0]).max() > 1e-3
+
+
 @pytest.mark.parametrize("index", INDEXES)
 def test_audit_and_explain_change_no_answer(index):
     keys, values = rows(1500)

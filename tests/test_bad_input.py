@@ -162,6 +162,42 @@ def test_a_row_that_was_all_padding_may_start_later():
         db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 9]))
 
 
+@pytest.mark.parametrize("m", [1, 2])
+def test_dense_attention_checks_its_input_whatever_the_number_of_queries(m):
+    query, rows_8 = rows(1, 2, m, 8), rows(1, 2, 9, 8)
+    for bad in (
+        (query.double(), rows_8, rows_8),
+        (query, rows_8, rows_8[:, :1]),
+        (query, rows_8, rows_8[0]),
+        (query, rows(1, 2, 9, 7), rows_8),
+        (query[:, :1], rows_8, rows_8),
+    ):
+        with pytest.raises(ValueError, match=r"dtype|shape|differ|divide"):
+            dense_attention(*bad)
+    with pytest.raises(ValueError, match="start is"):
+        dense_attention(query, rows_8, rows_8, start=torch.tensor([0.0]))
+
+
+def test_running_out_of_memory_while_growing_leaves_keys_and_values_alike(monkeypatch):
+    db = filled()
+    grown, calls = db.store._grown, []
+
+    def fails_for_values(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return grown(*args)
+
+    monkeypatch.setattr(db.store, "_grown", fails_for_values)
+    with pytest.raises(MemoryError):
+        db.insert(rows(1, 2, 200, 8), rows(1, 2, 200, 8))
+    monkeypatch.undo()
+    more = rows(1, 2, 1, 8)
+    db.insert(more, more)
+    assert db.store.keys.shape == db.store.values.shape == (1, 2, 101, 8)
+    assert torch.equal(db.store.values[:, :, -1:], more)
+
+
 def test_dense_attention_needs_the_querys_own_rows():
     with pytest.raises(ValueError, match=r"expected m <= T"):
         dense_attention(rows(1, 2, 9, 8), rows(1, 2, 8, 8), rows(1, 2, 8, 8))
