@@ -124,7 +124,6 @@ class AttentionDB:
             check_finite("sink_logits", sink_logits)
         plan = self._plan(query, retrieve)
         stats = self.stats
-        stats.calls += 1
         stats.rows_stored = len(self)
         if plan.is_dense:
             stats.dense_reasons[plan.reason] += 1

@@ -91,7 +91,6 @@ class RunningStats:
     """What the calls of one store did; audits join when they happen.
 
     Attributes:
-        calls: calls that were answered.
         retrieving: calls that read less than all rows.
         rows_retrieved: rows the index retrieved, summed over retrieving calls (mean per query head and position).
         rows_read: rows read, sinks and hot rows included, summed likewise.
@@ -103,7 +102,6 @@ class RunningStats:
     Copies of a store go on counting in the same place.
     """
 
-    calls: int = 0
     retrieving: int = 0
     rows_retrieved: float = 0.0
     rows_read: float = 0.0

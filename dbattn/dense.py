@@ -121,3 +121,10 @@ def causal_ranges(query: Tensor, first_position: int, start: Tensor | None, lo: 
     if start is not None:
         ranges = torch.stack([ranges[..., 0].clamp(min=0).maximum(start[:, None]), ranges[..., 1]], dim=-1)
     return ranges[:, None, :, None, :].expand(batch, heads, m, 1, 2)
+
+
+def exact_ranges(query: Tensor, first_position: int, start: Tensor, hot: int, n_sink: int) -> Tensor:
+    """``[B, Hq, m, 2, 2]``: the sinks below ``hot``, and the rows from ``hot`` up to each query's own."""
+    newest = causal_ranges(query, first_position, start, hot)
+    sinks = torch.stack([start.clamp(max=hot), (start + n_sink).clamp(max=hot)], dim=-1)
+    return torch.cat([sinks[:, None, None, None, :].expand_as(newest), newest], dim=3)

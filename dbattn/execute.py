@@ -8,7 +8,7 @@ from torch import Tensor
 from index_kernels import attend_rows, merge_states
 
 from .config import RetrievalConfig
-from .dense import causal_ranges
+from .dense import exact_ranges
 from .index import KeyIndex, SegmentedIndex
 from .plan import QueryPlan
 from .store import KVStore, exponential_noise
@@ -72,7 +72,7 @@ def _run_search(
 ) -> Answer:
     """Sinks and hot rows by range, then the rows an index finds by id, weighted where they are a sample."""
     keys, values, k = store.keys, store.values, config.rows_retrieved
-    ranges = _exact_ranges(query, store, plan.hot, config.n_sink)
+    ranges = exact_ranges(query, len(store) - query.shape[2], store.start, plan.hot, config.n_sink)
     exact = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap)
     lo = store.start + config.n_sink
     log_weights = None
@@ -168,11 +168,3 @@ def _run_lists(
         actuals.append(replace(plan.sources[2], rows=0.0, bytes=0, mass=shares[2]))
     exact_lse = torch.logaddexp(answer.lse_by_source[0], answer.lse_by_source[1])
     return Answer(answer.out, answer.lse, exact_lse, *counts, plan.with_actuals(actuals), answer.slots)
-
-
-def _exact_ranges(query: Tensor, store: KVStore, hot: int, n_sink: int) -> Tensor:
-    """``[B, Hq, m, 2, 2]``: the sinks below ``hot``, and the rows from ``hot`` up to each query's own."""
-    start = store.start
-    newest = causal_ranges(query, len(store) - query.shape[2], start, hot)
-    sinks = torch.stack([start.clamp(max=hot), (start + n_sink).clamp(max=hot)], dim=-1)
-    return torch.cat([sinks[:, None, None, None, :].expand_as(newest), newest], dim=3)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from index_kernels import attend_lists, attend_rows, merge_states, probe_lists, summary_logits
+from index_kernels import Summaries, attend_lists, attend_rows, merge_states, probe_lists, summary_logits
 
+from ..dense import exact_ranges
 from ..store import KVStore
 from ._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, list_slots
 from .base import Candidates, KeyIndex
@@ -97,6 +98,8 @@ class SegmentedIndex(KeyIndex):
         self._bounds = [0]
         self._lists: Lists | None = None
         self._flat: tuple[Tensor, tuple[Any, ...]] | None = None
+        # The lists on the rows' device, for the portable path; copied over only when they have changed.
+        self._summaries: Summaries | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must look at its own store's memory.
@@ -129,7 +132,7 @@ class SegmentedIndex(KeyIndex):
                 lists.super_count, lists.segment_lists, lists.segment_supers, lists.segment_shape,
                 lists.segment_cross, lists.segment_trace, keep,
             )  # fmt: skip
-        self._bounds = target
+        self._bounds, self._summaries = target, None
         lists.sum_shapes(len(target) - 1)
 
     def attend(
@@ -213,7 +216,7 @@ class SegmentedIndex(KeyIndex):
     def select(self, batch: Tensor) -> None:
         """See KeyIndex."""
         if self._lists is not None:
-            self._lists = self._lists.select(batch.cpu().numpy())
+            self._lists, self._summaries = self._lists.select(batch.cpu().numpy()), None
 
     @property
     def nbytes(self) -> int:
@@ -292,11 +295,10 @@ class SegmentedIndex(KeyIndex):
         assert self._lists is not None
         query = query[:, :, None]
         keys, values = store.keys[:, :, :length], store.values[:, :, :length]
-        lists = self._lists.summaries(query.device)
-        first = (store.start + n_sink).clamp(max=length)
-        bounds = [[store.start.clamp(max=length), first], [first.clamp(min=len(self)), torch.full_like(first, length)]]
-        ranges = torch.stack([torch.stack(pair, dim=-1) for pair in bounds], dim=1)
-        ranges = ranges[:, None, None].expand(*query.shape[:3], 2, 2)
+        if self._summaries is None:
+            self._summaries = self._lists.summaries(query.device)
+        lists = self._summaries
+        ranges = exact_ranges(query, length - 1, store.start, len(self), n_sink)
         exact = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap)
         logits, spread = summary_logits(query, lists, scale=scale, softcap=softcap, alpha=ALPHA)
         budget = self._budget(k)[0] * store.num_kv_heads
@@ -328,7 +330,7 @@ class SegmentedIndex(KeyIndex):
         bounds = np.asarray(self._bounds[keep:], np.int64)
         with _on_host(store, self._bounds[keep], self._bounds[-1]) as (keys, values):
             unseal_rows(keys, values, self._lists.positions, lo.cpu().numpy(), 0, bounds)
-        self._bounds = self._bounds[: keep + 1]
+        self._bounds, self._summaries = self._bounds[: keep + 1], None
         self._lists.keep_segments(keep)
 
     @property
