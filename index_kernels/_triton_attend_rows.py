@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_common import TILE_ELEMENTS, add_rows, device_of, finish
+from ._triton_common import TILE_ELEMENTS, add_rows, device_of, finish, softcapped
 from ._triton_merge_states import merge_states
 from .reference import empty_state
 
@@ -82,8 +82,7 @@ def _attend_kernel(
         k = tl.load(k_at, mask=used[:, None] & (dim < DIM)[None, :], other=0.0).to(tl.float32)
         logits = tl.sum(k * q[None, :], axis=1) * scale
         if softcap is not None:
-            # tanh(x) = 2 * sigmoid(2x) - 1; Triton's own tanh is a vendor library call.
-            logits = softcap * (2 * tl.sigmoid(2 * (logits / softcap)) - 1)
+            logits = softcapped(logits, softcap)
         if log_weights is not None:
             logits += tl.load(log_weights + slot.to(tl.int64) * weight_n, mask=used, other=0.0).to(tl.float32)
         logits = tl.where(used, logits, float("-inf"))

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the running state of a log-sum-exp aggregate, and the device to launch on."""
+"""What the Triton kernels share: the running state of a log-sum-exp aggregate, softcap, the device to launch on."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (Triton compiles the kernels' source itself; their arguments have no Python types to declare.)
@@ -30,6 +30,12 @@ def finish(peak, mass, total):
     """The state ``(out, lse)`` of what add_rows summed up; ``(0, -inf)`` if that was nothing."""
     divisor = tl.where(mass == 0, 1.0, mass)
     return total / divisor, peak + tl.log(divisor)
+
+
+@triton.jit
+def softcapped(logits, softcap):
+    """``softcap * tanh(logits / softcap)``; Triton's own tanh is a vendor library call."""
+    return softcap * (2 * tl.sigmoid(2 * (logits / softcap)) - 1)
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:

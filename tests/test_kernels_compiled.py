@@ -24,8 +24,17 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from index_kernels import Summaries  # noqa: E402
+
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 80, 128, 256)
 ROWS = 4096
@@ -72,6 +81,18 @@ def launch_merge_states(dtype, dim):
     launch("merge_states", torch.zeros(20, 1, 8, 1, dim, dtype=dtype), torch.zeros(20, 1, 8, 1, dtype=dtype))
 
 
+def launch_lists(dtype, dim, shape=(1, 2, ROWS), heads=8):
+    size = torch.zeros(shape, dtype=torch.int64)
+    means, matrices = torch.zeros(*shape, dim, dtype=dtype), torch.zeros(*shape[:2], dim, dim, dtype=dtype)
+    variance, query = torch.zeros(shape, dtype=dtype), torch.zeros(1, heads, 1, dim, dtype=dtype)
+    summaries = Summaries(size, size, means, means, variance, matrices, matrices)
+    for softcap in (None, 30.0):
+        launch("summary_logits", query, summaries, scale=0.1, softcap=softcap, alpha=0.4, file="lists")
+    logits, spread = torch.zeros(1, heads, shape[2]), torch.zeros(1, heads)
+    launch("list_costs", logits, spread, summaries, spread, file="lists")
+    launch("attend_summaries", query, summaries, size > 0, logits, scale=0.1, beta=0.7, file="lists")
+
+
 def launch_sizes_of_one(dtype, dim):
     """Triton turns every size of one into a constant, which takes other paths through its compiler."""
     row, one = torch.zeros(1, 1, 1, dim, dtype=dtype), torch.zeros(1, dtype=torch.int64)
@@ -80,20 +101,23 @@ def launch_sizes_of_one(dtype, dim):
         launch("attend_rows", row, row, row, scale=1.0, **rows, log_weights=torch.zeros(1, 1, 1, 1), softcap=1.0)
     launch("top_k", row, row, 1, scale=1.0, start=one, stop=one)
     launch("merge_states", row[None], row[None, ..., 0])
+    launch_lists(dtype, dim, shape=(1, 1, 1), heads=1)
 
 
-def launch(op, *args, **kwargs):
-    getattr(import_module(f"index_kernels._triton_{op}"), op)(*args, **kwargs)
+def launch(op, *args, file=None, **kwargs):
+    getattr(import_module(f"index_kernels._triton_{file or op}"), op)(*args, **kwargs)
 
 
+LIST_KERNELS = {"_summary_logits_kernel", "_block_lse_kernel", "_cost_kernel", "_attend_summaries_kernel"}
 CASES = {
     "attend_rows": (launch_attend_rows, FLOATS, {"_attend_kernel", "_merge_kernel"}),  # merges what it has split
     "top_k": (launch_top_k, FLOATS, {"_score_kernel", "_unpack_kernel"}),
     "merge_states": (launch_merge_states, (torch.float32,), {"_merge_kernel"}),
+    "lists": (launch_lists, (torch.float32,), LIST_KERNELS | {"_merge_kernel"}),
     "sizes_of_one": (
         launch_sizes_of_one,
         (torch.float32,),
-        {"_attend_kernel", "_merge_kernel", "_score_kernel", "_unpack_kernel"},
+        {"_attend_kernel", "_merge_kernel", "_score_kernel", "_unpack_kernel"} | LIST_KERNELS,
     ),
 }
 TOYS = {
@@ -118,7 +142,7 @@ class Recorder:
 
 def record(case, dtype, dim):
     launches, patch = [], pytest.MonkeyPatch()
-    for name in ("attend_rows", "top_k", "merge_states"):
+    for name in ("attend_rows", "top_k", "merge_states", "lists"):
         module = import_module(f"index_kernels._triton_{name}")
         for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
             patch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))
