@@ -1,7 +1,10 @@
 """AttentionDB: the rows of one attention layer as a database that answers attention queries."""
 
 import math
+import os
+import time
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,11 +14,19 @@ from index_kernels.ops import FLOATS
 
 from .audit import AuditReport, RunningStats, compare_with_dense
 from .config import RetrievalConfig
+from .cost import Usage, Workload
 from .dense import dense_attention, masked_attention, merge_sink
-from .execute import Answer, run_plan
+from .execute import Answer, Call, run_plan
 from .index import SegmentedIndex, make_index
+from .index.segmented import budget
+from .ladder import AUDITS_TO_LEARN, Ladder, finish_climb
+from .metrics import relative_error
 from .plan import QueryPlan, choose_plan
 from .store import KVStore, check_finite
+from .trace import weights_by_position
+
+if TYPE_CHECKING:
+    from .snapshot import SaveReport, Snapshot, SnapshotWriter
 
 
 @dataclass(frozen=True)
@@ -132,11 +143,12 @@ class AttentionDB:
             out, lse = self._dense_state(query, scale, softcap)
         else:
             audit = audit or self._audit_is_due()
-            answer = self._run(plan, query, scale, softcap, measure=audit)
+            answer = self._answer(plan, query, scale, softcap, measure=audit, learn=True)
             out, lse = answer.out, answer.lse
             self._record(answer)
             if audit:
-                stats.add_audit(self._audit(answer, query, scale, softcap))
+                stats.add_audit(self._audit(answer, query, scale, softcap, learn=True), self.config.max_error)
+                stats.plan = answer.plan
         if sink_logits is not None:
             out, lse = merge_sink(out, lse, sink_logits)
         return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)
@@ -187,11 +199,16 @@ class AttentionDB:
         """
         self._check_query(query)
         factor = self._scale(query, scale)
-        plan = self._plan(query, retrieve=True)
+        plan = self._plan(query, retrieve=True, estimate=True)
         if not plan.is_dense:
-            return self._run(plan, query, factor, softcap, measure=True).plan
-        dense = replace(plan.sources[0], rows=self._rows_visible(query), bytes=self._bytes_dense(), mass=1.0)
-        return plan.with_actuals([dense])
+            # Once unmeasured: the first call of a process may load and compile kernels.
+            self._answer(plan, query, factor, softcap, measure=False)
+            return self._answer(plan, query, factor, softcap, measure=True).plan
+        began = time.perf_counter()
+        self._dense(query, factor, softcap)
+        took = time.perf_counter() - began
+        actual = Usage(self._rows_visible(query), self._bytes_dense(), 0.0, took)
+        return replace(plan, sources=(replace(plan.sources[0], actual=actual, mass=1.0),), seconds=took)
 
     def audit(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> AuditReport:
         """Answer the query as ``attend`` would and densely, and compare. Changes nothing.
@@ -203,11 +220,42 @@ class AttentionDB:
         factor = self._scale(query, scale)
         plan = self._plan(query, retrieve=True)
         if not plan.is_dense:
-            return self._audit(self._run(plan, query, factor, softcap, measure=True), query, factor, softcap)
+            return self._audit(self._answer(plan, query, factor, softcap, measure=True), query, factor, softcap)
         seen = self._dense_state(query, factor, softcap)[1] > float("-inf")
         ones = torch.where(seen, 1.0, torch.nan)
         rows, read = self._rows_visible(query), self._bytes_dense()
         return AuditReport(ones, ones, ones - 1.0, 0.0, rows, len(self), read, read)
+
+    def weights(
+        self,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        retrieve: bool = True,
+    ) -> Tensor:
+        """Softmax weights ``[B, Hq, T]`` that the answer to the newest query puts on each row position. Changes nothing.
+
+        Rows that ``attend`` would not read weigh 0; what is missing to 1 lies on the summaries or samples that answer
+        for them. (With ``max_error``, a head answered densely in the end has the weights of its rows retrieved before.)
+
+        Raises:
+            ValueError: an empty store, or a query that does not fit it.
+        """
+        self._check_query(query)
+        factor = self._scale(query, scale)
+        plan, lse = self._plan(query, retrieve), None
+        newest = query[:, :, -1:]
+        every = torch.arange(len(self), device=query.device).expand(*newest.shape[:3], -1)
+        if plan.is_dense:
+            padding = self.index.positions(every) < self.store.start[:, None, None, None]
+            slots = every.masked_fill(padding, -1)
+        else:
+            answer = self._answer(plan, query, factor, softcap, measure=True)
+            assert answer.slots is not None
+            slots = torch.cat([self._sink_ids(newest, plan.hot), answer.slots[:, :, -1:], every[..., plan.hot :]], dim=-1)
+            lse = answer.lse[:, :, -1:]
+        return weights_by_position(newest, self.store, self.index, slots, lse, scale=factor, softcap=softcap)
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows, as if the others had never come.
@@ -223,6 +271,65 @@ class AttentionDB:
         if indexed:
             self.sync()
 
+    def save(self, target: "str | os.PathLike[str] | SnapshotWriter") -> "SaveReport":
+        """Write rows and index to a snapshot folder; of a folder saved to before, only what is new since then.
+
+        Args:
+            target: the folder, made if need be; or a SnapshotWriter, which keeps it locked between saves.
+
+        Raises:
+            SnapshotError (a ValueError): another writer holds the folder, or it holds something else.
+            OSError: the folder cannot be written.
+        """
+        from .snapshot import save
+
+        return save(target, [(self.store, self.index)], self.config)
+
+    @classmethod
+    def open(
+        cls,
+        path: "str | os.PathLike[str]",
+        *,
+        config: RetrievalConfig | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "AttentionDB":
+        """A database that answers bit for bit like the one saved; changing it does not change the snapshot.
+
+        Every file is checked; rows are mapped, and copied to ``device`` on first use.
+
+        Args:
+            path: a snapshot folder of one layer; may come from anyone.
+            config: default: the one saved. Another may differ in how a query reads, not in what was built.
+            device: where the rows will be.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            SnapshotError (a ValueError): not a snapshot, of another format version, damaged, of a whole model, or built
+                with another config; names the file or the option.
+        """
+        from .snapshot import Snapshot, SnapshotError
+
+        snapshot = Snapshot.open(path)
+        if len(snapshot.info.layers) != 1:
+            raise SnapshotError(
+                f"{path} holds {len(snapshot.info.layers)} layers of a model, expected one: wrap(model, context=path)"
+            )
+        return cls.of_snapshot(snapshot, 0, snapshot.config(config), torch.device(device))
+
+    @classmethod
+    def of_snapshot(
+        cls, snapshot: "Snapshot", number: int, config: RetrievalConfig, device: torch.device
+    ) -> "AttentionDB":
+        """The database that was layer ``number`` of an opened snapshot; see ``open``.
+
+        Raises:
+            SnapshotError (a ValueError): a file holds something else than what the manifest says; names the file.
+        """
+        layer = snapshot.info.layers[number]
+        db = cls(layer.num_kv_heads, layer.head_dim, value_dim=layer.value_dim, config=config)
+        snapshot.restore(number, db.store, db.index, device)
+        return db
+
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']`` int64; an index may repeat (beam search)."""
         self.store.select(batch)
@@ -237,15 +344,33 @@ class AttentionDB:
         """Bytes held: the rows' buffers (spare capacity included) and the index."""
         return self.store.nbytes + self.index.nbytes
 
-    def _plan(self, query: Tensor, retrieve: bool) -> QueryPlan:
-        return choose_plan(
-            self.config,
+    def workload(self, query: Tensor) -> Workload:
+        """What the planner knows about a call with ``query [B, Hq, m, D]``."""
+        keys, store = self.store.keys, self.store
+        return Workload(
             rows=len(self),
             queries=query.shape[2],
             indexed=len(self.index),
-            first_index_row=self.config.n_sink + (int(self.store.start.min()) if self.store.has_padding else 0),
-            backend=resolve_backend(query),
+            first_index_row=self.config.n_sink + (int(store.start.min()) if store.has_padding else 0),
+            batch=query.shape[0],
+            heads=query.shape[1],
+            kv_heads=store.num_kv_heads,
+            dim=store.head_dim,
+            value_dim=store.value_dim,
+            element_size=keys.element_size(),
+        )
+
+    def _plan(
+        self, query: Tensor, retrieve: bool, estimate: bool = False, config: RetrievalConfig | None = None
+    ) -> QueryPlan:
+        backend = resolve_backend(query)
+        return choose_plan(
+            config or self.config,
+            self.workload(query),
+            backend=backend,
+            threads=torch.get_num_threads() if backend == "numba" else None,
             retrieve=retrieve,
+            estimate=estimate,
         )
 
     def _scale(self, query: Tensor, scale: float | None) -> float:
@@ -255,13 +380,33 @@ class AttentionDB:
             raise ValueError(f"scale is {scale}, expected a positive number: an index finds the largest products")
         return float(scale)
 
-    def _run(self, plan: QueryPlan, query: Tensor, scale: float, softcap: float | None, measure: bool) -> Answer:
-        return run_plan(plan, query, self.store, self.index, self.config, scale=scale, softcap=softcap, measure=measure)
+    def _answer(
+        self, plan: QueryPlan, query: Tensor, scale: float, softcap: float | None, measure: bool, learn: bool = False
+    ) -> Answer:
+        """Run a plan that is not dense; with ``max_error``, climb the ladder."""
+        config, call = self.config, Call(query, self.store, self.index, scale, softcap, measure)
+        if config.max_error is None:
+            return run_plan(plan, config, call)
+        ladder = self.stats.ladder or Ladder(config)
+        base = budget(len(self.index), config.k)[0] if config.index_name == "segmented" else config.rows_retrieved
+        climb = ladder.climb(
+            config,
+            call,
+            lambda at_rung: self._plan(query, retrieve=True, config=at_rung),
+            base=base,
+            eligible=plan.hot - config.n_sink,
+            learn=learn,
+        )
+        if learn:
+            self.stats.ladder = ladder
+            self.stats.rungs[climb.name] += 1
+        return finish_climb(climb, call)
 
     def _audit_is_due(self) -> bool:
-        """The first retrieving call, then evenly spread ones."""
+        """The first retrieving call, then evenly spread ones; a ladder has errors to learn first."""
         rate, calls = self.config.audit_rate, self.stats.retrieving
-        return rate > 0 and math.ceil((calls + 1) * rate) > math.ceil(calls * rate)
+        learning = self.config.max_error is not None and calls < AUDITS_TO_LEARN
+        return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(calls * rate))
 
     def _record(self, answer: Answer) -> None:
         stats = self.stats
@@ -272,13 +417,18 @@ class AttentionDB:
             stats.index = self.index.describe()
 
     @torch.no_grad()
-    def _audit(self, answer: Answer, query: Tensor, scale: float, softcap: float | None) -> AuditReport:
+    def _audit(
+        self, answer: Answer, query: Tensor, scale: float, softcap: float | None, learn: bool = False
+    ) -> AuditReport:
         plan, store, k = answer.plan, self.store, self.config.rows_retrieved
         _, exact_scores = top_k(query, store.keys[:, :, : plan.hot], k, scale=scale, start=self._first_index_row())
         assert answer.slots is not None
+        dense = self._dense_state(query, scale, softcap)
+        if learn and self.stats.ladder is not None and answer.tried is not None:
+            self.stats.ladder.learn(answer.tried, relative_error(answer.tried.out, dense[0]))
         recall, mass, error = compare_with_dense(
             (answer.out, answer.exact_lse),
-            self._dense_state(query, scale, softcap),
+            dense,
             store.scores(query, answer.slots, scale),
             exact_scores,
         )

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ladder import Ladder
 from .metrics import attention_mass, recall_at_k, relative_error
+from .plan import QueryPlan
 
 # A long generation audits without end; reports are for the present state of affairs.
 AUDITS_KEPT = 1000
@@ -87,6 +89,50 @@ def compare_with_dense(
 
 
 @dataclass
+class HeadStats:
+    """Sums over audited queries of each query head, ``[Hq]`` float64; divide by ``count``."""
+
+    count: Tensor
+    recall: Tensor
+    attention_mass: Tensor
+    relative_error: Tensor
+    within: Tensor
+
+    @classmethod
+    def of(cls, heads: int) -> "HeadStats":
+        """No audits yet."""
+        return cls(*(torch.zeros(heads, dtype=torch.float64) for _ in range(5)))
+
+    def means(self) -> tuple[dict[str, float], ...]:
+        """Each head's count, and its means of recall, attention mass and relative error."""
+        names = ("recall", "attention_mass", "relative_error")
+        return tuple(
+            {"audited": count, **{name: float(getattr(self, name)[h]) / max(1.0, count) for name in names}}
+            for h, count in enumerate(self.count.tolist())
+        )
+
+    @property
+    def share_within(self) -> float:
+        """Share of audited queries whose error kept the bound."""
+        return float(self.within.sum() / self.count.sum().clamp(min=1))
+
+    def add(self, report: AuditReport, max_error: float | None) -> None:
+        """Count a report; ``within`` counts queries whose error is at most ``max_error``."""
+        errors = report.relative_error_by_query
+        seen = ~errors.isnan()
+        parts = {
+            "count": seen,
+            "recall": report.recall_by_query,
+            "attention_mass": report.attention_mass_by_query,
+            "relative_error": errors,
+            "within": errors <= (max_error or 0.0),
+        }
+        for name, part in parts.items():
+            total = torch.where(seen & ~part.double().isnan(), part.double(), 0.0).sum(dim=(0, 2)).cpu()
+            setattr(self, name, getattr(self, name) + total)
+
+
+@dataclass
 class RunningStats:
     """What the calls of one store did; audits join when they happen.
 
@@ -98,6 +144,10 @@ class RunningStats:
         dense_reasons: why calls were answered densely, with how often.
         index: what the index had built at the last retrieving call.
         audits: reports of the latest audited calls.
+        heads: sums over all audited calls, per query head (None until the first).
+        rungs: how often each rung of the ladder gave the answer (with ``max_error`` only).
+        ladder: what was learnt about errors (with ``max_error`` only).
+        plan: the plan of the latest audited call, with what it read.
 
     Copies of a store go on counting in the same place.
     """
@@ -109,9 +159,17 @@ class RunningStats:
     dense_reasons: Counter[str] = field(default_factory=Counter)
     index: dict[str, Any] = field(default_factory=dict)
     audits: list[AuditReport] = field(default_factory=list)
+    heads: HeadStats | None = None
+    rungs: Counter[str] = field(default_factory=Counter)
+    ladder: Ladder | None = None
+    plan: QueryPlan | None = None
 
-    def add_audit(self, report: AuditReport) -> None:
-        """Keep a report, and no more than the latest few thousand."""
+    def add_audit(self, report: AuditReport, max_error: float | None = None) -> None:
+        """Keep a report, and no more than the latest few thousand; the sums per head are over all."""
+        heads = report.relative_error_by_query.shape[1]
+        if self.heads is None or len(self.heads.count) != heads:
+            self.heads = HeadStats.of(heads)
+        self.heads.add(report, max_error)
         self.audits.append(report)
         if len(self.audits) > 2 * AUDITS_KEPT:
             del self.audits[:AUDITS_KEPT]

@@ -19,7 +19,7 @@ TAILS = {
     "hnsw": ("none", "sample"),
     "segmented": ("centroid", "none"),
 }
-# Rows under which a dense scan takes less time than the index does.
+# Rows under which a dense scan takes less time than the index does, where no estimate says it better.
 DENSE_BELOW = {"flat": 1024, "ivf": 1024, "hnsw": 1024, "segmented": 2048}
 DEFAULT_K = 128
 
@@ -36,8 +36,12 @@ class RetrievalConfig:
             default). "sample": retrieval becomes a weighted sample of the rows, unbiased (the others). "none".
         n_sink: first rows that every query reads.
         window: newest rows that every query reads, its own row included.
-        dense_below: a store with fewer rows than this is scanned densely. Default: where the index gets faster.
+        dense_below: a store with fewer rows than this is scanned densely. "auto": wherever a dense scan is estimated to
+            be faster on this machine. Default: "auto" for "segmented"; an index asked for by name is a wish, and used
+            from 1024 rows on.
         max_queries: a call with more new positions than this (a prefill chunk) is answered densely.
+        max_error: bound on the relative error of the output, 0 to 1. Queries whose estimated error breaks it are
+            answered with more rows, in the end densely; audits keep the estimates right. Default: no bound.
         audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1.
         nprobe: lists probed per query ("ivf" only, default 128).
         ef_search: candidates kept while walking the graph ("hnsw" only, default 256).
@@ -52,8 +56,9 @@ class RetrievalConfig:
     tail: str | None = None
     n_sink: int = 4
     window: int = 64
-    dense_below: int | None = None
+    dense_below: int | str | None = None
     max_queries: int = 1
+    max_error: float | None = None
     audit_rate: float = 0.02
     nprobe: int | None = None
     ef_search: int | None = None
@@ -62,15 +67,24 @@ class RetrievalConfig:
     def __post_init__(self) -> None:
         if self.index != "auto" and self.index not in INDEX_OPTIONS:
             raise ValueError(f"index is {self.index!r}, expected one of auto, {', '.join(INDEX_OPTIONS)}")
-        for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("dense_below", 0), ("max_queries", 1)):
-            if getattr(self, name) is not None or name not in ("k", "dense_below"):
+        for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("max_queries", 1)):
+            if getattr(self, name) is not None or name != "k":
                 _check_integer(name, getattr(self, name), least)
+        below = self.dense_below
+        if below not in (None, "auto") and (isinstance(below, bool) or not isinstance(below, int) or below < 0):
+            raise ValueError(f"dense_below is {below!r}, expected an integer of at least 0, or 'auto'")
         if self.tail is not None and self.tail not in TAILS[self.index_name]:
             allowed = " or ".join(repr(tail) for tail in TAILS[self.index_name])
             raise ValueError(f"tail is {self.tail!r}, expected {allowed} with index={self.index!r}")
-        rate = self.audit_rate
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not math.isfinite(rate) or not 0 <= rate <= 1:
-            raise ValueError(f"audit_rate is {rate!r}, expected a number from 0 to 1")
+        if not _is_number(self.audit_rate) or not 0 <= self.audit_rate <= 1:
+            raise ValueError(f"audit_rate is {self.audit_rate!r}, expected a number from 0 to 1")
+        bound = self.max_error
+        if bound is not None and (not _is_number(bound) or not 0 < bound < 1):
+            raise ValueError(f"max_error is {bound!r}, expected a number between 0 and 1, or None")
+        if bound is not None and self.index_name == "segmented" and self.tail_name == "none":
+            raise ValueError(
+                "max_error needs tail='centroid' with lists: without a tail their errors are not estimated"
+            )
         for owner, options in INDEX_OPTIONS.items():
             for name in options:
                 value = getattr(self, name)
@@ -91,14 +105,22 @@ class RetrievalConfig:
         return self.tail or TAILS[self.index_name][0]
 
     @property
+    def samples(self) -> bool:
+        """Whether the index must be able to draw weighted samples."""
+        return self.tail_name == "sample" or self.max_error is not None
+
+    @property
     def rows_retrieved(self) -> int:
         """k, default filled in; for an index without a budget of its own."""
         return DEFAULT_K if self.k is None else self.k
 
     @property
-    def least_rows(self) -> int:
-        """dense_below, default filled in."""
-        return DENSE_BELOW[self.index_name] if self.dense_below is None else self.dense_below
+    def dense_below_rows(self) -> int | None:
+        """dense_below, default filled in; None where estimates decide."""
+        if isinstance(self.dense_below, int):
+            return self.dense_below
+        by_name = self.dense_below is None and self.index_name != AUTO_INDEX
+        return DENSE_BELOW[self.index_name] if by_name else None
 
     @property
     def index_options(self) -> dict[str, int]:
@@ -111,6 +133,10 @@ class RetrievalConfig:
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data, for logs and files."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

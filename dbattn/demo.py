@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .audit import AuditReport
-from .config import RetrievalConfig
+from .config import DENSE_BELOW, RetrievalConfig
 from .haystack import Needle, hide, make_needles, read_haystack
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def run_demo(
     from .hf import load_model, wrap
 
     # Everything cheap that can be wrong is checked before the minute-long work starts.
-    config = RetrievalConfig(index=index, k=k, audit_rate=0.0, max_queries=QUESTION_TOKENS)
-    least = max(config.least_rows, config.rows_retrieved) + config.window + config.n_sink
+    config = RetrievalConfig(index=index, k=k, audit_rate=0.0, max_queries=QUESTION_TOKENS, dense_below=0)
+    least = max(DENSE_BELOW[config.index_name], config.rows_retrieved) + config.window + config.n_sink
     if tokens <= least:
         raise ValueError(
             f"tokens is {tokens}, expected more than {least}: with index={config.index_name!r} and k={k}, "

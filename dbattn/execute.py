@@ -1,5 +1,8 @@
 """Running a plan: each row source becomes a state (out, lse), and the states are merged."""
 
+import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,10 +11,27 @@ from torch import Tensor
 from index_kernels import attend_rows, merge_states
 
 from .config import RetrievalConfig
+from .cost import Usage
 from .dense import exact_ranges
 from .index import KeyIndex, SegmentedIndex
+from .index.segmented import Reading
 from .plan import QueryPlan
 from .store import KVStore, exponential_noise
+
+
+@dataclass(frozen=True)
+class Call:
+    """A query to be answered by a plan that is not dense.
+
+    ``query [B, Hq, m, D]``: the m newest positions of ``store``. ``measure``: tell what each source did, too.
+    """
+
+    query: Tensor
+    store: KVStore
+    index: KeyIndex
+    scale: float
+    softcap: float | None
+    measure: bool
 
 
 @dataclass(frozen=True)
@@ -25,7 +45,10 @@ class Answer:
         rows_retrieved: rows the index retrieved, per query head and position, mean.
         rows_read: rows read, sinks and hot rows included, likewise.
         plan: the plan; with what each source read where the answer was measured.
+        tail: what answered for the rows not read.
         slots: places of the rows that the index retrieved, ``[B, Hq, m, n]``, -1 = none; None if not measured.
+        deviation: ``[B, Hq, m]``, what the error over the output's norm is estimated from; None without max_error.
+        tried: the answer before some KV heads were answered densely after all; None without max_error.
     """
 
     out: Tensor
@@ -34,24 +57,17 @@ class Answer:
     rows_retrieved: float
     rows_read: float
     plan: QueryPlan
-    slots: Tensor | None
+    tail: str
+    slots: Tensor | None = None
+    deviation: Tensor | None = None
+    tried: "Answer | None" = None
 
 
-def run_plan(
-    plan: QueryPlan,
-    query: Tensor,
-    store: KVStore,
-    index: KeyIndex,
-    config: RetrievalConfig,
-    *,
-    scale: float,
-    softcap: float | None,
-    measure: bool,
-) -> Answer:
-    """Answer ``query [B, Hq, m, D]`` by a plan that is not dense; ``measure`` also tells what each source did."""
-    if isinstance(index, SegmentedIndex):
-        return _run_lists(plan, query, store, index, config, scale, softcap, measure)
-    return _run_search(plan, query, store, index, config, scale, softcap, measure)
+def run_plan(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
+    """Answer a call by a plan that is not dense."""
+    if isinstance(call.index, SegmentedIndex):
+        return _run_lists(plan, config, call, call.index)
+    return _run_search(plan, config, call)
 
 
 def row_bytes(store: KVStore) -> int:
@@ -60,50 +76,73 @@ def row_bytes(store: KVStore) -> int:
     return keys.element_size() * keys.shape[3] + values.element_size() * values.shape[3]
 
 
-def _run_search(
-    plan: QueryPlan,
-    query: Tensor,
-    store: KVStore,
-    index: KeyIndex,
-    config: RetrievalConfig,
-    scale: float,
-    softcap: float | None,
-    measure: bool,
-) -> Answer:
+def _run_search(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
     """Sinks and hot rows by range, then the rows an index finds by id, weighted where they are a sample."""
+    query, store, scale, softcap = call.query, call.store, call.scale, call.softcap
     keys, values, k = store.keys, store.values, config.rows_retrieved
+    began = time.perf_counter()
     ranges = exact_ranges(query, len(store) - query.shape[2], store.start, plan.hot, config.n_sink)
     exact = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap)
+    scanned = time.perf_counter()
     lo = store.start + config.n_sink
     log_weights = None
     if config.tail_name == "sample":
-        found = index.search(query, store, k + 1, lo, plan.hot, lift=1.0 / scale)
+        found = call.index.search(query, store, k + 1, lo, plan.hot, lift=1.0 / scale)
         slots, log_weights = _priority_sample(query, store, found.ids, k, scale)
     else:
-        found = index.search(query, store, k, lo, plan.hot)
+        found = call.index.search(query, store, k, lo, plan.hot)
         slots = found.ids
     scan = attend_rows(query, keys, values, ids=slots, log_weights=log_weights, scale=scale, softcap=softcap)
     outs, lses = torch.stack([exact[0], scan[0]]), torch.stack([exact[1], scan[1]])
     out, lse = merge_states(outs, lses)
+    ended = time.perf_counter()
     exact_rows = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=-1).float()
     scan_rows = (slots >= 0).sum(dim=-1).float()
-    counts = float(scan_rows.mean()), float(scan_rows.mean() + exact_rows.mean())
-    if not measure:
-        return Answer(out, lse, lse, *counts, plan, None)
+    answer = Answer(
+        out,
+        lse,
+        exact_lse=lse,
+        rows_retrieved=float(scan_rows.mean()),
+        rows_read=float(scan_rows.mean() + exact_rows.mean()),
+        plan=plan,
+        tail=config.tail_name,
+    )
+    if config.max_error is not None:
+        eligible = plan.hot - config.n_sink
+        answer = replace(answer, deviation=_unread_weight(call, slots, log_weights, lse, eligible))
+    if not call.measure:
+        return answer
     exact_lse = lse
     if log_weights is not None:
         read = attend_rows(query, keys, values, ids=slots, scale=scale, softcap=softcap)
         exact_lse = torch.logaddexp(exact[1], read[1])
-
-    mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
     # Heads of a group and queries of a call share the rows of their ranges; each reads its own retrieved rows.
     shared = int(query.shape[0] * keys.shape[1] * float(exact_rows.max()))
-    scanned = int(scan_rows.sum()) * row_bytes(store) + found.bytes_read
-    actuals = [
-        replace(plan.sources[0], rows=float(exact_rows.mean()), bytes=shared * row_bytes(store), mass=mass[0]),
-        replace(plan.sources[1], rows=float(scan_rows.mean()), bytes=scanned, mass=mass[1]),
-    ]
-    return Answer(out, lse, exact_lse, *counts, plan.with_actuals(actuals), slots)
+    retrieved = int(scan_rows.sum()) * row_bytes(store) + found.bytes_read
+    usages = (
+        Usage(float(exact_rows.mean()), shared * row_bytes(store), 0.0, scanned - began),
+        Usage(float(scan_rows.mean()), retrieved, 0.0, ended - scanned),
+    )
+    mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
+    return replace(answer, exact_lse=exact_lse, plan=_measured(plan, usages, mass, ended - began), slots=slots)
+
+
+def _unread_weight(call: Call, slots: Tensor, log_weights: Tensor | None, lse: Tensor, eligible: int) -> Tensor:
+    """``[B, Hq, m]``: a bound on the weight of the rows not retrieved, as a share of all; of a sample, its deviation.
+
+    No row left out weighs more than the least that was found; a priority sample of k rows estimates the weight of the
+    rows it stands for with a relative variance of at most ``1 / (k - 1)`` (Duffield, Lund and Thorup, 2007).
+    """
+    logits = call.store.scores(call.query, slots, call.scale)
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if log_weights is None:
+        least = logits.masked_fill(slots < 0, float("inf")).amin(dim=-1)
+        unread = (eligible - (slots >= 0).sum(dim=-1)).clamp(min=0)
+        bound: Tensor = torch.exp((least - lse).clamp(max=0.0)) * unread
+        return bound
+    drawn = logits.masked_fill(log_weights <= 0, float("-inf")) + log_weights
+    return torch.exp(torch.logsumexp(drawn, dim=-1) - lse) / math.sqrt(max(1, slots.shape[-1] - 1))
 
 
 def _priority_sample(query: Tensor, store: KVStore, ids: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -126,45 +165,58 @@ def _priority_sample(query: Tensor, store: KVStore, ids: Tensor, k: int, scale: 
     return slots, (threshold - logits.gather(-1, order.indices)[..., :k]).clamp(min=0).nan_to_num(posinf=0.0)
 
 
-def _run_lists(
-    plan: QueryPlan,
-    query: Tensor,
-    store: KVStore,
-    index: SegmentedIndex,
-    config: RetrievalConfig,
-    scale: float,
-    softcap: float | None,
-    measure: bool,
-) -> Answer:
+def _run_lists(plan: QueryPlan, config: RetrievalConfig, call: Call, index: SegmentedIndex) -> Answer:
     """Everything in one kernel call per position."""
-    answer = index.attend(
+    query, store = call.query, call.store
+    found = index.attend(
         query,
         store,
-        config.k,
-        scale=scale,
-        softcap=softcap,
-        n_sink=config.n_sink,
-        tail=config.tail_name == "centroid",
-        want_slots=measure,
+        Reading(
+            config.k,
+            call.scale,
+            call.softcap,
+            config.n_sink,
+            tail=config.tail_name == "centroid",
+            want_deviation=config.max_error is not None,
+            want_slots=call.measure,
+        ),
     )
     batch, _, m, _ = query.shape
     hot = config.n_sink + len(store) - (m - 1) / 2 - plan.hot
-    counts = answer.rows_read, answer.rows_read + hot
-    if not measure:
-        return Answer(answer.out, answer.lse, answer.lse, *counts, plan, None)
-    heads, per_row = store.num_kv_heads, row_bytes(store)
-    summaries = answer.summaries_read * index.summary_bytes
-    shares = torch.exp(answer.lse_by_source - answer.lse).nanmean(dim=(1, 2, 3)).tolist()
-    actuals = [
-        replace(plan.sources[0], rows=hot, bytes=int(batch * heads * m * hot) * per_row, mass=shares[0]),
-        replace(
-            plan.sources[1],
-            rows=answer.rows_read,
-            bytes=int(batch * heads * m * answer.rows_read) * per_row + summaries,
-            mass=shares[1],
+    answer = Answer(
+        found.out,
+        found.lse,
+        exact_lse=found.lse,
+        rows_retrieved=found.rows_read,
+        rows_read=found.rows_read + hot,
+        plan=plan,
+        tail=config.tail_name,
+        slots=found.slots,
+        deviation=found.deviation,
+    )
+    if not call.measure:
+        return answer
+    units, per_row, value_bytes = batch * store.num_kv_heads * m, row_bytes(store), 2 * store.value_dim
+    # Keys of summaries are read to choose lists, their values by the tail.
+    scored = found.summaries_read * (index.summary_bytes - value_bytes)
+    unread = found.summaries_read - found.lists_read
+    usages = [
+        Usage(hot, int(units * hot) * per_row, 0.0, found.seconds[0]),
+        Usage(
+            found.rows_read,
+            int(units * found.rows_read) * per_row + scored,
+            found.lists_read / units,
+            found.seconds[1],
         ),
+        Usage(0.0, unread * value_bytes, unread / units, found.seconds[2]),
     ]
-    if config.tail_name == "centroid":
-        actuals.append(replace(plan.sources[2], rows=0.0, bytes=0, mass=shares[2]))
-    exact_lse = torch.logaddexp(answer.lse_by_source[0], answer.lse_by_source[1])
-    return Answer(answer.out, answer.lse, exact_lse, *counts, plan.with_actuals(actuals), answer.slots)
+    mass = torch.exp(found.lse_by_source - found.lse).nanmean(dim=(1, 2, 3)).tolist()
+    exact_lse = torch.logaddexp(found.lse_by_source[0], found.lse_by_source[1])
+    return replace(answer, exact_lse=exact_lse, plan=_measured(plan, usages, mass, sum(found.seconds)))
+
+
+def _measured(plan: QueryPlan, usages: Sequence[Usage], mass: Sequence[float], seconds: float) -> QueryPlan:
+    """The plan with what each source read and the time it took."""
+    sources = zip(plan.sources, usages, mass, strict=False)  # without a tail there is no third source
+    measured = tuple(replace(source, actual=usage, mass=share) for source, usage, share in sources)
+    return replace(plan, sources=measured, seconds=seconds)

@@ -1,10 +1,14 @@
 """The plan of a query: a union of row sources, why it was chosen, and (EXPLAIN) what it really read."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from .config import RetrievalConfig
+from .config import DENSE_BELOW, RetrievalConfig
+from .cost import Usage, Workload, index_usage, scan_usage, summary_usage
+from .machine import Rates, rates
 
 
 @dataclass(frozen=True)
@@ -14,26 +18,45 @@ class Source:
     Attributes:
         kind: "sinks + hot rows", "index scan", "list scan", "summary scan" or "dense scan".
         detail: which rows, in words.
-        rows: rows read per query head and position, mean (None until the plan has run).
-        bytes: bytes read for it by the whole call, keys scored by the index included (None until it has run).
+        estimated: what it is expected to read.
+        actual: what it read (None until the plan has run).
         mass: share of the plan's softmax weight that lies on these rows, mean (None until it has run).
     """
 
     kind: str
     detail: str
-    rows: float | None = None
-    bytes: int | None = None
+    estimated: Usage
+    actual: Usage | None = None
     mass: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The source as plain data."""
+        actual = None if self.actual is None else self.actual.to_dict()
+        estimated = self.estimated.to_dict()
+        return {"kind": self.kind, "detail": self.detail, "estimated": estimated, "actual": actual, "mass": self.mass}
 
 
 @dataclass(frozen=True)
 class QueryPlan:
-    """A union of row sources; the states of the sources merge to the answer."""
+    """A union of row sources; the states of the sources merge to the answer.
+
+    Attributes:
+        sources: what is read; estimated, and actual once the plan has run.
+        reason: why this plan.
+        hot: rows from here on are scanned exactly.
+        backend: kernels that run it.
+        seconds_estimated, seconds_dense: expected time of this plan, and of a dense scan; None where this machine has
+            no rates, or none were needed.
+        seconds: time it took (None until it has run).
+    """
 
     sources: tuple[Source, ...]
     reason: str
     hot: int = 0
     backend: str = "reference"
+    seconds_estimated: float | None = None
+    seconds_dense: float | None = None
+    seconds: float | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -43,74 +66,156 @@ class QueryPlan:
     @property
     def bytes_read(self) -> int:
         """Bytes read by the whole call; 0 until the plan has run."""
-        return sum(source.bytes or 0 for source in self.sources)
-
-    def with_actuals(self, sources: list[Source]) -> "QueryPlan":
-        """The plan with what each source really read."""
-        return replace(self, sources=tuple(sources))
+        return sum(source.actual.bytes for source in self.sources if source.actual is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
-        sources = [
-            {name: getattr(s, name) for name in ("kind", "detail", "rows", "bytes", "mass")} for s in self.sources
-        ]
-        return {"reason": self.reason, "backend": self.backend, "sources": sources}
+        return {
+            "reason": self.reason,
+            "backend": self.backend,
+            "seconds_estimated": self.seconds_estimated,
+            "seconds_dense": self.seconds_dense,
+            "seconds": self.seconds,
+            "sources": [source.to_dict() for source in self.sources],
+        }
 
     def __str__(self) -> str:
-        lines = [f"Merge of {len(self.sources)} row sources   ({self.reason}; kernels: {self.backend})"]
+        times = f"time={_ms(self.seconds)}" if self.seconds is not None else ""
+        if self.seconds_estimated is not None:
+            times += f" (estimated {_ms(self.seconds_estimated)}, dense {_ms(self.seconds_dense)})"
+        lines = [f"Merge of {len(self.sources)} row sources   {times}", f"│  {self.reason}; kernels: {self.backend}"]
         for i, source in enumerate(self.sources):
-            actual = ""
-            if source.rows is not None and source.bytes is not None:
-                actual = f"   rows={source.rows:.1f} bytes={source.bytes:,}"
-            if source.mass is not None:
-                actual += f" mass={source.mass:.1%}"
-            lines.append(f"{'└─' if i == len(self.sources) - 1 else '├─'} {source.kind}: {source.detail}{actual}")
+            last = i == len(self.sources) - 1
+            mass = "" if source.mass is None else f" mass={source.mass:.1%}"
+            lines.append(f"{'└─' if last else '├─'} {source.kind}: {source.detail}{mass}")
+            lines += [f"{'  ' if last else '│ '}   {line}" for line in _usage_lines(source)]
         return "\n".join(lines)
 
 
 @lru_cache(maxsize=64)  # the layers of a model ask the same
 def choose_plan(
     config: RetrievalConfig,
+    work: Workload,
     *,
-    rows: int,
-    queries: int,
-    indexed: int,
-    first_index_row: int,
     backend: str,
+    threads: int | None,
     retrieve: bool,
+    estimate: bool,
 ) -> QueryPlan:
-    """The cheapest plan the config allows for the ``queries`` newest positions of a store of ``rows`` rows.
+    """The cheapest plan the config allows for one call.
 
-    ``indexed``: rows below this are in the index. ``first_index_row``: the least row that the index answers for.
-    Rows from ``hot`` on are scanned exactly: the window of the oldest query and all that is not indexed yet.
-    Reasons hold no number that changes from step to step: reports count them.
+    ``threads``: of the CPU that will run it, None on other devices, for which there are no rates. ``estimate``:
+    expected seconds are wanted even where no choice depends on them. Rows from ``hot`` on are scanned exactly: the
+    window of the oldest query and all that is not indexed yet. Reasons hold no number that changes from step to step:
+    reports count them.
     """
-    segmented = config.index_name == "segmented"
-    hot = indexed if segmented else max(0, min(rows - queries - config.window + 1, indexed))
-    eligible = hot - first_index_row
+    segmented, auto = config.index_name == "segmented", config.dense_below_rows is None
+    hot = work.indexed if segmented else max(0, min(work.rows - work.queries - config.window + 1, work.indexed))
+    eligible = hot - work.first_index_row
+
+    def rates_of(engine: str) -> Rates | None:
+        return rates(engine, threads) if threads is not None and (estimate or auto) else None
 
     def dense(reason: str) -> QueryPlan:
-        return QueryPlan((Source("dense scan", f"all {rows} rows"),), reason, backend=backend)
+        usage = scan_usage(work, work.rows, rates_of("dense") if estimate else None, alone=True)
+        source = Source("dense scan", f"all {work.rows} rows", usage)
+        return QueryPlan((source,), reason, hot, backend, usage.seconds, usage.seconds)
 
     if not retrieve:
         return dense("dense was asked for")
-    if queries > config.max_queries:
+    if work.queries > config.max_queries:
         return dense(f"more queries in one call than max_queries={config.max_queries}")
-    if rows < config.least_rows:
-        return dense(f"fewer rows than dense_below={config.least_rows}")
+    least = config.dense_below_rows
+    if least is not None and work.rows < least:
+        return dense(f"fewer rows than dense_below={least}")
     if eligible <= 0:
-        return dense("sinks and hot rows are all there is" if indexed else "no rows in the index yet")
-    if segmented and hot > rows - queries:
+        return dense("sinks and hot rows are all there is" if work.indexed else "no rows in the index yet")
+    if segmented and hot > work.rows - work.queries:
         return dense("rows after the first query are sealed already")
     if (config.k or 0 if segmented else config.rows_retrieved) >= eligible:
         return dense(f"k={config.rows_retrieved} covers every row in the index")
-    exact = Source("sinks + hot rows", f"first {config.n_sink} rows and rows {hot} to {rows - 1}")
+
+    scan_rates = rates_of("dense")
+    exact_rows = work.rows - hot + config.n_sink - (work.queries - 1) / 2
+    exact = Source(
+        "sinks + hot rows",
+        f"first {config.n_sink} rows and rows {hot} to {work.rows - 1}",
+        scan_usage(work, exact_rows, scan_rates),
+    )
+    found = index_usage(work, config, config.k, rates_of(config.index_name))
     if segmented:
-        budget = "budget by size" if config.k is None else f"k={config.k}"
-        sources = [exact, Source("list scan", f"segmented, {budget} of {eligible} rows")]
+        asked = "budget by size" if config.k is None else f"k={config.k}"
+        sources = [exact, Source("list scan", f"segmented, {asked} of {eligible} rows", found)]
         if config.tail_name == "centroid":
-            sources.append(Source("summary scan", "one summary for each list not read"))
-        return QueryPlan(tuple(sources), f"{rows} rows, {budget}", hot=hot, backend=backend)
-    k, drawn = config.rows_retrieved, " sampled" if config.tail_name == "sample" else ""
-    scan = Source("index scan", f"{config.index_name}, k={k}{drawn} of {eligible} rows")
-    return QueryPlan((exact, scan), f"{rows} rows, k={k}", hot=hot, backend=backend)
+            sources.append(Source("summary scan", "one summary for each list not read", summary_usage(work, config.k)))
+    else:
+        asked = f"k={config.rows_retrieved}"
+        drawn = " sampled" if config.tail_name == "sample" else ""
+        sources = [exact, Source("index scan", f"{config.index_name}, {asked}{drawn} of {eligible} rows", found)]
+    seconds = seconds_dense = None
+    if scan_rates is not None and found.seconds is not None and exact.estimated.seconds is not None:
+        seconds = exact.estimated.seconds + found.seconds
+        seconds_dense = scan_usage(work, work.rows, scan_rates, alone=True).seconds
+    if auto:
+        if seconds is None or seconds_dense is None:
+            if work.rows < DENSE_BELOW[config.index_name]:
+                return dense(f"fewer rows than {DENSE_BELOW[config.index_name]} (no rates for this device)")
+        elif seconds_dense <= seconds:
+            return replace(dense("a dense scan is estimated to be faster"), seconds_dense=seconds_dense)
+    return QueryPlan(tuple(sources), f"{work.rows} rows, {asked}", hot, backend, seconds, seconds_dense)
+
+
+def sum_plans(plans: Sequence[QueryPlan]) -> QueryPlan:
+    """One plan for several layers: sources of one kind added up, rows and lists as means, mass as a mean.
+
+    Raises:
+        ValueError: no plan that has run.
+    """
+    if not plans:
+        raise ValueError("no plan has run yet: decode a token inside `with handle.audit():` first")
+    kinds = dict.fromkeys(source.kind for plan in plans for source in plan.sources)
+    sources = []
+    for kind in kinds:
+        same = [source for plan in plans for source in plan.sources if source.kind == kind]
+        actuals = [source.actual for source in same if source.actual is not None]
+        sources.append(
+            Source(
+                kind,
+                f"in {len(same)} layers",
+                _sum_usages([source.estimated for source in same], len(plans)),
+                _sum_usages(actuals, len(plans)) if actuals else None,
+                sum(source.mass or 0.0 for source in same) / len(plans),
+            )
+        )
+    reasons = Counter(plan.reason for plan in plans)
+    reason = f"{len(plans)} layers; {'; '.join(f'{count}x {reason}' for reason, count in reasons.most_common(3))}"
+    times = [[getattr(plan, name) for plan in plans] for name in ("seconds_estimated", "seconds_dense", "seconds")]
+    totals = [None if None in each else sum(each) for each in times]
+    return QueryPlan(tuple(sources), reason, plans[0].hot, plans[0].backend, *totals)
+
+
+def _sum_usages(usages: Sequence[Usage], layers: int) -> Usage:
+    """Bytes and seconds of all, rows and lists per layer."""
+    seconds = [usage.seconds for usage in usages if usage.seconds is not None]
+    return Usage(
+        sum(usage.rows for usage in usages) / layers,
+        sum(usage.bytes for usage in usages),
+        sum(usage.lists for usage in usages) / layers,
+        sum(seconds) if len(seconds) == len(usages) else None,
+    )
+
+
+def _usage_lines(source: Source) -> list[str]:
+    """What was read beside what was expected."""
+
+    def line(name: str, usage: Usage) -> str:
+        lists = f" lists={usage.lists:.0f}" if usage.lists else ""
+        seconds = "" if usage.seconds is None else f" time={_ms(usage.seconds)}"
+        return f"{name} rows={usage.rows:.0f}{lists} bytes={usage.bytes:,}{seconds}"
+
+    actual = [] if source.actual is None else [line("actual   ", source.actual)]
+    return [*actual, line("estimated", source.estimated)]
+
+
+def _ms(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{1000 * seconds:.3g} ms"

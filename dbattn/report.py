@@ -25,6 +25,9 @@ class LayerReport:
         audited: calls that were audited.
         retrieving: calls that read less than all rows.
         dense: calls answered densely, by reason.
+        rungs: with ``max_error``, how often each rung of the ladder gave the answer.
+        within: with ``max_error``, share of audited queries (one per head and position) whose error kept the bound.
+        heads: per query head, its audited queries and their mean recall, attention mass and relative error.
         index: what the index had built.
     """
 
@@ -38,6 +41,9 @@ class LayerReport:
     audited: int
     retrieving: int
     dense: dict[str, int]
+    rungs: dict[str, int]
+    within: float | None
+    heads: tuple[dict[str, float], ...]
     index: dict[str, Any]
 
 
@@ -60,10 +66,11 @@ class Report:
         table = Table(title="Retrieval per layer (recall, mass and error from audited calls)")
         for name in ("layer", "rows stored", "retrieved", "read", "recall@k", "mass", "rel. error", "calls", "audited"):
             table.add_column(name, justify="right")
-        table.add_column("index / answered densely because")
+        table.add_column("index / rungs / answered densely because")
         for row in self.layers:
             built = ", ".join(f"{name} {value}" for name, value in row.index.items() if name != "rows")
             dense = "; ".join(f"{count}x {reason}" if count else reason for reason, count in row.dense.items())
+            rungs = "; ".join(f"{count}x {rung}" for rung, count in row.rungs.items())
             table.add_row(
                 str(row.layer),
                 str(row.rows_stored),
@@ -74,7 +81,7 @@ class Report:
                 _figure(row.relative_error, ".4f"),
                 str(row.retrieving),
                 str(row.audited),
-                " | ".join(part for part in (built, dense) if part),
+                " | ".join(part for part in (built, rungs, dense) if part),
             )
         console = Console(width=150)
         with console.capture() as capture:
@@ -99,6 +106,9 @@ def _layer_report(layer: int, stats: RunningStats) -> LayerReport:
         audited=len(stats.audits),
         retrieving=stats.retrieving,
         dense=dict(stats.dense_reasons),
+        rungs=dict(stats.rungs),
+        within=stats.heads.share_within if stats.heads and stats.rungs else None,
+        heads=stats.heads.means() if stats.heads else (),
         index=dict(stats.index),
     )
 

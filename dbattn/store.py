@@ -1,6 +1,8 @@
 """KVStore: the rows of one layer, kept once, in buffers that double."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ class KVStore:
     ``start [B]`` is the first valid row of each batch row (left padding); rows before it are never read.
     """
 
+    start: Tensor
+    has_padding: bool
+
     def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -22,12 +27,11 @@ class KVStore:
         self._clear()
 
     def _clear(self) -> None:
-        self._length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self.start = torch.zeros(0, dtype=torch.int64)
-        self.has_padding = False
-        self._settled = 0
+        self._length = self._settled = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._mapped: MappedRows | None = None
+        self._saved: tuple[str, int] = "", 0
+        self._set_start(torch.zeros(0, dtype=torch.int64))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows after the newest; nothing is written when anything about them is wrong.
@@ -38,11 +42,18 @@ class KVStore:
         self._check(keys, values)
         added = keys.shape[2]
         self._reserve(keys, values, self._length + added)
-        assert self._keys is not None
-        assert self._values is not None
-        self._keys[:, :, self._length : self._length + added] = keys.detach()
-        self._values[:, :, self._length : self._length + added] = values.detach()
+        for buffer, rows in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, self._length : self._length + added] = rows.detach()
         self._length += added
+
+    def restore(self, rows: "MappedRows", start: Tensor, settled: int) -> None:
+        """Hold saved rows in place of what is held; they are copied together when they are first asked for.
+
+        ``rows`` fit the store and are finite: who reads them from disk has checked it.
+        """
+        self._clear()
+        self._mapped, self._length, self._settled = rows, len(rows), settled
+        self._set_start(start.to(rows.device))
 
     def can_start_at(self, start: Tensor) -> bool:
         """Whether ``set_start`` would accept ``start [B]``."""
@@ -70,8 +81,7 @@ class KVStore:
             raise ValueError(f"start {start.tolist()} differs from {self.start.tolist()} for rows that are stored")
         self._settled = self._length
         if start is not self.start:
-            self.start = start.clone()
-            self.has_padding = bool((start > 0).any())
+            self._set_start(start.clone())
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows.
@@ -83,36 +93,57 @@ class KVStore:
             raise ValueError(f"length is {length!r}, expected an integer from 0 to {self._length}")
         self._length = length
         self._settled = min(self._settled, length)
+        self.touch(length)
         if not length:
             # As if no row had ever come: the next ones may have another batch size, dtype or padding.
             self._clear()
 
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']`` (an index may repeat): beam search and batch edits."""
-        if self._keys is None or self._values is None:
+        if not self._has_buffers:
             return
-        batch = batch.to(self._keys.device)
+        keys, values = self.buffers
+        batch = batch.to(keys.device)
         with torch.inference_mode(False), torch.no_grad():
-            self._keys, self._values = self._keys.index_select(0, batch), self._values.index_select(0, batch)
-        self.start = self.start[batch]
-        self.has_padding = bool((self.start > 0).any())
+            self._buffers = keys.index_select(0, batch), values.index_select(0, batch)
+        self._set_start(self.start[batch])
+        self.touch(0)
+
+    def touch(self, first: int) -> None:
+        """Say that rows from ``first`` on were moved or replaced, so that a snapshot's files no longer hold them."""
+        self._saved = self._saved[0], min(self._saved[1], first)
+
+    def mark_saved(self, digest: str) -> None:
+        """Say that a snapshot's state ``digest`` holds all rows as they are."""
+        self._saved = digest, self._length
+
+    def rows_saved(self, digest: str) -> int:
+        """How many leading rows are still as the snapshot's state ``digest`` has them."""
+        return self._saved[1] if self._saved[0] == digest else 0
 
     @property
     def keys(self) -> Tensor:
         """Zero-copy view ``[B, Hkv, n, D]`` of the rows."""
-        return self._view(self._keys)
+        return self.buffers[0][:, :, : self._length]
 
     @property
     def values(self) -> Tensor:
         """Zero-copy view ``[B, Hkv, n, Dv]`` of the rows."""
-        return self._view(self._values)
+        return self.buffers[1][:, :, : self._length]
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """The whole buffers, spare capacity included; for an index that moves rows in place."""
-        if self._keys is None or self._values is None:
+        """The whole buffers, spare capacity included; an index that moves rows in place says so with ``touch``."""
+        if self._mapped is not None:
+            self._buffers, self._mapped = self._mapped.together(), None
+        if self._buffers is None:
             raise ValueError("the store is empty: insert keys and values first")
-        return self._keys, self._values
+        return self._buffers
+
+    @property
+    def settled(self) -> int:
+        """Rows whose padding is settled; see ``set_start``."""
+        return self._settled
 
     def scores(self, query: Tensor, slots: Tensor, scale: float) -> Tensor:
         """Logits ``scale * q.k`` of the given places, -inf where a place is -1: ``[B, Hq, m, n]``."""
@@ -124,8 +155,9 @@ class KVStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, spare capacity included."""
-        return sum(b.numel() * b.element_size() for b in (self._keys, self._values) if b is not None)
+        """Bytes allocated, spare capacity included; for saved rows not asked for yet, what they will take."""
+        parts = self._mapped.parts if self._mapped is not None else [self._buffers] if self._buffers is not None else []
+        return sum(buffer.nbytes for part in parts for buffer in part)
 
     @property
     def is_empty(self) -> bool:
@@ -135,34 +167,37 @@ class KVStore:
     def __len__(self) -> int:
         return self._length
 
-    def _view(self, buffer: Tensor | None) -> Tensor:
-        if buffer is None:
-            raise ValueError("the store is empty: insert keys and values first")
-        return buffer[:, :, : self._length]
+    @property
+    def _has_buffers(self) -> bool:
+        return self._buffers is not None or self._mapped is not None
+
+    def _set_start(self, start: Tensor) -> None:
+        self.start = start
+        self.has_padding = bool((start > 0).any())
 
     def _reserve(self, keys: Tensor, values: Tensor, length: int) -> None:
-        if self._keys is not None and self._values is not None:
-            if length <= self._keys.shape[2]:
-                return
-            capacity = max(length, 2 * self._keys.shape[2])
-        else:
+        before = self.buffers if self._has_buffers else (None, None)
+        if before[0] is None:
             capacity = max(length, 64)
-            self.start = torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device)
+            self._set_start(torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
+        elif length > before[0].shape[2]:
+            capacity = max(length, 2 * before[0].shape[2])
+        else:
+            return
         # Both at once: were memory to run out in between, keys and values would differ in length.
-        self._keys, self._values = self._grown(self._keys, keys, capacity), self._grown(self._values, values, capacity)
+        self._buffers = self._grown(before[0], keys, capacity), self._grown(before[1], values, capacity)
 
     def _grown(self, buffer: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        # An ordinary tensor even under inference_mode, whose tensors could not be written to outside it.
-        with torch.inference_mode(False):
-            grown = torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
+        grown = new_buffer(like, capacity)
         if buffer is not None:
             grown[:, :, : self._length] = buffer[:, :, : self._length]
         return grown
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
+        held = self.buffers if self._has_buffers else (None, None)
         for name, rows, dim, buffer in (
-            ("keys", keys, self.head_dim, self._keys),
-            ("values", values, self.value_dim, self._values),
+            ("keys", keys, self.head_dim, held[0]),
+            ("values", values, self.value_dim, held[1]),
         ):
             batch = "B" if buffer is None else buffer.shape[0]
             expected = f"[{batch}, {self.num_kv_heads}, n, {dim}]"
@@ -184,6 +219,42 @@ class KVStore:
             raise ValueError(f"keys are {keys.dtype} on {keys.device}, values are {values.dtype} on {values.device}")
         for name, rows in (("keys", keys), ("values", values)):
             check_finite(name, rows)
+
+
+@dataclass(frozen=True)
+class MappedRows:
+    """Rows that lie in parts, one after the other, each (keys ``[B, Hkv, n, D]``, values ``[B, Hkv, n, Dv]``).
+
+    The parts are mapped from files and never written; copies of a store share them. Rows are wanted on ``device``.
+    """
+
+    parts: list[tuple[Tensor, Tensor]]
+    device: torch.device
+
+    def together(self) -> tuple[Tensor, Tensor]:
+        """Buffers of their own, keys and values, with all rows in them."""
+        both = []
+        for parts in zip(*self.parts, strict=True):
+            buffer = new_buffer(parts[0].to(self.device), max(len(self), 64))
+            at = 0
+            for part in parts:
+                buffer[:, :, at : at + part.shape[2]] = part
+                at += part.shape[2]
+            both.append(buffer)
+        return both[0], both[1]
+
+    def __len__(self) -> int:
+        return sum(keys.shape[2] for keys, _ in self.parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MappedRows":
+        return self
+
+
+def new_buffer(like: Tensor, capacity: int) -> Tensor:
+    """Room for ``capacity`` rows ``[B, H, capacity, D]`` of the kind ``like [B, H, n, D]`` has."""
+    # An ordinary tensor even under inference_mode, whose tensors could not be written to outside it.
+    with torch.inference_mode(False):
+        return torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
 
 
 def exponential_noise(heads: int, first: int, stop: int, device: torch.device) -> Tensor:

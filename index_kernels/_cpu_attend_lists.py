@@ -3,6 +3,8 @@
 # mypy: ignore-errors
 # (Numba compiles these functions and infers their types itself.)
 
+import platform
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
@@ -72,6 +74,19 @@ def f32_bits(typingctx, x):
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.int32(types.float32), gen
+
+
+@intrinsic
+def cycles(typingctx):
+    """The processor's cycle counter, for shares of time; 0 where user code may not read one."""
+
+    def gen(context, builder, sig, args):
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return ir.Constant(ir.IntType(64), 0)
+        counter = builder.module.declare_intrinsic("llvm.readcyclecounter", fnty=ir.FunctionType(ir.IntType(64), []))
+        return builder.call(counter, [])
+
+    return types.int64(), gen
 
 
 @njit(inline="always")
@@ -268,9 +283,8 @@ def attend_lists(
     open_rows rows; their lists, read best first up to `budget` rows; lists not read and super-lists not opened
     by summary row (tail=True) with log-weight log(size) + alpha * variance of the row logits, and a value tilted by
     beta * cross-covariance. Both budgets are shared by the KV heads of a batch row: a head whose sinks and hot
-    rows hold the mass takes little. lse_by_source [3, B, Hq]: sinks and hot rows, lists, tail. stats [B, 4] = rows
-    read from lists, lists read, lists scored,
-    super-lists scored.
+    rows hold the mass takes little. lse_by_source [3, B, Hq]: sinks and hot rows, lists, tail. stats [B, 7] = rows
+    read from lists, lists read, lists scored, super-lists scored; cycles of sinks and hot rows, lists, tail.
     s_* and c_* are workspace: super-lists [B, Hkv, S], lists under opened super-lists ("candidates") [B, Hkv, L].
     """
     B, Hq, D = query.shape
@@ -289,6 +303,7 @@ def attend_lists(
     acc = np.empty((3 * parts, B, Hq, Dv), F)
     spread = np.empty((B, Hq), F)
     q_all = np.empty((B, H, G, D), F)
+    spent = np.zeros((parts * BH, 3), np.int64)
     two_level = np.empty(B, np.bool_)
     any_two = False
     for b in range(B):
@@ -306,6 +321,7 @@ def attend_lists(
 
     # 1. hot rows and sinks exactly; super-lists (or, in a small store, all lists) by centroid
     for w in prange(parts * BH):
+        began = cycles()
         lanes = (heads, ck, cv, width)
         part = w // BH
         b = (w % BH) // H
@@ -354,6 +370,8 @@ def attend_lists(
             lanes,
         )
         store_state(part, b, h, a, m, s, top, total, acc)
+        mark = cycles()
+        spent[w, 0] += mark - began
         if two_level[b]:
             n = n_supers[b, h]
             lo = n * part // parts
@@ -396,8 +414,10 @@ def attend_lists(
                 c_size[b, h, i] = list_size[b, h, i]
                 c_var[b, h, i] = list_var[b, h, i]
             _correct(c_logit, c_var, spread, b, h, lo, hi, alpha, softcap)
+        spent[w, 1] += cycles() - mark
 
     # 2. open super-lists
+    began = cycles()
     peak = np.empty((B, Hq), F)
     hot_mass = np.empty((B, Hq), F)
     mass = np.empty((B, Hq), F)
@@ -493,9 +513,11 @@ def attend_lists(
             stats[b, 2] += c_total[b, h]
             if two_level[b]:
                 stats[b, 3] += n_supers[b, h]
+    chose = cycles() - began
 
     # 4. read the chosen lists; everything else answers by its summary row
     for w in prange(parts * BH):
+        mark = cycles()
         lanes = (heads, ck, cv, width)
         part = w // BH
         b = (w % BH) // H
@@ -530,6 +552,8 @@ def attend_lists(
                     filled = 0
         flush(values, b * vb + h * vh, vt, tile_row, tile_n, ranges, filled, softcap, logits, a, m, s, lanes)
         store_state(parts + part, b, h, a, m, s, top, total, acc)
+        unread = cycles()
+        spent[w, 1] += unread - mark
         a[:] = F(0.0)
         s[:] = F(0.0)
         if tail:
@@ -565,8 +589,15 @@ def attend_lists(
         for g in range(G):
             m[g] = peak[b, h * G + g]
         store_state(2 * parts + part, b, h, a, m, s, top, total, acc)
+        spent[w, 2] += cycles() - unread
     for source in range(3):
         for b in range(B):
+            stats[b, 4 + source] = 0
             for i in range(Hq):
                 lse_by_source[source, b, i] = _lse(top, total, source * parts, (source + 1) * parts, b, i)
     merge_parts(top, total, acc, 3 * parts, out, lse)
+    # Choosing runs on one thread while the others wait, so it counts on all of them.
+    stats[0, 5] += chose * parts
+    for w in range(parts * BH):
+        for source in range(3):
+            stats[(w % BH) // H, 4 + source] += spent[w, source]

@@ -14,3 +14,11 @@ settings.load_profile("dbattn")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _rates(monkeypatch):
+    """The planner's choices must not depend on how busy the machine is."""
+    from dbattn.machine import BUILT_IN
+
+    monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads: BUILT_IN[engine])

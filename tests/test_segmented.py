@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
-from dbattn.index.segmented import SEGMENT_ROWS, default_budget, segment_bounds
+from dbattn.index.segmented import SEGMENT_ROWS, Reading, default_budget, segment_bounds
 from index_kernels import merge_states
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
@@ -41,10 +41,10 @@ def test_the_fused_kernel_is_the_exact_rows_and_the_summaries(dtype, heads, dim,
     start = torch.tensor([0, 700])
     query = torch.randn(2, heads, 1, dim)
     db = database(keys, values, start=start, k=200)
-    options = {"scale": dim**-0.5, "softcap": softcap, "n_sink": 2, "want_slots": True}
     for tail in (True, False):
-        fused = db.index.attend(query, db.store, 200, tail=tail, **options)
-        same = _plain(db, query, fused.slots, options["scale"], softcap, tail)
+        how = Reading(200, dim**-0.5, softcap, n_sink=2, tail=tail, want_slots=True)
+        fused = db.index.attend(query, db.store, how)
+        same = _plain(db, query, fused.slots, how.scale, softcap, tail)
         # Summaries of negligible weight count in the lse, but the kernel does not fetch their values.
         assert relative_error(fused.out, same[0]).max() < (1e-3 if tail else 2e-5)
         torch.testing.assert_close(fused.lse, same[1], atol=2e-5, rtol=1e-5)
@@ -82,7 +82,8 @@ def test_the_portable_path_answers_like_the_fused_one(softcap):
     keys, values = clustered(3000, batch=2)
     query = torch.randn(2, 6, 1, 16)
     db = database(keys, values, start=torch.tensor([0, 700]))
-    arguments = (query[:, :, 0], db.store, 3000, 300, 0.25, softcap, 2, True, True)
+    how = Reading(300, 0.25, softcap, n_sink=2, tail=True, want_deviation=True, want_slots=True)
+    arguments = (query[:, :, 0], db.store, 3000, how)
     fused, portable = db.index._attend_fused(*arguments), db.index._attend_portable(*arguments)
     exact = dense_attention(query, *_in_order(db), start=db.store.start, scale=0.25, softcap=softcap)
     assert abs(portable.rows_read - fused.rows_read) < 20
@@ -90,6 +91,7 @@ def test_the_portable_path_answers_like_the_fused_one(softcap):
     assert errors[1] < 1.1 * errors[0] + 1e-3
     same = merge_states(*_states(portable))
     torch.testing.assert_close(same[1], portable.lse)
+    torch.testing.assert_close(portable.deviation, fused.deviation, rtol=0.1, atol=0.1 * float(fused.deviation.mean()))
 
 
 def _states(answer):
@@ -111,7 +113,7 @@ def test_reading_every_list_equals_dense_and_an_honest_summary_beats_none():
     query = torch.randn(1, 4, 1, 16)
     exact = dense_attention(query, keys, values)
     db = database(keys, values)
-    everything = db.index.attend(query, db.store, 4096, scale=0.25, softcap=None, n_sink=2, tail=True)
+    everything = db.index.attend(query, db.store, Reading(4096, 0.25, None, n_sink=2, tail=True))
     assert relative_error(everything.out, exact).max() < 1e-5
     errors = {
         tail: float(relative_error(database(keys, values, k=256, tail=tail).attend(query), exact).mean())

@@ -21,6 +21,5 @@ def make_index(config: RetrievalConfig) -> KeyIndex:
         return FlatIndex()
     if name == "segmented":
         return SegmentedIndex(config.window)
-    sample = config.tail_name == "sample"
     engine = IvfIndex if name == "ivf" else HnswIndex
-    return engine(config.window, **options, sample=sample)
+    return engine(config.window, **options, sample=config.samples)

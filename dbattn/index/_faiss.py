@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..store import KVStore, exponential_noise
-from .base import BLOCK, Candidates, KeyIndex, require_faiss
+from .base import BLOCK, Arrays, Candidates, KeyIndex, expect_no_more, require_faiss
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -32,6 +32,14 @@ class Unit:
     @abstractmethod
     def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
         """Ids ``[n, k]`` (-1 = none) below ``stop`` for queries ``[n, D]``, and how many keys were scored."""
+
+    @abstractmethod
+    def state(self) -> Arrays:
+        """What ``restore`` cannot find again cheaply from the rows."""
+
+    @abstractmethod
+    def restore(self, keys: Rows, stops: list[int], device: torch.device, state: Arrays) -> None:
+        """What ``build`` does for an empty unit, with the slow part taken out of ``state``, which is checked."""
 
     @abstractmethod
     def clone(self) -> Self:
@@ -73,28 +81,78 @@ class FaissIndex(KeyIndex):
         length = max(0, len(store) - self._window) // BLOCK * BLOCK
         if length < self._min_rows or length <= self._length:
             return
-        keys = store.keys
-        batch, heads = keys.shape[:2]
         if not self._units:
-            self._units = [[self._new_unit() for _ in range(heads)] for _ in range(batch)]
-            self._owned = [[True] * heads for _ in range(batch)]
-        first = lo.tolist()
+            self._make_units(store)
 
-        def build(b: int, h: int) -> None:
+        def build(b: int, h: int, keys: Rows, stops: list[int]) -> None:
+            if not self._owned[b][h]:
+                self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
+            self._units[b][h].build(keys, stops, store.keys.device)
+
+        self._for_each_unit(store, lo, length, build)
+        self._length = length
+
+    def state(self, first: int, stop: int) -> Arrays:
+        """See KeyIndex; arrays are named ``batch row.KV head.name``."""
+        return {
+            f"{b}.{h}.{name}": array
+            for b, units in enumerate(self._units)
+            for h, unit in enumerate(units)
+            for name, array in unit.state().items()
+        }
+
+    def load_state(self, store: KVStore, lo: Tensor, first: int, stop: int, state: Arrays) -> None:
+        """See KeyIndex."""
+        if stop % BLOCK or not self._min_rows <= stop <= len(store) - self._window:
+            raise ValueError(f"{stop} indexed rows are not whole blocks of {BLOCK} within {len(store)} rows")
+        self._make_units(store)
+        batch, heads = len(self._units), store.num_kv_heads
+        by_unit: dict[str, Arrays] = {f"{b}.{h}": {} for b in range(batch) for h in range(heads)}
+        for key, array in state.items():
+            unit, _, name = key.rpartition(".")
+            if unit not in by_unit:
+                raise ValueError(f"{key} is not part of {batch} batch rows and {heads} KV heads")
+            by_unit[unit][name] = array
+
+        def restore(b: int, h: int, keys: Rows, stops: list[int]) -> None:
+            arrays = by_unit[f"{b}.{h}"]
+            try:
+                self._units[b][h].restore(keys, stops, store.keys.device, arrays)
+            except ValueError as error:
+                raise ValueError(f"{b}.{h}: {error}") from None
+
+        self._for_each_unit(store, lo, stop, restore)
+        for arrays in by_unit.values():
+            expect_no_more(arrays)
+        self._length = stop
+
+    def _make_units(self, store: KVStore) -> None:
+        batch, heads = len(store.start), store.num_kv_heads
+        self._units = [[self._new_unit() for _ in range(heads)] for _ in range(batch)]
+        self._owned = [[True] * heads for _ in range(batch)]
+
+    def _for_each_unit(
+        self, store: KVStore, lo: Tensor, length: int, run: Callable[[int, int, Rows, list[int]], None]
+    ) -> None:
+        """``run(b, h, keys, stops)`` once per unit that has rows below ``length``; see Unit.build."""
+        keys, first = store.keys, lo.tolist()
+        batch, heads = keys.shape[:2]
+
+        def run_one(b: int, h: int) -> None:
             # One thread per unit keeps the graph that HNSW builds the same from run to run.
             with _one_faiss_thread():
-                if not self._owned[b][h]:
-                    self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
                 stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
                 if stops:
                     rows = keys[b, h, first[b] : length].float()
                     if self._sample:
                         noise = exponential_noise(heads, first[b], length, keys.device)[h]
                         rows = torch.cat([rows, noise[:, None]], dim=-1)
-                    self._units[b][h].build(_to_numpy(rows), stops, keys.device)
+                    run(b, h, _to_numpy(rows), stops)
 
-        _for_each_unit(build, batch, heads)
-        self._length = length
+        # As many threads as torch uses; FAISS releases the GIL.
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            for done in [pool.submit(run_one, b, h) for b in range(batch) for h in range(heads)]:
+                done.result()
 
     def search(
         self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
@@ -171,10 +229,3 @@ def _one_faiss_thread() -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
-
-
-def _for_each_unit(run: Callable[[int, int], None], batch: int, heads: int) -> None:
-    """Run once per unit, on as many threads as torch uses; FAISS releases the GIL."""
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        for done in [pool.submit(run, b, h) for b in range(batch) for h in range(heads)]:
-            done.result()

@@ -10,10 +10,14 @@ from torch import Tensor
 
 from index_kernels import Summaries
 
+from .base import Arrays, expect, expect_no_more
+
 ROWS_PER_LIST = 16
 ROWS_PER_SUPER_LIST = 256
 
 
+_SUMMARY = ("variance", "key", "value")
+_MOMENTS = ("shape", "cross", "trace")
 Workspace = tuple[tuple[np.ndarray[Any, Any], ...], np.ndarray[Any, Any]]
 # One workspace serves all layers of a model, so that it stays in the cache; each thread has its own.
 _scratch = threading.local()
@@ -27,7 +31,7 @@ def _new_workspace(batch: int, kv_heads: int, group: int, supers: int, lists: in
         (small, lists), (large,), (large,),
     ]  # fmt: skip
     scratch = tuple(np.zeros((batch, kv_heads, *shape), dtype) for dtype, *shape in shapes)
-    return scratch, np.zeros((batch, 4), np.int64)
+    return scratch, np.zeros((batch, 7), np.int64)
 
 
 class Lists:
@@ -69,9 +73,8 @@ class Lists:
     def reserve(self, bounds: list[int], rows: int) -> None:
         """Make room for segments at these bounds in a store with room for ``rows`` rows."""
         segments = len(bounds) - 1
-        # Rounding may leave one list or super-list more per level than the plain quotient.
-        supers = bounds[-1] // ROWS_PER_SUPER_LIST + bounds[-1] // (32 * ROWS_PER_SUPER_LIST) + 2 * segments
-        needed = {"rows": rows, "lists": bounds[-1] // ROWS_PER_LIST + supers, "supers": supers, "segments": segments}
+        lists, supers = _most(bounds[-1], segments)
+        needed = {"rows": rows, "lists": lists, "supers": supers, "segments": segments}
         for axis, count in needed.items():
             if count > self._capacity[axis]:
                 self._grow(axis, rows if axis == "rows" else count + count // 4 + 8)
@@ -99,6 +102,98 @@ class Lists:
         self.count[:] = self.segment_lists[:, :, segments]
         self.super_count[:] = self.segment_supers[:, :, segments]
         self.sum_shapes(segments)
+
+    def segment_state(self, number: int, first: int, stop: int) -> Arrays:
+        """The lists of segment ``number``, rows ``first .. stop``, ``[B, Hkv, n, ...]`` each, 0 where unused."""
+        lists, supers = self.segment_lists[:, :, number : number + 2], self.segment_supers[:, :, number : number + 2]
+
+        def used(array: np.ndarray[Any, Any], bounds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            most = int((bounds[:, :, 1] - bounds[:, :, 0]).max())
+            taken = np.zeros((*array.shape[:2], most, *array.shape[3:]), array.dtype)
+            for at in np.ndindex(*bounds.shape[:2]):
+                begin, end = bounds[at]
+                taken[at][: end - begin] = array[at][begin:end]
+            return taken.view(np.float16) if taken.dtype == np.uint16 else taken
+
+        # Where lists begin and how many rows a super-list has follow from these.
+        return {
+            "positions": self.positions[:, :, first:stop],
+            "list_rows": used(self.size, lists),
+            **{f"list_{name}": used(getattr(self, name), lists) for name in _SUMMARY},
+            "super_lists": used(np.diff(self.super_first), supers),
+            **{f"super_{name}": used(getattr(self, f"super_{name}"), supers) for name in _SUMMARY},
+            **{f"segment_{name}": getattr(self, f"segment_{name}")[:, :, number] for name in _MOMENTS},
+        }
+
+    def load_segment(self, bounds: list[int], capacity: int, lo: np.ndarray[Any, Any], state: Arrays) -> None:
+        """Append the lists of the last segment of ``bounds``, as ``segment_state`` gave them; ``lo [B]`` see KeyIndex.
+
+        Raises:
+            ValueError: arrays that cannot be its lists; names the array.
+        """
+        number, first, stop = len(bounds) - 2, bounds[-2], bounds[-1]
+        batch, heads = self.count.shape
+        grid = batch, heads
+        state, small = dict(state), np.int32
+        positions = expect(state, "positions", small, *grid, stop - first)
+        list_rows, super_lists = (
+            expect(state, "list_rows", small, *grid, None),
+            expect(state, "super_lists", small, *grid, None),
+        )
+        summaries = {
+            f"{owner}{name}": expect(
+                state,
+                f"{owner or 'list_'}{name}",
+                np.float16 if self._layout[name][0] is np.uint16 else self._layout[name][0],
+                *grid, count, *self._layout[name][3],
+            )
+            for owner, count in (("", list_rows.shape[2]), ("super_", super_lists.shape[2]))
+            for name in _SUMMARY
+        }  # fmt: skip
+        moments = {
+            f"segment_{name}": expect(state, f"segment_{name}", np.float32, *grid, *self._layout[f"segment_{name}"][3])
+            for name in _MOMENTS
+        }
+        expect_no_more(state)
+        listed = np.clip(stop - np.maximum(lo, first), 0, stop - first)
+        most_lists, most_supers = _most(stop - first, 1)
+        lists = _check_counts("list_rows", list_rows, np.repeat(listed[:, None], heads, axis=1), most_lists)
+        supers = _check_counts("super_lists", super_lists, lists, most_supers)
+        # Sinks and padding stand where they stood; every other row stands somewhere in the segment, once.
+        rows = np.arange(first, stop, dtype=small)
+        for b, h in np.ndindex(*grid):
+            fixed = stop - first - int(listed[b])
+            found = positions[b, h]
+            if not np.array_equal(found[:fixed], rows[:fixed]) or not np.array_equal(
+                np.sort(found[fixed:]), rows[fixed:]
+            ):
+                raise ValueError(f"positions of head {b}, {h} are not the rows {first} to {stop}, each once")
+        self.reserve(bounds, capacity)
+        self.positions[:, :, first:stop] = positions
+        for name, array in moments.items():
+            getattr(self, name)[:, :, number] = array
+        for b, h in np.ndindex(*grid):
+            at, n = int(self.segment_lists[b, h, number]), int(lists[b, h])
+            own_rows = list_rows[b, h, :n]
+            ends = np.cumsum(own_rows)
+            self.size[b, h, at : at + n] = own_rows
+            self.begin[b, h, at : at + n] = stop - listed[b] + ends - own_rows
+            for name in _SUMMARY:
+                self._put(name, b, h, at, summaries[name][b, h, :n])
+            super_at, supers_here = int(self.segment_supers[b, h, number]), int(supers[b, h])
+            last = np.cumsum(super_lists[b, h, :supers_here])
+            self.super_first[b, h, super_at] = at
+            self.super_first[b, h, super_at + 1 : super_at + supers_here + 1] = at + last
+            self.super_size[b, h, super_at : super_at + supers_here] = np.diff(ends[last - 1], prepend=0)
+            for name in _SUMMARY:
+                self._put(f"super_{name}", b, h, super_at, summaries[f"super_{name}"][b, h, :supers_here])
+        self.segment_lists[:, :, number + 1] = self.segment_lists[:, :, number] + lists
+        self.segment_supers[:, :, number + 1] = self.segment_supers[:, :, number] + supers
+        self.keep_segments(number + 1)
+
+    def _put(self, name: str, b: int, h: int, at: int, rows: np.ndarray[Any, Any]) -> None:
+        own = getattr(self, name)
+        own[b, h, at : at + len(rows)] = rows.view(np.uint16) if own.dtype == np.uint16 else rows
 
     def select(self, batch: np.ndarray[Any, Any]) -> "Lists":
         """The lists of the given batch rows."""
@@ -128,6 +223,10 @@ class Lists:
         begin, size = (torch.from_numpy(array).long() for array in (self.begin, self.size))
         return list_slots(begin, size, torch.from_numpy(chosen), heads)
 
+    def unread(self, scratch: tuple[np.ndarray[Any, Any], ...]) -> tuple[np.ndarray[Any, Any], ...]:
+        """What the latest fused call left in its scratch arrays about lists and super-lists, for unread_deviation."""
+        return (*(scratch[i] for i in (9, 7, 8, 14, 0)), self.super_size, self.super_variance, self.super_count)
+
     def summaries(self, device: torch.device) -> Summaries:
         """The lists as float32 tensors on a device."""
 
@@ -153,6 +252,29 @@ class Lists:
         summaries: int = int(self.count.sum() + self.super_count.sum()) * self.summary_bytes
         matrices = int(self.shape[0, 0].size + self.cross[0, 0].size)
         return summaries + int(batch * heads) * (4 * rows + matrices * (2 + 4 * segments))
+
+
+def _most(rows: int, segments: int) -> tuple[int, int]:
+    """How many lists and super-lists ``rows`` rows in ``segments`` segments can make."""
+    # Rounding may leave one list or super-list more per level than the plain quotient.
+    supers = rows // ROWS_PER_SUPER_LIST + rows // (32 * ROWS_PER_SUPER_LIST) + 2 * segments
+    return rows // ROWS_PER_LIST + supers, supers
+
+
+def _check_counts(
+    name: str, counts: np.ndarray[Any, Any], total: np.ndarray[Any, Any], most: int
+) -> np.ndarray[Any, Any]:
+    """How many leading ``counts [B, Hkv, n]`` are not 0, ``[B, Hkv]``.
+
+    Raises:
+        ValueError: they do not make up ``total [B, Hkv]``, each at least 1, or are more than ``most``.
+    """
+    used = (counts > 0).sum(axis=2)
+    leading = np.arange(counts.shape[2]) < used[..., None]
+    fits = (counts >= 0) & ((counts > 0) == leading)
+    if not fits.all() or used.max(initial=0) > most or (counts.sum(axis=2, dtype=np.int64) != total).any():
+        raise ValueError(f"{name} are not 1 or more, at most {most} of them, that make up {int(total.max())}")
+    return np.asarray(used)
 
 
 def list_slots(begin: Tensor, size: Tensor, chosen: Tensor, heads: int) -> Tensor:

@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..store import KVStore
 
+Arrays = dict[str, np.ndarray[Any, Any]]
 # Rows enter an index in blocks that end at multiples of this, so that an index is a function of its rows alone and
 # not of the chunks they came in. Rows after the last full block are hot: they are scanned exactly.
 BLOCK = 256
@@ -28,6 +30,8 @@ class KeyIndex(ABC):
     """
 
     name: str
+    # Whether rows stand permuted inside the runs that ``bounds`` marks.
+    moves_rows = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -64,6 +68,25 @@ class KeyIndex(ABC):
         return  # most indexes move none
 
     @property
+    def bounds(self) -> list[int]:
+        """``[0, ..., len(self)]``: the runs of rows that have a state of their own."""
+        return [0, len(self)] if len(self) else [0]
+
+    @abstractmethod
+    def state(self, first: int, stop: int) -> Arrays:
+        """What was built from the rows ``first .. stop``, a run, and would take long to build again; for a snapshot."""
+
+    @abstractmethod
+    def load_state(self, store: KVStore, lo: Tensor, first: int, stop: int, state: Arrays) -> None:
+        """Take in the next run, as ``state`` gave it; after it, the index answers bit for bit like the one saved.
+
+        ``state`` may come from anyone: it is checked so far that no search reads or writes outside the index.
+
+        Raises:
+            ValueError: arrays that are not the state of such a run; names the array.
+        """
+
+    @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes held beside the store's rows."""
@@ -71,6 +94,24 @@ class KeyIndex(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What was built, as plain data for reports."""
+
+
+def expect(state: Arrays, name: str, dtype: Any, *shape: int | None) -> np.ndarray[Any, Any]:
+    """Take the array ``name`` out of ``state``; raises ValueError unless it has this dtype and shape (None: any)."""
+    array = state.pop(name, None)
+    if array is None:
+        raise ValueError(f"{name} is missing")
+    fits = len(array.shape) == len(shape) and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+    if array.dtype != dtype or not fits:
+        wanted = ", ".join("n" if n is None else str(n) for n in shape)
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} [{wanted}]")
+    return array
+
+
+def expect_no_more(state: Arrays) -> None:
+    """Raise ValueError if arrays are left in ``state``."""
+    if state:
+        raise ValueError(f"{next(iter(state))} is not part of it")
 
 
 def require_faiss() -> Any:

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from index_kernels import top_k
 
 from ..store import KVStore, exponential_noise
-from .base import Candidates, KeyIndex
+from .base import Arrays, Candidates, KeyIndex, expect_no_more
 
 
 class FlatIndex(KeyIndex):
@@ -46,6 +46,15 @@ class FlatIndex(KeyIndex):
 
     def select(self, batch: Tensor) -> None:
         """See KeyIndex; nothing is held per batch row."""
+
+    def state(self, first: int, stop: int) -> Arrays:
+        """See KeyIndex; there is none."""
+        return {}
+
+    def load_state(self, store: KVStore, lo: Tensor, first: int, stop: int, state: Arrays) -> None:
+        """See KeyIndex."""
+        expect_no_more(state)
+        self._length = stop
 
     @property
     def nbytes(self) -> int:

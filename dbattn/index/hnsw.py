@@ -1,5 +1,6 @@
 """HnswIndex: FAISS HNSW graphs over keys whose inner product was made a distance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from ._faiss import FaissIndex, Ids, Rows, Unit
-from .base import BLOCK, require_faiss
+from .base import BLOCK, Arrays, expect, require_faiss
 
 # Head room of M above the longest key seen, so that a slightly longer key does not open another graph.
 HEADROOM = 1.1
@@ -52,14 +53,32 @@ class _HnswUnit(Unit):
 
     def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
         # FAISS has no HNSW for GPUs: the graph lives and is walked on the CPU, whatever the device.
+        self._take(keys, stops, lambda graph, vectors: graph.index.add(vectors))
+
+    def state(self) -> Arrays:
+        arrays: Arrays = {}
+        to_numpy = require_faiss().vector_to_array
+        for number, graph in enumerate(self.graphs):
+            hnsw = graph.index.hnsw
+            arrays[f"links{number}"] = to_numpy(hnsw.neighbors)
+            arrays[f"entry{number}"] = np.array([hnsw.entry_point], np.int32)
+        return arrays
+
+    def restore(self, keys: Rows, stops: list[int], device: torch.device, state: Arrays) -> None:
+        # The vectors and each node's levels follow from the rows; only the links are slow to find.
+        self._take(keys, stops, lambda graph, vectors: graph.index.storage.add(vectors))
+        for number, graph in enumerate(self.graphs):
+            _link(graph, expect(state, f"links{number}", np.int32, None), expect(state, f"entry{number}", np.int32, 1))
+
+    def _take(self, keys: Rows, stops: list[int], add: Callable[["_Graph", Rows], None]) -> None:
         if not self.graphs:
             self.mean, self.dim = keys[: stops[0]].mean(axis=0, dtype=np.float32), keys.shape[1]
         for stop in stops:
             if stop > self.rows:
-                self._add(keys[self.rows : stop] - self.mean)
+                self._add(keys[self.rows : stop] - self.mean, add)
                 self.rows = stop
 
-    def _add(self, keys: Rows) -> None:
+    def _add(self, keys: Rows, add: Callable[["_Graph", Rows], None]) -> None:
         norms = np.einsum("nd,nd->n", keys, keys, dtype=np.float64)
         lengths = np.sqrt(norms)
         if not self.graphs or lengths.max() > self.graphs[-1].radius:
@@ -76,7 +95,7 @@ class _HnswUnit(Unit):
             below = graph.radius
             if len(chosen):
                 height = np.sqrt(np.maximum(graph.radius**2 - norms[chosen], 0.0)).astype(np.float32)
-                graph.index.add(np.hstack([keys[chosen], height[:, None]]))
+                add(graph, np.hstack([keys[chosen], height[:, None]]))
                 graph.rows = np.concatenate([graph.rows, self.rows + chosen])
 
     def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
@@ -113,3 +132,31 @@ class _HnswUnit(Unit):
 
     def describe(self) -> dict[str, Any]:
         return {"graphs": len(self.graphs), "ef_search": self.ef_search, "neighbors": self.neighbors}
+
+
+def _link(graph: _Graph, links: Ids, entry: Ids) -> None:
+    """Give a graph whose vectors are stored the links that its nodes had; raises ValueError for links it cannot have.
+
+    FAISS follows links without looking: each must lead to a node that exists on the level it is on.
+    """
+    faiss = require_faiss()
+    hnsw, rows = graph.index.hnsw, len(graph.rows)
+    if not rows:
+        return
+    # Levels are drawn from a generator of fixed seed, so the graph can go on as if it had never been saved.
+    hnsw.prepare_level_tab(rows, False)
+    levels, offsets = faiss.vector_to_array(hnsw.levels), faiss.vector_to_array(hnsw.offsets).astype(np.int64)
+    if len(links) != offsets[-1]:
+        raise ValueError(f"links are {len(links)}, expected {offsets[-1]} for {rows} rows")
+    if links.min() < -1 or links.max() >= rows:
+        raise ValueError(f"links lead to rows {links.min()} to {links.max()}, expected -1 to {rows - 1}")
+    top = int(levels.max())
+    for level in range(1, top):
+        first, stop = hnsw.cum_nb_neighbors(level), hnsw.cum_nb_neighbors(level + 1)
+        found = links[offsets[:-1][levels > level][:, None] + np.arange(first, stop)]
+        if (levels[found[found >= 0]] <= level).any():
+            raise ValueError(f"links of level {level} lead to rows that are not on it")
+    if not 0 <= entry[0] < rows or levels[entry[0]] != top:
+        raise ValueError(f"entry is {entry[0]}, expected a row on the highest level")
+    faiss.copy_array_to_vector(np.ascontiguousarray(links), hnsw.neighbors)
+    hnsw.entry_point, hnsw.max_level, graph.index.ntotal = int(entry[0]), top - 1, rows

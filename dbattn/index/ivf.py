@@ -1,12 +1,13 @@
 """IvfIndex: FAISS inverted lists over centred keys, trained again each time the rows have doubled."""
 
+import math
 from typing import Any, Self
 
 import numpy as np
 import torch
 
 from ._faiss import FaissIndex, Ids, Rows, Unit, on_gpu
-from .base import require_faiss
+from .base import Arrays, expect, require_faiss
 
 # Rows below which nothing is trained: an exact scan of so few costs less than probing.
 MIN_ROWS = 1024
@@ -43,12 +44,7 @@ class _IvfUnit(Unit):
         self.sizes: np.ndarray[Any, Any] = np.zeros(0)
 
     def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
-        length = stops[-1]
-        # How many rows the latest training covers depends on the length alone, not on the calls that led to it.
-        training = MIN_ROWS
-        while 2 * training <= length:
-            training *= 2
-        training = min(training, length)
+        training = _rows_to_train(stops[-1])
         if training != self.trained_rows:
             self._train(keys[:training])
         for stop in stops:
@@ -56,18 +52,48 @@ class _IvfUnit(Unit):
                 self._add(keys[self.rows : stop])
         self.gpu_index = on_gpu(self.index, device)
 
+    def state(self) -> Arrays:
+        if self.index is None:
+            return {}
+        faiss = require_faiss()
+        cells = faiss.rev_swig_ptr(self.cells.get_xb(), self.cells.ntotal * self.cells.d)
+        nearest = np.empty(self.rows, np.int32)
+        for cell in range(self.lists):
+            size = self.index.invlists.list_size(cell)
+            if size:
+                nearest[faiss.rev_swig_ptr(self.index.invlists.get_ids(cell), size)] = cell
+        return {"centroids": cells.reshape(self.lists, -1).copy(), "nearest": nearest, "sums": self.sums}
+
+    def restore(self, keys: Rows, stops: list[int], device: torch.device, state: Arrays) -> None:
+        rows = stops[-1]
+        training = _rows_to_train(rows)
+        lists, dim = _lists_for(training), keys.shape[1]
+        centroids, sums = expect(state, "centroids", np.float32, lists, dim), expect(state, "sums", float, lists, dim)
+        nearest = expect(state, "nearest", np.int32, rows)
+        if rows and (nearest.min() < 0 or nearest.max() >= lists):
+            raise ValueError(f"nearest has cells from {nearest.min()} to {nearest.max()}, expected 0 to {lists - 1}")
+        self._start(keys[:training], centroids)
+        self.sums = sums.copy()
+        self._join(keys[:rows] - self.mean, nearest.astype(np.int64))
+        self.gpu_index = on_gpu(self.index, device)
+
     def _train(self, keys: Rows) -> None:
+        kmeans = require_faiss().Kmeans(
+            keys.shape[1], _lists_for(len(keys)), niter=10, seed=1, min_points_per_centroid=1
+        )
+        kmeans.train(keys - keys.mean(axis=0, dtype=np.float32))
+        self._start(keys, kmeans.centroids)
+
+    def _start(self, keys: Rows, centroids: Rows) -> None:
+        """Empty lists around the centroids of the rows that were trained on."""
         faiss = require_faiss()
         # Centring shifts every logit of a query by one constant, which softmax ignores, and makes the cells useful:
         # keys share one large mean direction.
         self.mean = keys.mean(axis=0, dtype=np.float32)
         self.trained_rows, self.rows = len(keys), 0
-        self.lists = min(len(keys), round(8 * len(keys) ** 0.5))
-        centred = keys - self.mean
-        kmeans = faiss.Kmeans(keys.shape[1], self.lists, niter=10, seed=1, min_points_per_centroid=1)
-        kmeans.train(centred)
+        self.lists = len(centroids)
         self.cells = faiss.IndexFlatL2(keys.shape[1])
-        self.cells.add(kmeans.centroids)
+        self.cells.add(np.ascontiguousarray(centroids))
         self.index = faiss.IndexIVFFlat(
             faiss.IndexFlatIP(keys.shape[1]), keys.shape[1], self.lists, faiss.METRIC_INNER_PRODUCT
         )
@@ -75,18 +101,22 @@ class _IvfUnit(Unit):
         self.sums, self.sizes = np.zeros((self.lists, keys.shape[1])), np.zeros(self.lists)
 
     def _add(self, keys: Rows) -> None:
-        faiss = require_faiss()
         centred = keys - self.mean
         _, nearest = self.cells.search(centred, 1)
         if (nearest < 0).any():
             raise ValueError("keys are too large to cluster: their squared distances overflow float32")
-        cells, ids = nearest[:, 0].copy(), np.arange(self.rows, self.rows + len(keys), dtype=np.int64)
-        self.index.add_core(len(keys), faiss.swig_ptr(centred), faiss.swig_ptr(ids), faiss.swig_ptr(cells))
-        np.add.at(self.sums, cells, centred)
+        np.add.at(self.sums, nearest[:, 0], centred)
+        self._join(centred, nearest[:, 0].copy())
+
+    def _join(self, centred: Rows, cells: Ids) -> None:
+        """Put the next rows into their cells' lists, whose sums hold them already."""
+        faiss = require_faiss()
+        ids = np.arange(self.rows, self.rows + len(cells), dtype=np.int64)
+        self.index.add_core(len(cells), faiss.swig_ptr(centred), faiss.swig_ptr(ids), faiss.swig_ptr(cells))
         self.sizes += np.bincount(cells, minlength=self.lists)
         self.index.quantizer.reset()
         self.index.quantizer.add((self.sums / np.maximum(self.sizes, 1)[:, None]).astype(np.float32))
-        self.rows += len(keys)
+        self.rows += len(cells)
 
     def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
         faiss = require_faiss()
@@ -118,3 +148,15 @@ class _IvfUnit(Unit):
 
     def describe(self) -> dict[str, Any]:
         return {"lists": self.lists, "nprobe": min(self.nprobe, self.lists), "trained on rows": self.trained_rows}
+
+
+def _rows_to_train(length: int) -> int:
+    """How many rows the latest training covers: a function of the length alone, not of the calls that led to it."""
+    training = MIN_ROWS
+    while 2 * training <= length:
+        training *= 2
+    return min(training, length)
+
+
+def _lists_for(rows: int) -> int:
+    return min(rows, round(8 * math.sqrt(rows)))

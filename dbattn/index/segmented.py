@@ -7,6 +7,7 @@ the lists whose unread rows would cost it most and lets the others answer by the
 index (segments, small lists, an estimation zone); the second-moment correction of the summaries is our own.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from index_kernels import Summaries, attend_lists, attend_rows, merge_states, pr
 from ..dense import exact_ranges
 from ..store import KVStore
 from ._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, list_slots
-from .base import Candidates, KeyIndex
+from .base import Arrays, Candidates, KeyIndex
 
 ITERATIONS = 6
 # Upper levels of the clustering are trained on every fourth row.
@@ -66,6 +67,13 @@ def default_budget(sealed: int) -> tuple[int, int]:
     return int(read), sealed if sealed < ONE_LEVEL_ROWS else int(opened)
 
 
+def budget(sealed: int, k: int | None) -> tuple[int, int]:
+    """(rows read, rows opened) per KV head where ``k`` rows are asked for, or the default for ``sealed`` rows."""
+    read, opened = default_budget(sealed)
+    # Opening costs a sixteenth of reading; four rows opened for each read keep the choice honest.
+    return (read, opened) if k is None else (k, max(opened, 4 * k))
+
+
 @dataclass(frozen=True)
 class ListAnswer:
     """What one query got from a segmented store.
@@ -75,22 +83,42 @@ class ListAnswer:
         lse: ``[B, Hq, m]``.
         lse_by_source: ``[3, B, Hq, m]``: sinks and hot rows, lists read, tail; -inf for none.
         rows_read: rows of lists read, per KV head and position, mean.
-        summaries_read: summaries scored, all heads and positions together.
-        slots: rows read from lists, ``[B, Hq, m, n]`` places in the store, -1 = none (only where asked for).
+        lists_read: lists read, all KV heads and positions together.
+        summaries_read: summaries scored, likewise.
+        seconds: time of sinks and hot rows, of choosing and reading lists, of the tail.
+        deviation: ``[B, Hq, m]``, standard deviation of the unread rows' weight as a share of all (where asked for).
+        slots: rows read from lists, ``[B, Hq, m, n]`` places in the store, -1 = none (where asked for).
     """
 
     out: Tensor
     lse: Tensor
     lse_by_source: Tensor
     rows_read: float
+    lists_read: int
     summaries_read: int
+    seconds: tuple[float, float, float]
+    deviation: Tensor | None
     slots: Tensor | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a query reads a segmented store: ``k`` rows per KV head (None: by size), and what is wanted beside it."""
+
+    k: int | None
+    scale: float
+    softcap: float | None
+    n_sink: int
+    tail: bool
+    want_deviation: bool = False
+    want_slots: bool = False
 
 
 class SegmentedIndex(KeyIndex):
     """Lists of every batch row and KV head, in arrays ``[B, Hkv, ...]`` that grow with the store."""
 
     name = "segmented"
+    moves_rows = True
 
     def __init__(self, window: int) -> None:
         _require_numba()
@@ -123,6 +151,7 @@ class SegmentedIndex(KeyIndex):
             self._lists = Lists(rows.shape[0], rows.shape[1], rows.shape[3], values.shape[3])
         lists = self._lists
         lists.reserve(target, rows.shape[2])
+        store.touch(target[keep])
         with _on_host(store, target[keep], target[-1]) as (host_keys, host_values):
             seal_rows(
                 host_keys, host_values, lists.positions, lo.cpu().numpy(), 0, np.asarray(target[keep:], np.int64),
@@ -135,34 +164,21 @@ class SegmentedIndex(KeyIndex):
         self._bounds, self._summaries = target, None
         lists.sum_shapes(len(target) - 1)
 
-    def attend(
-        self,
-        query: Tensor,
-        store: KVStore,
-        k: int | None,
-        *,
-        scale: float,
-        softcap: float | None,
-        n_sink: int,
-        tail: bool,
-        want_slots: bool = False,
-    ) -> ListAnswer:
+    def attend(self, query: Tensor, store: KVStore, how: Reading) -> ListAnswer:
         """Answer the m newest positions: sinks and hot rows exactly, lists under a budget, the rest by summary.
 
-        query ``[B, Hq, m, D]``; ``k`` rows are read per KV head on average over the heads (default by size), and
+        query ``[B, Hq, m, D]``; ``how.k`` rows are read per KV head on average over the heads (default by size), and
         heads share them by need. ``len(self)`` must not exceed the first query's position.
         """
         m = query.shape[2]
         # One fused call on the CPU; elsewhere the same in torch, with the device's own kernels for the rows.
         attend_one = self._attend_fused if query.device.type == "cpu" else self._attend_portable
-        answers = [
-            attend_one(query[:, :, i], store, len(store) - m + i + 1, k, scale, softcap, n_sink, tail, want_slots)
-            for i in range(m)
-        ]
+        answers = [attend_one(query[:, :, i], store, len(store) - m + i + 1, how) for i in range(m)]
         if m == 1:
             return answers[0]
+        hot, lists, tail = (sum(times) for times in zip(*(a.seconds for a in answers), strict=True))
         slots = None
-        if want_slots:
+        if how.want_slots:
             parts = [a.slots for a in answers if a.slots is not None]
             widest = max(part.shape[-1] for part in parts)
             slots = torch.cat([pad(part, (0, widest - part.shape[-1]), value=-1) for part in parts], dim=2)
@@ -171,7 +187,10 @@ class SegmentedIndex(KeyIndex):
             torch.cat([a.lse for a in answers], dim=2),
             torch.cat([a.lse_by_source for a in answers], dim=3),
             sum(a.rows_read for a in answers) / m,
+            sum(a.lists_read for a in answers),
             sum(a.summaries_read for a in answers),
+            (hot, lists, tail),
+            torch.cat([a.deviation for a in answers if a.deviation is not None], dim=2) if how.want_deviation else None,
             slots,
         )
 
@@ -180,7 +199,7 @@ class SegmentedIndex(KeyIndex):
     ) -> Candidates:
         """See KeyIndex; scores the rows of the lists that a budget of 32 k rows a head would read. No lift."""
         scale = query.shape[-1] ** -0.5
-        read = self.attend(query, store, 32 * k, scale=scale, softcap=None, n_sink=0, tail=False, want_slots=True)
+        read = self.attend(query, store, Reading(32 * k, scale, None, n_sink=0, tail=False, want_slots=True))
         assert read.slots is not None
         scores = store.scores(query, read.slots, 1.0)
         at = self.positions(read.slots)
@@ -200,7 +219,8 @@ class SegmentedIndex(KeyIndex):
         group = slots.shape[1] // table.shape[1]
         b = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
         h = (torch.arange(slots.shape[1], device=slots.device) // group)[:, None, None]
-        found = table[b, h, slots.clamp(min=0)].long()
+        # The table may be shorter than the store: hot rows stand at their positions and are not looked up.
+        found = table[b, h, slots.clamp(0, table.shape[2] - 1)].long()
         return torch.where((slots < 0) | (slots >= len(self)), slots, found)
 
     def release(self, store: KVStore, lo: Tensor) -> None:
@@ -219,6 +239,26 @@ class SegmentedIndex(KeyIndex):
             self._lists, self._summaries = self._lists.select(batch.cpu().numpy()), None
 
     @property
+    def bounds(self) -> list[int]:
+        """See KeyIndex; where segments end."""
+        return list(self._bounds)
+
+    def state(self, first: int, stop: int) -> Arrays:
+        """See KeyIndex; a segment's lists."""
+        assert self._lists is not None
+        return self._lists.segment_state(self._bounds.index(first), first, stop)
+
+    def load_state(self, store: KVStore, lo: Tensor, first: int, stop: int, state: Arrays) -> None:
+        """See KeyIndex."""
+        target = segment_bounds(stop)
+        if target != [*self._bounds, stop] or stop > len(store) - self._window:
+            raise ValueError(f"rows {first} to {stop} are not a segment after {self._bounds} within {len(store)} rows")
+        if self._lists is None:
+            self._lists = Lists(len(lo), store.num_kv_heads, store.head_dim, store.value_dim)
+        self._lists.load_segment(target, len(store), lo.cpu().numpy(), state)
+        self._bounds = target
+
+    @property
     def nbytes(self) -> int:
         """See KeyIndex; the part in use."""
         return 0 if self._lists is None else self._lists.nbytes(len(self), len(self._bounds) - 1)
@@ -228,48 +268,52 @@ class SegmentedIndex(KeyIndex):
         lists = 0 if self._lists is None else int(self._lists.count[0, 0])
         return {"index": self.name, "rows": len(self), "segments": len(self._bounds) - 1, "lists": lists}
 
-    def _budget(self, k: int | None) -> tuple[int, int]:
-        """Rows to read and rows to open, per KV head."""
-        read, opened = default_budget(len(self))
-        # Opening costs a sixteenth of reading; four rows opened for each read keep the choice honest.
-        return (read, opened) if k is None else (k, max(opened, 4 * k))
-
-    def _attend_fused(
-        self,
-        query: Tensor,
-        store: KVStore,
-        length: int,
-        k: int | None,
-        scale: float,
-        softcap: float | None,
-        n_sink: int,
-        tail: bool,
-        want_slots: bool,
-    ) -> ListAnswer:
+    def _attend_fused(self, query: Tensor, store: KVStore, length: int, how: Reading) -> ListAnswer:
         lists, kernels = self._lists, _fused_kernels()
         assert lists is not None
         batch, heads, dim = query.shape
         value_dim = store.value_dim
-        read, opened = self._budget(k)
+        read, opened = budget(len(self), how.k)
         kv_heads = store.num_kv_heads
         workspace, stats = lists.workspace(heads)
         out, lses = torch.empty(batch, heads, value_dim), torch.empty(4, batch, heads)
         lse, by_source = lses[0], lses[1:]
-        lses_out = lses.numpy()
+        lses_out, asked = lses.numpy(), query.detach().float().contiguous().numpy()
+        began = time.perf_counter()
         kernels.attend_lists(
-            query.detach().float().contiguous().numpy(), *self._flat_buffers(store),
-            store.start.numpy(), n_sink, len(self), length,
+            asked, *self._flat_buffers(store), store.start.numpy(), how.n_sink, len(self), length,
             lists.begin, lists.size, lists.variance, lists.key, lists.value, lists.count,
             lists.super_first, lists.super_size, lists.super_variance, lists.super_key, lists.super_value,
-            lists.super_count, lists.shape, lists.cross, np.float32(scale), np.float32(softcap or 0.0),
-            np.float32(ALPHA), np.float32(BETA), opened * kv_heads, read * kv_heads, tail, kernels.use_torchs_threads(),
+            lists.super_count, lists.shape, lists.cross, np.float32(how.scale),
+            np.float32(how.softcap or 0.0), np.float32(ALPHA), np.float32(BETA), opened * kv_heads, read * kv_heads,
+            how.tail, kernels.use_torchs_threads(),
             *kernels.lanes(heads // kv_heads, dim, value_dim), *workspace,
             out.numpy(), lses_out[0], lses_out[1:], stats,
         )  # fmt: skip
-        rows, _, *summaries = (stats[0] if batch == 1 else stats.sum(axis=0)).tolist()
-        slots = lists.chosen_slots(heads)[:, :, None] if want_slots else None
-        rows_read = rows / (batch * kv_heads)
-        return ListAnswer(out[:, :, None], lse[:, :, None], by_source[..., None], rows_read, sum(summaries), slots)
+        took = time.perf_counter() - began
+        counts = stats[0] if batch == 1 else stats.sum(axis=0)
+        rows, lists_read, scored_lists, scored_supers, *cycles = counts.tolist()
+        share = took / max(1, sum(cycles))
+        deviation = None
+        if how.want_deviation:
+            deviation = torch.empty(batch, heads)
+            kernels.unread_deviation(
+                asked, lists.shape, np.float32(how.scale), *lists.unread(workspace), stats, lses_out[3], lses_out[0],
+                deviation.numpy(),
+            )  # fmt: skip
+            deviation = deviation[..., None]
+        slots = lists.chosen_slots(heads)[:, :, None] if how.want_slots else None
+        return ListAnswer(
+            out[:, :, None],
+            lse[:, :, None],
+            by_source[..., None],
+            rows / (batch * kv_heads),
+            lists_read,
+            scored_lists + scored_supers,
+            (cycles[0] * share, cycles[1] * share, cycles[2] * share) if sum(cycles) else (0.0, took, 0.0),
+            deviation,
+            slots,
+        )
 
     def _flat_buffers(self, store: KVStore) -> tuple[Any, ...]:
         """The store's buffers as the kernels take them; made anew only when the store has grown."""
@@ -279,18 +323,7 @@ class SegmentedIndex(KeyIndex):
             self._flat = buffers[0], (*flat_rows(buffers[0]), *flat_rows(buffers[1]))
         return self._flat[1]
 
-    def _attend_portable(
-        self,
-        query: Tensor,
-        store: KVStore,
-        length: int,
-        k: int | None,
-        scale: float,
-        softcap: float | None,
-        n_sink: int,
-        tail: bool,
-        want_slots: bool,
-    ) -> ListAnswer:
+    def _attend_portable(self, query: Tensor, store: KVStore, length: int, how: Reading) -> ListAnswer:
         """The same on any device: every list is scored, and the pieces are index_kernels' own."""
         assert self._lists is not None
         query = query[:, :, None]
@@ -298,18 +331,23 @@ class SegmentedIndex(KeyIndex):
         if self._summaries is None:
             self._summaries = self._lists.summaries(query.device)
         lists = self._summaries
-        ranges = exact_ranges(query, length - 1, store.start, len(self), n_sink)
+        began, scale, softcap = time.perf_counter(), how.scale, how.softcap
+        ranges = exact_ranges(query, length - 1, store.start, len(self), how.n_sink)
         exact = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap)
+        scanned = time.perf_counter()
         logits, spread = summary_logits(query, lists, scale=scale, softcap=softcap, alpha=ALPHA)
-        budget = self._budget(k)[0] * store.num_kv_heads
-        chosen = probe_lists(logits, spread, lists, exact[1][..., 0], budget)
+        read = budget(len(self), how.k)[0] * store.num_kv_heads
+        chosen = probe_lists(logits, spread, lists, exact[1][..., 0], read)
         outs, lses = attend_lists(
-            query, keys, values, lists, chosen, logits, scale=scale, softcap=softcap, beta=BETA, tail=tail
+            query, keys, values, lists, chosen, logits, scale=scale, softcap=softcap, beta=BETA, tail=how.tail
         )
         outs, lses = torch.cat([exact[0][None], outs]), torch.cat([exact[1][None], lses])
         rows = float((lists.size * chosen).sum()) / chosen.shape[0] / chosen.shape[1]
-        slots = list_slots(lists.begin, lists.size, chosen, query.shape[1])[:, :, None] if want_slots else None
-        return ListAnswer(*merge_states(outs, lses), lses, rows, chosen.numel(), slots)
+        slots = list_slots(lists.begin, lists.size, chosen, query.shape[1])[:, :, None] if how.want_slots else None
+        seconds = scanned - began, time.perf_counter() - scanned, 0.0
+        out, lse = merge_states(outs, lses)
+        deviation = unread_deviation(logits, spread, lists, chosen, lse[..., 0])[..., None]
+        return ListAnswer(out, lse, lses, rows, int(chosen.sum()), chosen.numel(), seconds, deviation, slots)
 
     def _shared_segments(self, target: list[int]) -> int:
         """How many leading segments the present and the target bounds share."""
@@ -327,6 +365,7 @@ class SegmentedIndex(KeyIndex):
         from index_kernels._cpu_seal import unseal_rows
 
         assert self._lists is not None
+        store.touch(self._bounds[keep])
         bounds = np.asarray(self._bounds[keep:], np.int64)
         with _on_host(store, self._bounds[keep], self._bounds[-1]) as (keys, values):
             unseal_rows(keys, values, self._lists.positions, lo.cpu().numpy(), 0, bounds)
@@ -357,15 +396,33 @@ def _on_host(store: KVStore, first: int, stop: int) -> Iterator[tuple[np.ndarray
         buffer[:, :, first:stop] = copy[:, :, first:stop].to(buffer.device)
 
 
+def unread_deviation(logits: Tensor, spread: Tensor, lists: Summaries, chosen: Tensor, lse: Tensor) -> Tensor:
+    """``[B, Hq]``: standard deviation of the softmax weight of the rows not read, as a share of all weight.
+
+    A list's rows scatter around its mean independently: its weight w deviates by ``w sqrt(q' S q variance / n)``.
+    logits and spread from summary_logits, ``chosen [B, Hkv, L]`` from probe_lists, ``lse [B, Hq]`` of all sources.
+    """
+    group = logits.shape[1] // lists.size.shape[1]
+    unread = (lists.size * ~chosen).repeat_interleave(group, dim=1)
+    share = torch.exp(logits - lse[..., None]) * unread
+    variance = lists.variance.repeat_interleave(group, dim=1) / unread.clamp(min=1)
+    return (spread * (share**2 * variance).sum(dim=-1)).sqrt()
+
+
 @cache
 def _fused_kernels() -> SimpleNamespace:
     """The Numba kernels, imported when first needed."""
     from index_kernels._cpu_attend_lists import attend_lists
     from index_kernels._cpu_common import flat_rows, use_torchs_threads
+    from index_kernels._cpu_unread import unread_deviation
     from index_kernels._cpu_vectors import lanes
 
     return SimpleNamespace(
-        attend_lists=attend_lists, flat_rows=flat_rows, use_torchs_threads=use_torchs_threads, lanes=lru_cache(lanes)
+        attend_lists=attend_lists,
+        unread_deviation=unread_deviation,
+        flat_rows=flat_rows,
+        use_torchs_threads=use_torchs_threads,
+        lanes=lru_cache(lanes),
     )
 
 

@@ -1,0 +1,209 @@
+"""The ladder: answers within an error bound, by reading more where an estimate says that too little was read.
+
+A query is first answered on the rung that most of the latest queries needed. An estimate of its error, corrected by
+what audits have found, says which KV heads break the bound: they get a higher rung (more lists or rows, then a sampled
+tail where the index can draw one), or, where that would read more, a dense scan. Rungs are left again as the need for
+them passes.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .config import RetrievalConfig
+from .cost import Usage
+from .dense import dense_attention
+from .execute import Answer, Call, row_bytes, run_plan
+from .plan import QueryPlan, Source
+
+# Error over estimate before any audit has been heard, per tail; from SmolLM2's rows.
+PRIOR = {"centroid": 30.0, "none": 1.0, "sample": 2.0}
+# Retrieving calls that are all audited before audit_rate takes over.
+AUDITS_TO_LEARN = 8
+# Audits remembered, and the share of them that the estimate must cover.
+REMEMBERED, COVERED = 64, 0.6
+# Twice the budget lowers the error by two to the power of this.
+DECAY = 0.8
+# The rung of a first try is what this share of the latest queries needed, of so many.
+RECENT, ENOUGH = 32, 0.75
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to read: ``times`` the config's budget, with a tail."""
+
+    times: float
+    tail: str
+
+    def __str__(self) -> str:
+        return f"budget x {self.times:g}{', sampled tail' if self.tail == 'sample' else ''}"
+
+
+def rungs_of(config: RetrievalConfig) -> tuple[Rung, ...]:
+    """The rungs below a dense scan, least reading first."""
+    if config.index_name == "segmented":
+        return tuple(Rung(2.0**i, config.tail_name) for i in range(-2, 5))
+    if config.tail_name == "sample":
+        return tuple(Rung(times, "sample") for times in (1, 2, 4, 8, 16))
+    return (*(Rung(times, "none") for times in (1, 2, 4)), *(Rung(times, "sample") for times in (4, 8, 16)))
+
+
+@dataclass(frozen=True)
+class Climb:
+    """How a query got its answer: the last try, tries given up, and KV heads to be answered densely."""
+
+    answer: Answer
+    rung: Rung
+    given_up: tuple[tuple[Rung, Answer], ...]
+    dense_heads: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The rung in words, for counting."""
+        dense = f", {len(self.dense_heads)} KV heads dense" if self.dense_heads else ""
+        return f"{self.rung}{dense}"
+
+
+class Ladder:
+    """What one store has learnt about its errors. Copies of a store go on learning in the same place."""
+
+    def __init__(self, config: RetrievalConfig) -> None:
+        self.rungs = rungs_of(config)
+        self._first = next(i for i, rung in enumerate(self.rungs) if rung.times == 1)
+        self._needs: deque[float] = deque(maxlen=RECENT)
+        self._ratios: dict[str, deque[Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def climb(
+        self,
+        config: RetrievalConfig,
+        call: Call,
+        plan_of: Callable[[RetrievalConfig], QueryPlan],
+        *,
+        base: int,
+        eligible: int,
+        learn: bool,
+    ) -> Climb:
+        """Answer within ``config.max_error`` as far as estimates tell.
+
+        ``base``: rows that the config's own budget reads per KV head; ``eligible``: rows in the index.
+        """
+        assert config.max_error is not None
+        kv_heads = call.store.num_kv_heads
+        usable = [i for i, rung in enumerate(self.rungs) if rung.times * base < eligible / 2] or [0]
+        level = min(self.level, usable[-1])
+        given_up: list[tuple[Rung, Answer]] = []
+        while True:
+            rung = self.rungs[level]
+            at_rung = _config_at(config, max(1, round(rung.times * base)), rung.tail)
+            answer = run_plan(plan_of(at_rung), at_rung, call)
+            batch, heads, m = answer.lse.shape
+            errors = self.estimate(answer).nan_to_num().view(batch, kv_heads, heads // kv_heads, m)
+            excess = errors.amax(dim=(0, 2, 3)) / config.max_error
+            failing = (excess > 1).nonzero()[:, 0].tolist()
+            if not failing:
+                self._note(level + math.log2(max(float(excess.max()), 1e-3)) / DECAY, learn)
+                return Climb(answer, rung, tuple(given_up), ())
+            wanted = level + max(1, math.ceil(math.log2(float(excess.max())) / DECAY))
+            higher = next((i for i in usable if i >= wanted), None)
+            if higher is None or len(failing) * eligible <= kv_heads * self.rungs[higher].times * base:
+                others = [float(excess[h]) for h in range(kv_heads) if h not in failing]
+                if others:
+                    self._note(level + math.log2(max(1e-3, *others)) / DECAY, learn)
+                return Climb(answer, rung, tuple(given_up), tuple(failing))
+            given_up.append((rung, answer))
+            level = higher
+
+    @property
+    def level(self) -> int:
+        """Index of the rung that a query tries first."""
+        if not self._needs:
+            return self._first
+        need = sorted(self._needs)[int(ENOUGH * (len(self._needs) - 1))]
+        return min(max(math.ceil(need), 0), len(self.rungs) - 1)
+
+    def estimate(self, answer: Answer) -> Tensor:
+        """Relative error ``[B, Hq, m]`` that an answer is expected not to exceed."""
+        assert answer.deviation is not None
+        estimate: Tensor = self._factor(answer) * answer.deviation / answer.out.norm(dim=-1)
+        return estimate
+
+    def learn(self, answer: Answer, error: Tensor) -> None:
+        """Take in an audit: the relative error ``[B, Hq, m]`` that ``answer`` really had."""
+        assert answer.deviation is not None
+        ratio = error * answer.out.norm(dim=-1) / answer.deviation.clamp(min=1e-12)
+        kept = self._ratios.setdefault(answer.tail, deque(maxlen=REMEMBERED))
+        kept.append(ratio.nan_to_num().amax(dim=(0, 2)))
+
+    def _factor(self, answer: Answer) -> Tensor:
+        """``[Hq, 1]``: error over estimate that audits of this tail seldom exceeded, per head."""
+        heads = answer.out.shape[1]
+        kept = [ratio for ratio in self._ratios.get(answer.tail, ()) if ratio.shape[0] == heads]
+        if not kept:
+            return torch.full((heads, 1), PRIOR[answer.tail], device=answer.out.device)
+        return torch.stack(kept).quantile(COVERED, dim=0, interpolation="higher")[:, None].to(answer.out.device)
+
+    def _note(self, need: float, learn: bool) -> None:
+        if learn:
+            self._needs.append(need)
+
+
+def finish_climb(climb: Climb, call: Call) -> Answer:
+    """The answer with its dense KV heads put in, and all that was read on the way."""
+    answer, query, store = climb.answer, call.query, call.store
+    rows_read = answer.rows_read + sum(tried.rows_read for _, tried in climb.given_up)
+    plan = replace(answer.plan, reason=f"{answer.plan.reason}; max_error: {climb.name}")
+    sources, seconds = list(plan.sources), plan.seconds or 0.0
+    for rung, tried in climb.given_up if call.measure else ():
+        usages = [source.actual for source in tried.plan.sources if source.actual is not None]
+        spent = Usage(
+            tried.rows_read,
+            sum(usage.bytes for usage in usages),
+            sum(usage.lists for usage in usages if usage.rows),
+            tried.plan.seconds,
+        )
+        sources.append(Source("given up", f"{rung}: its estimated error was too large", spent, spent, 0.0))
+        seconds += tried.plan.seconds or 0.0
+    out, lse, exact_lse = answer.out, answer.lse, answer.exact_lse
+    if climb.dense_heads:
+        began = time.perf_counter()
+        group = query.shape[1] // store.num_kv_heads
+        out, lse, exact_lse = out.clone(), lse.clone(), exact_lse.clone()
+        for head in climb.dense_heads:
+            asking, rows = slice(head * group, (head + 1) * group), slice(head, head + 1)
+            state = dense_attention(
+                query[:, asking],
+                store.keys[:, rows],
+                store.values[:, rows],
+                start=store.start,
+                scale=call.scale,
+                softcap=call.softcap,
+                return_lse=True,
+            )
+            out[:, asking], lse[:, asking] = state
+            exact_lse[:, asking] = state[1]
+        share = len(climb.dense_heads) / store.num_kv_heads
+        rows_read += share * len(store)
+        size = query.shape[0] * len(climb.dense_heads) * len(store) * row_bytes(store)
+        took = time.perf_counter() - began
+        usage = Usage(share * len(store), size, 0.0, took)
+        names = ", ".join(map(str, climb.dense_heads))
+        sources.append(Source("dense scan", f"all {len(store)} rows of KV heads {names}", usage, usage))
+        seconds += took
+    plan = replace(plan, sources=tuple(sources), seconds=seconds if call.measure else None)
+    return replace(answer, out=out, lse=lse, exact_lse=exact_lse, rows_read=rows_read, plan=plan, tried=answer)
+
+
+@lru_cache(maxsize=256)
+def _config_at(config: RetrievalConfig, k: int, tail: str) -> RetrievalConfig:
+    # Dense or not has been decided for the config's own budget.
+    return replace(config, k=k, tail=tail, dense_below=0)

@@ -1,0 +1,150 @@
+"""What reading rows costs on this machine: the rates of each engine, measured once and kept for the planner."""
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from index_kernels import dense_decode, read_bandwidth
+
+VERSION = 1
+HEADS, GROUP, DIM = 2, 3, 64
+# Rows of the stores that are timed, and rows retrieved from them.
+SMALL, LARGE, FEW, MANY = 2048, 8192, 16, 1024
+# Times this many as long as the built-in rates say are not the machine's: other processes keep it busy.
+DISTURBED = 10
+
+
+@dataclass(frozen=True)
+class Rates:
+    """An engine's seconds: ``call + item * items + byte * bytes + operation * operations``.
+
+    Attributes:
+        call: of one call, whatever it reads.
+        item: of one thing scored to choose rows: a summary ("segmented"), a key of 64 numbers ("flat", "ivf"), a place
+            of the search queue ("hnsw"); 0 for "dense", which chooses nothing.
+        byte: of one byte of rows read.
+        operation: of one multiply-add over rows read.
+    """
+
+    call: float
+    item: float
+    byte: float
+    operation: float
+
+    def seconds(self, items: float, size: float, operations: float) -> float:
+        """The estimate for so many items, bytes and operations."""
+        return self.call + self.item * items + self.byte * size + self.operation * operations
+
+
+def cache_folder() -> Path:
+    """Where rates, captures and converted models are kept: ``DBATTN_CACHE``, or a folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DBATTN_CACHE") or Path(base) / "dbattn")
+
+
+# Two cores of an AMD EPYC (Zen 5), for when nothing can be measured.
+BUILT_IN = {
+    "dense": Rates(2e-5, 0.0, 3e-11, 1e-11),
+    "segmented": Rates(1e-4, 3e-8, 5e-11, 1e-11),
+    "flat": Rates(2e-4, 2e-8, 2e-10, 1e-11),
+    "ivf": Rates(3e-4, 2e-8, 2e-10, 1e-11),
+    "hnsw": Rates(3e-4, 3e-8, 2e-10, 1e-11),
+}
+# Things scored, bytes and operations of a call over 8K rows.
+TYPICAL = {
+    "dense": (0, 1 << 23, 1 << 22),
+    "segmented": (1024, 1 << 19, 1 << 18),
+    "flat": (1 << 14, 1 << 18, 1 << 16),
+    "ivf": (1 << 15, 1 << 18, 1 << 16),
+    "hnsw": (1 << 14, 1 << 18, 1 << 16),
+}
+
+
+@cache
+def rates(engine: str, threads: int) -> Rates:
+    """Rates on the CPU of "dense" or an index with so many threads: as kept, or measured now (a second or two).
+
+    Where other processes keep the processor busy, built-in rates of another machine stand in until the next process.
+    """
+    path = cache_folder() / "machine" / f"{engine}-{threads}.json"
+    made_on = {"version": VERSION, "machine": platform.node(), "cpus": os.cpu_count(), "torch": torch.__version__}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        found = Rates(*(float(kept["rates"][field.name]) for field in fields(Rates)))
+        if kept["made on"] == made_on and all(math.isfinite(rate) and rate >= 0 for rate in asdict(found).values()):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not measured yet, or damaged: measured again
+    if engine != "dense" and rates("dense", threads) is BUILT_IN["dense"]:
+        return BUILT_IN[engine]
+    found = _measure_dense() if engine == "dense" else _measure_index(engine)
+    if found.seconds(*TYPICAL[engine]) > DISTURBED * BUILT_IN[engine].seconds(*TYPICAL[engine]):
+        return BUILT_IN[engine]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps({"made on": made_on, "rates": asdict(found)}, indent=2) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError:
+        pass  # nowhere to keep them: the next process measures again
+    return found
+
+
+@torch.no_grad()
+def _measure_dense() -> Rates:
+    """Two short scans that differ in their query heads alone, and the bandwidth of memory."""
+    keys = _random(HEADS, SMALL)
+    few, many = (
+        _best(partial(dense_decode, query, keys, keys)) for query in (_random(HEADS, 1), _random(9 * HEADS, 1))
+    )
+    operation = max(0.0, many - few) / (8 * HEADS * SMALL * 2 * DIM)
+    # Rows of a short scan come from the caches: what they cost is the operations'.
+    return Rates(max(0.0, few - operation * HEADS * SMALL * 2 * DIM), 0.0, 1.0 / read_bandwidth(), operation)
+
+
+@torch.no_grad()
+def _measure_index(engine: str) -> Rates:
+    """A short and a long store, few and many rows retrieved: three times for three rates; operations cost as always."""
+    from .attention import AttentionDB
+    from .config import RetrievalConfig
+    from .cost import index_work, scan_usage
+
+    dense = rates("dense", torch.get_num_threads())
+    query = _random(GROUP * HEADS, 1)
+    points = []
+    for rows, k in ((SMALL, FEW), (LARGE, FEW), (LARGE, MANY)):
+        config = RetrievalConfig(index=engine, k=k, dense_below=0, audit_rate=0.0)
+        db = AttentionDB(HEADS, DIM, config=config)
+        db.insert(_random(HEADS, rows), _random(HEADS, rows))
+        took, work = _best(partial(db.attend, query)), db.workload(query)
+        items, size, operations = index_work(work, config, k)
+        exact = scan_usage(work, work.rows - work.indexed + config.n_sink, dense).seconds or 0.0
+        points.append((took - exact - dense.operation * operations, items, size))
+    (short, items_short, size_short), (long, items_long, size_long), (wide, _, size_wide) = points
+    byte = max(0.0, (wide - long) / (size_wide - size_long))
+    item = max(0.0, (long - short - byte * (size_long - size_short)) / (items_long - items_short))
+    return Rates(max(0.0, short - item * items_short - byte * size_short), item, byte, dense.operation)
+
+
+def _random(heads: int, rows: int) -> torch.Tensor:
+    """Numbers of our own: the caller's random state stays as it is."""
+    return torch.randn(1, heads, rows, DIM, generator=torch.Generator().manual_seed(rows))
+
+
+def _best(run: Callable[[], object], seconds: float = 0.1) -> float:
+    """Seconds of the fastest call, of at least ten, after one that warms up."""
+    run()
+    best, calls, end = math.inf, 0, time.perf_counter() + seconds
+    while calls < 10 or time.perf_counter() < end:
+        began = time.perf_counter()
+        run()
+        best, calls = min(best, time.perf_counter() - began), calls + 1
+    return best

@@ -1,0 +1,266 @@
+"""Plans: estimates, the choice between dense and index, EXPLAIN, and the ladder that keeps an error bound."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dbattn import AttentionDB, RetrievalConfig, dense_attention, machine, relative_error
+from dbattn.config import INDEX_OPTIONS
+from dbattn.ladder import AUDITS_TO_LEARN, rungs_of
+from dbattn.machine import BUILT_IN, Rates
+
+INDEXES = sorted(INDEX_OPTIONS)
+CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
+
+
+def database(rows=4096, kv_heads=2, dim=32, **options):
+    torch.manual_seed(0)
+    db = AttentionDB(kv_heads, dim, config=RetrievalConfig(**{"audit_rate": 0.0, **options}))
+    db.insert(torch.randn(1, kv_heads, rows, dim), torch.randn(1, kv_heads, rows, dim))
+    return db, torch.randn(1, 2 * kv_heads, 1, dim)
+
+
+def captured(layer, **options):
+    """A store of real rows, and 16 decode steps: (keys, values, query) of each."""
+    data = load_file(CAPTURE)
+    keys, values, query = (data[f"{layer}.{name}"].float() for name in ("key", "value", "query"))
+    db = AttentionDB(1, 64, config=RetrievalConfig(**{"dense_below": 0, **options}))
+    first = keys.shape[2] - 16
+    db.insert(keys[:, :, :first], values[:, :, :first])
+    steps = [
+        (keys[:, :, first + i : first + i + 1], values[:, :, first + i : first + i + 1], query[:, :, i : i + 1])
+        for i in range(16)
+    ]
+    return db, steps
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_explain_shows_what_each_source_was_expected_to_read_and_what_it_read(index):
+    db, query = database(index=index, k=100, dense_below=0)
+    plan = db.explain(query)
+    exact, scan, *tail = plan.sources
+    assert exact.kind == "sinks + hot rows"
+    assert exact.actual.rows == exact.estimated.rows == 4 + 4096 - plan.hot
+    assert (exact.actual.bytes, scan.estimated.rows) == (exact.estimated.bytes, 100)
+    assert bool(tail) == (index == "segmented")
+    assert sum(source.mass for source in plan.sources) == pytest.approx(1.0, abs=1e-4)
+    assert plan.bytes_read == db.audit(query).bytes_read
+    assert 0.4 < sum(source.estimated.bytes for source in plan.sources) / plan.bytes_read < 2.5
+    assert all(source.actual.seconds >= 0 for source in plan.sources)
+    assert plan.seconds == pytest.approx(sum(source.actual.seconds for source in plan.sources))
+    assert plan.seconds_estimated > 0
+    assert plan.seconds_dense > 0
+    assert json.loads(json.dumps(plan.to_dict()))["sources"][1]["estimated"]["rows"] == 100
+    shown = str(plan)
+    assert all(source.kind in shown for source in plan.sources)
+    assert f"bytes={scan.actual.bytes:,}" in shown
+
+
+def test_lists_are_counted():
+    db, query = database(16384, index="segmented", dense_below=0)
+    _, scan, tail = db.explain(query).sources
+    assert scan.actual.rows / 40 < scan.actual.lists < scan.actual.rows / 8
+    assert scan.actual.lists == pytest.approx(scan.estimated.lists, rel=0.3)
+    # Beyond 12K rows super-lists stand for most lists.
+    assert tail.actual.lists == pytest.approx(tail.estimated.lists, rel=0.3)
+    assert tail.actual.lists < 16384 / 16
+
+
+def test_a_dense_plan_says_what_it_reads_and_why():
+    db, query = database(600)
+    plan = db.explain(query)
+    assert plan.is_dense
+    assert plan.sources[0].actual.rows == plan.sources[0].estimated.rows == 600
+    assert plan.sources[0].actual.bytes == plan.sources[0].estimated.bytes == 600 * 2 * 64 * 4
+    assert plan.seconds_estimated == plan.seconds_dense
+
+
+def test_the_estimated_cheaper_plan_is_chosen(monkeypatch):
+    db, query = database()
+    free, dear = Rates(0.0, 0.0, 0.0, 0.0), Rates(1.0, 0.0, 0.0, 0.0)
+    for dense, lists in ((free, dear), (dear, free)):
+        costs = {"dense": dense, "segmented": lists}
+        monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads, costs=costs: costs[engine])
+        plan = choose_anew(db, query)
+        assert plan.is_dense == (lists is dear)
+    assert not plan.is_dense
+    monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads: {"dense": free, "segmented": dear}[engine])
+    assert "estimated to be faster" in choose_anew(db, query).reason
+
+
+def choose_anew(db, query):
+    from dbattn.plan import choose_plan
+
+    choose_plan.cache_clear()
+    return db.explain(query)
+
+
+def test_an_index_asked_for_by_name_is_used_unless_estimates_are_asked_for_too():
+    assert not database(index="flat", k=64)[0].explain(database()[1]).is_dense
+    db, query = database(index="flat", k=64, dense_below="auto")
+    plan = choose_anew(db, query)
+    assert plan.is_dense
+    assert plan.seconds_dense == plan.seconds_estimated
+
+
+def test_rates_are_measured_once_kept_and_measured_again_when_damaged(monkeypatch, tmp_path):
+    measured = []
+
+    def measure():
+        measured.append(1)
+        return Rates(1e-5, 0.0, 1e-11 * len(measured), 1e-11)
+
+    monkeypatch.setenv("DBATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "_measure_dense", measure)
+    first = machine.rates.__wrapped__("dense", 3)
+    assert machine.rates.__wrapped__("dense", 3) == first
+    assert len(measured) == 1
+    (kept,) = (tmp_path / "machine").iterdir()
+    for damage in (b"", b"{", b'{"made on": 1, "rates": {}}', kept.read_bytes().replace(b"1e-11", b"NaN")):
+        kept.write_bytes(damage)
+        assert machine.rates.__wrapped__("dense", 3).byte > first.byte
+    assert len(measured) == 5
+
+
+def test_other_load_is_not_taken_for_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv("DBATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "_measure_dense", lambda: Rates(1e-2, 0.0, 1e-9, 1e-9))
+    assert machine.rates.__wrapped__("dense", 3) is BUILT_IN["dense"]
+    assert not (tmp_path / "machine").exists()
+
+
+def test_measuring_leaves_random_numbers_alone():
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    rates = machine._measure_dense()
+    assert torch.equal(torch.randn(3), expected)
+    assert rates.call >= 0
+    assert rates.byte > 0
+
+
+@pytest.mark.parametrize("layer", [8, 22])
+@pytest.mark.parametrize("bound", [0.05, 0.1])
+def test_the_bound_is_kept_on_real_rows_at_fewer_bytes_than_dense(layer, bound):
+    db, steps = captured(layer, index="segmented", max_error=bound, audit_rate=1.0)
+    for keys, values, query in steps:
+        db.insert(keys, values)
+        db.attend(query)
+    audits, heads = db.stats.audits, db.stats.heads
+    errors = torch.cat([audit.relative_error_by_query.flatten() for audit in audits])
+    assert float((errors <= bound).float().mean()) >= 0.95
+    assert heads.share_within == pytest.approx(float((errors <= bound).float().mean()))
+    assert sum(audit.bytes_read for audit in audits) < sum(audit.bytes_dense for audit in audits)
+    assert sum(db.stats.rungs.values()) == db.stats.retrieving == 16
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_heads_whose_rows_all_matter_are_answered_densely(index):
+    """Keys of one head carry nothing: its attention is uniform, and no few rows can stand for all."""
+    torch.manual_seed(0)
+    keys, values = 3 * torch.randn(1, 2, 3000, 16), torch.randn(1, 2, 3000, 16)
+    keys[:, 1] *= 1e-3
+    query = keys[:, :, 100:101].repeat_interleave(2, dim=1)
+    config = RetrievalConfig(index=index, k=64, max_error=0.02, audit_rate=1.0, dense_below=0)
+    db = AttentionDB(2, 16, config=config)
+    db.insert(keys, values)
+    for _ in range(4):
+        out = db.attend(query)
+    assert relative_error(out, dense_attention(query, keys, values)).max() < 0.02
+    if index != "segmented":  # equal keys are what summaries stand for exactly
+        assert any("dense" in rung or "sampled" in rung for rung in db.stats.rungs)
+
+
+def test_the_ladder_steps_down_when_it_can():
+    torch.manual_seed(0)
+    keys, values = torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 4096, 16)
+    hard, easy = 2 * torch.randn(1, 1, 1, 16), 8 * keys[:, :, 2000:2001]
+    db = AttentionDB(1, 16, config=RetrievalConfig(index="segmented", max_error=0.05, audit_rate=0.1, dense_below=0))
+    db.insert(keys, values)
+    for _ in range(10):
+        db.attend(hard)
+    high = db.stats.ladder.level
+    for _ in range(60):
+        db.attend(easy)
+    assert db.stats.ladder.level < high
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_audit_and_explain_teach_the_ladder_nothing(index):
+    db, steps = captured(8, index=index, max_error=0.05, audit_rate=0.0)
+    before = copy.copy(db.stats)
+    for _, _, query in steps[:3]:
+        db.audit(query)
+        db.explain(query)
+    assert db.stats.ladder is None
+    assert db.stats.rungs == before.rungs
+    query = steps[0][2]
+    answer = db.attend(query)
+    level, rungs = db.stats.ladder.level, dict(db.stats.rungs)
+    db.audit(query)
+    db.explain(query)
+    assert (db.stats.ladder.level, dict(db.stats.rungs)) == (level, rungs)
+    assert torch.isfinite(answer).all()
+
+
+def test_early_calls_are_audited_so_that_the_ladder_can_learn():
+    db, query = database(index="segmented", max_error=0.1, audit_rate=0.001, dense_below=0)
+    for _ in range(AUDITS_TO_LEARN + 5):
+        db.attend(query)
+    assert len(db.stats.audits) == AUDITS_TO_LEARN
+
+
+def test_given_up_tries_and_dense_heads_are_in_the_plan():
+    db, query = database(index="flat", k=16, max_error=0.001, dense_below=0)
+    plan = db.explain(query)
+    dense = [source for source in plan.sources if source.kind == "dense scan"]
+    assert dense
+    assert plan.bytes_read == sum(source.actual.bytes for source in plan.sources)
+    assert "max_error" in plan.reason
+    assert not plan.is_dense
+    assert db.audit(query).relative_error < 1e-3
+
+
+def test_rungs_rise():
+    for index in INDEXES:
+        for tail in ("none", "sample", "centroid"):
+            try:
+                rungs = rungs_of(RetrievalConfig(index=index, tail=tail))
+            except ValueError:
+                continue
+            assert len(set(rungs)) == len(rungs)
+            assert any(rung.times == 1 for rung in rungs)
+            assert [rung.times for rung in rungs] == sorted(rung.times for rung in rungs)
+
+
+@pytest.mark.parametrize("bound", [0, 1, -0.1, float("nan"), True, "0.1"])
+def test_a_bound_that_is_none_is_refused(bound):
+    with pytest.raises(ValueError, match="max_error"):
+        RetrievalConfig(max_error=bound)
+
+
+def test_a_bound_needs_a_tail_for_lists():
+    with pytest.raises(ValueError, match="centroid"):
+        RetrievalConfig(index="segmented", tail="none", max_error=0.1)
+
+
+@pytest.mark.parametrize("below", [-1, True, 1.5, "always"])
+def test_dense_below_is_a_number_of_rows_or_auto(below):
+    with pytest.raises(ValueError, match="dense_below"):
+        RetrievalConfig(dense_below=below)
+    assert RetrievalConfig(dense_below="auto").dense_below_rows is None
+
+
+def test_statistics_of_heads_are_those_of_the_audits():
+    db, steps = captured(22, index="segmented", k=100, audit_rate=1.0)
+    for keys, values, query in steps[:5]:
+        db.insert(keys, values)
+        db.attend(query)
+    errors = torch.cat([audit.relative_error_by_query for audit in db.stats.audits], dim=2)
+    heads = db.stats.heads.means()
+    assert [head["audited"] for head in heads] == [5, 5, 5]
+    assert [head["relative_error"] for head in heads] == pytest.approx(errors.mean(dim=(0, 2)).tolist())
