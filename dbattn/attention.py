@@ -14,7 +14,7 @@ from index_kernels.ops import FLOATS
 
 from .audit import AuditReport, RunningStats, compare_with_dense
 from .config import RetrievalConfig
-from .cost import Usage, Workload
+from .usage import Usage, Workload
 from .dense import dense_attention, masked_attention, merge_sink
 from .execute import Answer, Call, run_plan
 from .index import SegmentedIndex, make_index
