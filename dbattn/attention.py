@@ -14,7 +14,6 @@ from index_kernels.ops import FLOATS
 
 from .audit import AuditReport, RunningStats, compare_with_dense
 from .config import RetrievalConfig
-from .usage import Usage, Workload
 from .dense import dense_attention, masked_attention, merge_sink
 from .execute import Answer, Call, run_plan
 from .index import SegmentedIndex, make_index
@@ -24,6 +23,7 @@ from .metrics import relative_error
 from .plan import QueryPlan, choose_plan
 from .store import KVStore, check_finite
 from .trace import weights_by_position
+from .usage import Usage, Workload
 
 if TYPE_CHECKING:
     from .snapshot import SaveReport, Snapshot, SnapshotWriter

@@ -11,12 +11,12 @@ from torch import Tensor
 from index_kernels import attend_rows, merge_states
 
 from .config import RetrievalConfig
-from .cost import Usage
 from .dense import exact_ranges
 from .index import KeyIndex, SegmentedIndex
 from .index.segmented import Reading
 from .plan import QueryPlan
 from .store import KVStore, exponential_noise
+from .usage import Usage
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .config import RetrievalConfig
-from .cost import Usage
 from .dense import dense_attention
 from .execute import Answer, Call, row_bytes, run_plan
 from .plan import QueryPlan, Source
+from .usage import Usage
 
 # Error over estimate before any audit has been heard, per tail; from SmolLM2's rows.
 PRIOR = {"centroid": 30.0, "none": 1.0, "sample": 2.0}
@@ -67,7 +67,8 @@ class Climb:
     @property
     def name(self) -> str:
         """The rung in words, for counting."""
-        dense = f", {len(self.dense_heads)} KV heads dense" if self.dense_heads else ""
+        count = len(self.dense_heads)
+        dense = f", {count} KV head{'s'[: count > 1]} dense" if count else ""
         return f"{self.rung}{dense}"
 
 

@@ -115,7 +115,7 @@ def _measure_index(engine: str) -> Rates:
     """A short and a long store, few and many rows retrieved: three times for three rates; operations cost as always."""
     from .attention import AttentionDB
     from .config import RetrievalConfig
-    from .cost import index_work, scan_usage
+    from .usage import index_work, scan_usage
 
     dense = rates("dense", torch.get_num_threads())
     query = _random(GROUP * HEADS, 1)

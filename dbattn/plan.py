@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from .config import DENSE_BELOW, RetrievalConfig
-from .cost import Usage, Workload, index_usage, scan_usage, summary_usage
 from .machine import Rates, rates
+from .usage import Usage, Workload, index_usage, scan_usage, summary_usage
 
 
 @dataclass(frozen=True)
