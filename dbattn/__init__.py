@@ -11,6 +11,7 @@ from .config import RetrievalConfig
 from .dense import dense_attention
 from .metrics import attention_mass, recall_at_k, relative_error
 from .plan import QueryPlan
+from .rows import RowSource
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "Hits",
     "QueryPlan",
     "RetrievalConfig",
+    "RowSource",
     "attention_mass",
     "dense_attention",
     "recall_at_k",

@@ -21,6 +21,7 @@ from .index.segmented import budget
 from .ladder import AUDITS_TO_LEARN, Ladder, finish_climb
 from .metrics import relative_error
 from .plan import QueryPlan, choose_plan
+from .rows import RowSource
 from .store import KVStore, check_finite
 from .trace import weights_by_position
 from .usage import Usage, Workload
@@ -106,6 +107,7 @@ class AttentionDB:
         scale: float | None = None,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
+        extra: RowSource | None = None,
         return_lse: bool = False,
         retrieve: bool = True,
         audit: bool = False,
@@ -117,6 +119,7 @@ class AttentionDB:
             scale: factor of the logits, default ``1 / sqrt(D)``.
             softcap: logits become ``softcap * tanh(logits / softcap)``.
             sink_logits: ``[Hq]``, logit of one more row with value zero per head (a model's attention sink).
+            extra: rows of other origin that every query reads as well.
             return_lse: also return the log-sum-exp over the rows read, ``[B, Hq, m]`` float32.
             retrieve: False scans all rows.
             audit: compare a retrieving call with dense whatever ``audit_rate`` says; see ``stats.audits``.
@@ -133,12 +136,14 @@ class AttentionDB:
             if sink_logits.shape != (query.shape[1],):
                 raise ValueError(f"sink_logits have shape {list(sink_logits.shape)}, expected [{query.shape[1]}]")
             check_finite("sink_logits", sink_logits)
+        if extra is not None:
+            extra.check(query, self.store.value_dim)
         plan = self._plan(query, retrieve)
         stats = self.stats
         stats.rows_stored = len(self)
         if plan.is_dense:
             stats.dense_reasons[plan.reason] += 1
-            if sink_logits is None and not return_lse:
+            if sink_logits is None and extra is None and not return_lse:
                 return self._dense(query, scale, softcap)
             out, lse = self._dense_state(query, scale, softcap)
         else:
@@ -149,6 +154,8 @@ class AttentionDB:
             if audit:
                 stats.add_audit(self._audit(answer, query, scale, softcap, learn=True), self.config.max_error)
                 stats.plan = answer.plan
+        if extra is not None:
+            out, lse = extra.merge_into(out, lse, query, scale=scale, softcap=softcap)
         if sink_logits is not None:
             out, lse = merge_sink(out, lse, sink_logits)
         return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)
@@ -234,7 +241,7 @@ class AttentionDB:
         softcap: float | None = None,
         retrieve: bool = True,
     ) -> Tensor:
-        """Softmax weights ``[B, Hq, T]`` that the answer to the newest query puts on each row position. Changes nothing.
+        """Softmax weights ``[B, Hq, T]`` of the answer to the newest query, by row position. Changes nothing.
 
         Rows that ``attend`` would not read weigh 0; what is missing to 1 lies on the summaries or samples that answer
         for them. (With ``max_error``, a head answered densely in the end has the weights of its rows retrieved before.)
@@ -253,7 +260,9 @@ class AttentionDB:
         else:
             answer = self._answer(plan, query, factor, softcap, measure=True)
             assert answer.slots is not None
-            slots = torch.cat([self._sink_ids(newest, plan.hot), answer.slots[:, :, -1:], every[..., plan.hot :]], dim=-1)
+            slots = torch.cat(
+                [self._sink_ids(newest, plan.hot), answer.slots[:, :, -1:], every[..., plan.hot :]], dim=-1
+            )
             lse = answer.lse[:, :, -1:]
         return weights_by_position(newest, self.store, self.index, slots, lse, scale=factor, softcap=softcap)
 
