@@ -1,6 +1,5 @@
 """AttentionDB: the rows of one attention layer as a database that answers attention queries."""
 
-import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -9,22 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from index_kernels import resolve_backend, top_k
-from index_kernels.ops import FLOATS
+from index_kernels import top_k
 
-from .audit import AuditReport, RunningStats, compare_with_dense
+from .audit import AuditReport, RunningStats
 from .config import RetrievalConfig
-from .dense import dense_attention, masked_attention, merge_sink
-from .execute import Answer, Call, run_plan
-from .index import SegmentedIndex, make_index
-from .index.segmented import budget
-from .ladder import AUDITS_TO_LEARN, Ladder, finish_climb
-from .metrics import relative_error
-from .plan import QueryPlan, choose_plan
+from .dense import merge_sink
+from .index import make_index
+from .plan import QueryPlan
+from .query import Query
 from .rows import RowSource
 from .store import KVStore, check_finite
-from .trace import weights_by_position
-from .usage import Usage, Workload
+from .usage import Usage
 
 if TYPE_CHECKING:
     from .snapshot import SaveReport, Snapshot, SnapshotWriter
@@ -130,32 +124,32 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, or a query that does not fit it; states what was received.
         """
-        self._check_query(query)
-        scale = self._scale(query, scale)
+        asked = self._query(query, scale, softcap)
         if sink_logits is not None:
             if sink_logits.shape != (query.shape[1],):
                 raise ValueError(f"sink_logits have shape {list(sink_logits.shape)}, expected [{query.shape[1]}]")
             check_finite("sink_logits", sink_logits)
         if extra is not None:
             extra.check(query, self.store.value_dim)
-        plan = self._plan(query, retrieve)
-        stats = self.stats
+        plan, stats = asked.plan(retrieve=retrieve), self.stats
         stats.rows_stored = len(self)
         if plan.is_dense:
             stats.dense_reasons[plan.reason] += 1
             if sink_logits is None and extra is None and not return_lse:
-                return self._dense(query, scale, softcap)
-            out, lse = self._dense_state(query, scale, softcap)
+                return asked.dense()
+            out, lse = asked.dense_state()
         else:
-            audit = audit or self._audit_is_due()
-            answer = self._answer(plan, query, scale, softcap, measure=audit, learn=True)
+            audit = audit or stats.audit_is_due(self.config)
+            answer = asked.answer(plan, measure=audit, learn=True)
             out, lse = answer.out, answer.lse
-            self._record(answer)
+            stats.add_answer(answer.rows_retrieved, answer.rows_read)
+            if stats.index.get("rows") != len(self.index):
+                stats.index = self.index.describe()
             if audit:
-                stats.add_audit(self._audit(answer, query, scale, softcap, learn=True), self.config.max_error)
+                stats.add_audit(asked.audit(answer, learn=True), self.config.max_error)
                 stats.plan = answer.plan
         if extra is not None:
-            out, lse = extra.merge_into(out, lse, query, scale=scale, softcap=softcap)
+            out, lse = extra.merge_into(out, lse, query, scale=asked.scale, softcap=softcap)
         if sink_logits is not None:
             out, lse = merge_sink(out, lse, sink_logits)
         return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)
@@ -171,25 +165,24 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, a query that does not fit it, or k < 1.
         """
-        self._check_query(query)
+        asked = self._query(query, scale, None)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k!r}, expected an integer of at least 1")
-        if self._sealed_ahead(query):
+        if asked.is_sealed_ahead:
             # Some queries may not see all sealed rows: search the rows in order, and seal them again.
-            self.index.release(self.store, self._first_index_row())
+            self.release()
             hits = self.search(query, k, scale=scale)
             self.sync()
             return hits
-        keys, m = self.store.keys, query.shape[2]
+        keys, m, scale = self.store.keys, query.shape[2], asked.scale
         hot = min(len(self) - m + 1, len(self.index))
         positions = torch.arange(len(self) - m + 1, len(self) + 1, device=query.device)
-        scale = self._scale(query, scale)
         start = (self.store.start - hot).clamp(min=0)
         newest, _ = top_k(query, keys[:, :, hot:], k, scale=scale, start=start, stop=positions - hot)
         slots = torch.where(newest >= 0, newest + hot, newest)
         if hot > 0:
             found = self.index.search(query, self.store, k, self._first_index_row(), hot).ids
-            slots = torch.cat([slots, self._sink_ids(query, hot), found], dim=-1)
+            slots = torch.cat([slots, asked.sink_slots(hot), found], dim=-1)
         # All of them by one piece of code: equal keys must get equal scores for the rule of ties to hold.
         ids, scores = self.index.positions(slots), self.store.scores(query, slots, scale)
         # Rising ids first, then a stable sort by score: equal scores stay in the order of their ids.
@@ -204,17 +197,16 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
-        self._check_query(query)
-        factor = self._scale(query, scale)
-        plan = self._plan(query, retrieve=True, estimate=True)
+        asked = self._query(query, scale, softcap)
+        plan = asked.plan(estimate=True)
         if not plan.is_dense:
             # Once unmeasured: the first call of a process may load and compile kernels.
-            self._answer(plan, query, factor, softcap, measure=False)
-            return self._answer(plan, query, factor, softcap, measure=True).plan
+            asked.answer(plan, measure=False)
+            return asked.answer(plan, measure=True).plan
         began = time.perf_counter()
-        self._dense(query, factor, softcap)
+        asked.dense()
         took = time.perf_counter() - began
-        actual = Usage(self._rows_visible(query), self._bytes_dense(), 0.0, took)
+        actual = Usage(asked.rows_visible, asked.bytes_dense, 0.0, took)
         return replace(plan, sources=(replace(plan.sources[0], actual=actual, mass=1.0),), seconds=took)
 
     def audit(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> AuditReport:
@@ -223,15 +215,9 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
-        self._check_query(query)
-        factor = self._scale(query, scale)
-        plan = self._plan(query, retrieve=True)
-        if not plan.is_dense:
-            return self._audit(self._answer(plan, query, factor, softcap, measure=True), query, factor, softcap)
-        seen = self._dense_state(query, factor, softcap)[1] > float("-inf")
-        ones = torch.where(seen, 1.0, torch.nan)
-        rows, read = self._rows_visible(query), self._bytes_dense()
-        return AuditReport(ones, ones, ones - 1.0, 0.0, rows, len(self), read, read)
+        asked = self._query(query, scale, softcap)
+        plan = asked.plan()
+        return asked.audit_dense() if plan.is_dense else asked.audit(asked.answer(plan, measure=True))
 
     def weights(
         self,
@@ -249,22 +235,8 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
-        self._check_query(query)
-        factor = self._scale(query, scale)
-        plan, lse = self._plan(query, retrieve), None
-        newest = query[:, :, -1:]
-        every = torch.arange(len(self), device=query.device).expand(*newest.shape[:3], -1)
-        if plan.is_dense:
-            padding = self.index.positions(every) < self.store.start[:, None, None, None]
-            slots = every.masked_fill(padding, -1)
-        else:
-            answer = self._answer(plan, query, factor, softcap, measure=True)
-            assert answer.slots is not None
-            slots = torch.cat(
-                [self._sink_ids(newest, plan.hot), answer.slots[:, :, -1:], every[..., plan.hot :]], dim=-1
-            )
-            lse = answer.lse[:, :, -1:]
-        return weights_by_position(newest, self.store, self.index, slots, lse, scale=factor, softcap=softcap)
+        asked = self._query(query, scale, softcap)
+        return asked.weights(asked.plan(retrieve=retrieve))
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows, as if the others had never come.
@@ -353,155 +325,8 @@ class AttentionDB:
         """Bytes held: the rows' buffers (spare capacity included) and the index."""
         return self.store.nbytes + self.index.nbytes
 
-    def workload(self, query: Tensor) -> Workload:
-        """What the planner knows about a call with ``query [B, Hq, m, D]``."""
-        keys, store = self.store.keys, self.store
-        return Workload(
-            rows=len(self),
-            queries=query.shape[2],
-            indexed=len(self.index),
-            first_index_row=self.config.n_sink + (int(store.start.min()) if store.has_padding else 0),
-            batch=query.shape[0],
-            heads=query.shape[1],
-            kv_heads=store.num_kv_heads,
-            dim=store.head_dim,
-            value_dim=store.value_dim,
-            element_size=keys.element_size(),
-        )
-
-    def _plan(
-        self, query: Tensor, retrieve: bool, estimate: bool = False, config: RetrievalConfig | None = None
-    ) -> QueryPlan:
-        backend = resolve_backend(query)
-        return choose_plan(
-            config or self.config,
-            self.workload(query),
-            backend=backend,
-            threads=torch.get_num_threads() if backend == "numba" else None,
-            retrieve=retrieve,
-            estimate=estimate,
-        )
-
-    def _scale(self, query: Tensor, scale: float | None) -> float:
-        if scale is None:
-            return float(query.shape[-1] ** -0.5)
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale is {scale}, expected a positive number: an index finds the largest products")
-        return float(scale)
-
-    def _answer(
-        self, plan: QueryPlan, query: Tensor, scale: float, softcap: float | None, measure: bool, learn: bool = False
-    ) -> Answer:
-        """Run a plan that is not dense; with ``max_error``, climb the ladder."""
-        config, call = self.config, Call(query, self.store, self.index, scale, softcap, measure)
-        if config.max_error is None:
-            return run_plan(plan, config, call)
-        ladder = self.stats.ladder or Ladder(config)
-        base = budget(len(self.index), config.k)[0] if config.index_name == "segmented" else config.rows_retrieved
-        climb = ladder.climb(
-            config,
-            call,
-            lambda at_rung: self._plan(query, retrieve=True, config=at_rung),
-            base=base,
-            eligible=plan.hot - config.n_sink,
-            learn=learn,
-        )
-        if learn:
-            self.stats.ladder = ladder
-            self.stats.rungs[climb.name] += 1
-        return finish_climb(climb, call)
-
-    def _audit_is_due(self) -> bool:
-        """The first retrieving call, then evenly spread ones; a ladder has errors to learn first."""
-        rate, calls = self.config.audit_rate, self.stats.retrieving
-        learning = self.config.max_error is not None and calls < AUDITS_TO_LEARN
-        return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(calls * rate))
-
-    def _record(self, answer: Answer) -> None:
-        stats = self.stats
-        stats.retrieving += 1
-        stats.rows_read += answer.rows_read
-        stats.rows_retrieved += answer.rows_retrieved
-        if stats.index.get("rows") != len(self.index):
-            stats.index = self.index.describe()
-
-    @torch.no_grad()
-    def _audit(
-        self, answer: Answer, query: Tensor, scale: float, softcap: float | None, learn: bool = False
-    ) -> AuditReport:
-        plan, store, k = answer.plan, self.store, self.config.rows_retrieved
-        _, exact_scores = top_k(query, store.keys[:, :, : plan.hot], k, scale=scale, start=self._first_index_row())
-        assert answer.slots is not None
-        dense = self._dense_state(query, scale, softcap)
-        if learn and self.stats.ladder is not None and answer.tried is not None:
-            self.stats.ladder.learn(answer.tried, relative_error(answer.tried.out, dense[0]))
-        recall, mass, error = compare_with_dense(
-            (answer.out, answer.exact_lse),
-            dense,
-            store.scores(query, answer.slots, scale),
-            exact_scores,
-        )
-        counts = answer.rows_retrieved, answer.rows_read, len(self), plan.bytes_read, self._bytes_dense()
-        return AuditReport(recall, mass, error, *counts)
-
-    def _dense(self, query: Tensor, scale: float, softcap: float | None) -> Tensor:
-        if self._sealed_ahead(query):
-            return self._dense_state(query, scale, softcap)[0].to(query.dtype)
-        start = self.store.start if self.store.has_padding else None
-        out = dense_attention(query, self.store.keys, self.store.values, start=start, scale=scale, softcap=softcap)
-        assert isinstance(out, Tensor)
-        return out
-
-    def _dense_state(self, query: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-        keys, values, start = self.store.keys, self.store.values, self.store.start
-        if self._sealed_ahead(query):
-            # Rows after a query's position were moved among the older ones: causal order is by position, not place.
-            mask = self._causal_mask(query)
-            return masked_attention(query, keys, values, mask, scale=scale, softcap=softcap)
-        state = dense_attention(query, keys, values, start=start, scale=scale, softcap=softcap, return_lse=True)
-        assert isinstance(state, tuple)
-        return state
-
-    def _sealed_ahead(self, query: Tensor) -> bool:
-        return isinstance(self.index, SegmentedIndex) and len(self.index) > len(self) - query.shape[2] + 1
-
-    def _causal_mask(self, query: Tensor) -> Tensor:
-        """``[B, Hq, m, T]`` bool by the positions of rows."""
-        batch, heads, m, _ = query.shape
-        slots = torch.arange(len(self), device=query.device).expand(batch, heads, 1, -1)
-        positions = self.index.positions(slots)
-        newest = torch.arange(len(self) - m, len(self), device=query.device)[:, None]
-        return (positions <= newest) & (positions >= self.store.start[:, None, None, None])
+    def _query(self, query: Tensor, scale: float | None, softcap: float | None) -> Query:
+        return Query.checked(query, self.store, self.index, self.config, self.stats, scale, softcap)
 
     def _first_index_row(self) -> Tensor:
         return self.store.start + self.config.n_sink
-
-    def _sink_ids(self, query: Tensor, hot: int) -> Tensor:
-        """``[B, Hq, m, n_sink]``: the first rows of each batch row, -1 from ``hot`` on."""
-        ids = self.store.start[:, None] + torch.arange(self.config.n_sink, device=query.device)
-        ids = ids.masked_fill(ids >= hot, -1)
-        return ids[:, None, None, :].expand(*query.shape[:3], -1)
-
-    def _rows_visible(self, query: Tensor) -> float:
-        stop = torch.arange(len(self) - query.shape[2] + 1, len(self) + 1, device=query.device)
-        return float((stop - self.store.start[:, None]).clamp(min=0).float().mean())
-
-    def _bytes_dense(self) -> int:
-        keys, values = self.store.keys, self.store.values
-        return keys.numel() * keys.element_size() + values.numel() * values.element_size()
-
-    def _check_query(self, query: Tensor) -> None:
-        keys = self.store.keys
-        if query.ndim != 4 or query.shape[0] != keys.shape[0] or query.shape[3] != keys.shape[3]:
-            raise ValueError(f"query has shape {list(query.shape)}, expected [{keys.shape[0]}, Hq, m, {keys.shape[3]}]")
-        if query.shape[1] == 0 or query.shape[1] % keys.shape[1]:
-            raise ValueError(f"{query.shape[1]} query heads do not divide into groups over {keys.shape[1]} KV heads")
-        if not 1 <= query.shape[2] <= len(self):
-            raise ValueError(
-                f"query has {query.shape[2]} positions, expected 1 to {len(self)}: they are the newest rows"
-            )
-        if query.dtype not in FLOATS or query.device != keys.device:
-            raise ValueError(
-                f"query is {query.dtype} on {query.device}, expected float32, float16 or bfloat16 on {keys.device}"
-            )
-        check_finite("query", query)

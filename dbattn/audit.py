@@ -1,5 +1,6 @@
 """Audit: the same query answered densely and compared with what retrieval said."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ladder import Ladder
+from .config import RetrievalConfig
+from .ladder import AUDITS_TO_LEARN, Ladder
 from .metrics import attention_mass, recall_at_k, relative_error
 from .plan import QueryPlan
 
@@ -163,6 +165,18 @@ class RunningStats:
     rungs: Counter[str] = field(default_factory=Counter)
     ladder: Ladder | None = None
     plan: QueryPlan | None = None
+
+    def audit_is_due(self, config: RetrievalConfig) -> bool:
+        """The first retrieving call, then evenly spread ones; a ladder has errors to learn first."""
+        rate, calls = config.audit_rate, self.retrieving
+        learning = config.max_error is not None and calls < AUDITS_TO_LEARN
+        return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(calls * rate))
+
+    def add_answer(self, rows_retrieved: float, rows_read: float) -> None:
+        """Count a retrieving call."""
+        self.retrieving += 1
+        self.rows_retrieved += rows_retrieved
+        self.rows_read += rows_read
 
     def add_audit(self, report: AuditReport, max_error: float | None = None) -> None:
         """Keep a report, and no more than the latest few thousand; the sums per head are over all."""

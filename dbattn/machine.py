@@ -115,6 +115,7 @@ def _measure_index(engine: str) -> Rates:
     """A short and a long store, few and many rows retrieved: three times for three rates; operations cost as always."""
     from .attention import AttentionDB
     from .config import RetrievalConfig
+    from .query import Query
     from .usage import index_work, scan_usage
 
     dense = rates("dense", torch.get_num_threads())
@@ -124,7 +125,8 @@ def _measure_index(engine: str) -> Rates:
         config = RetrievalConfig(index=engine, k=k, dense_below=0, audit_rate=0.0)
         db = AttentionDB(HEADS, DIM, config=config)
         db.insert(_random(HEADS, rows), _random(HEADS, rows))
-        took, work = _best(partial(db.attend, query)), db.workload(query)
+        took = _best(partial(db.attend, query))
+        work = Query.checked(query, db.store, db.index, config, db.stats, None, None).workload
         items, size, operations = index_work(work, config, k)
         exact = scan_usage(work, work.rows - work.indexed + config.n_sink, dense).seconds or 0.0
         points.append((took - exact - dense.operation * operations, items, size))

@@ -64,6 +64,11 @@ class QueryPlan:
         return self.sources[0].kind == "dense scan"
 
     @property
+    def is_segmented(self) -> bool:
+        """True where lists are read."""
+        return any(source.kind == "list scan" for source in self.sources)
+
+    @property
     def bytes_read(self) -> int:
         """Bytes read by the whole call; 0 until the plan has run."""
         return sum(source.actual.bytes for source in self.sources if source.actual is not None)
