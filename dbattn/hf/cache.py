@@ -1,5 +1,8 @@
 """DatabaseLayer: the cache layer that keeps its rows in an AttentionDB."""
 
+import copy
+import weakref
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -11,6 +14,9 @@ from ..attention import AttentionDB
 from ..audit import AuditReport, RunningStats
 from ..config import RetrievalConfig
 
+# Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
+Watcher = Callable[[int, AttentionDB, Tensor, float, float | None], None]
+
 
 class Session:
     """What the layers of all caches of one wrapped model share. Copies of a cache stay in their session."""
@@ -20,6 +26,16 @@ class Session:
         self.stats = stats
         self.retrieve = True
         self.audits: list[AuditReport] | None = None
+        self.watcher: Watcher | None = None
+        # The layers of the context that every new cache begins with, by layer number; and its token ids.
+        self.context: dict[int, AttentionDB] = {}
+        self.token_ids: Tensor | None = None
+        self._newest: weakref.ref[DynamicCache] | None = None
+
+    @property
+    def newest(self) -> DynamicCache | None:
+        """The cache that went through the model last, if it is still alive."""
+        return None if self._newest is None else self._newest()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -37,11 +53,34 @@ class Session:
                 # Assigned when it is complete: rows that are refused stay where they were.
                 cache.layers[i] = self._with_rows_of(layer, i)
 
+    def note_call(self, cache: DynamicCache, token_ids: Tensor | None) -> None:
+        """Remember that the model is about to read ``token_ids [B, n]`` (None: unknown) into a cache of ours."""
+        self._newest = weakref.ref(cache)
+        if (first := self._first(cache)) is not None:
+            first.note_tokens(token_ids)
+
+    def tokens_of(self, cache: DynamicCache) -> Tensor | None:
+        """Token ids ``[B, n]`` of a cache's rows, as far as they are known."""
+        first = self._first(cache)
+        return None if first is None else first.token_ids
+
+    def fill(self, cache: DynamicCache) -> None:
+        """Give an empty cache of ours the context's rows, a copy of them."""
+        for number, db in self.context.items():
+            cache.layers[number].hold(copy.deepcopy(db))
+        if self.token_ids is not None and (first := self._first(cache)) is not None:
+            first.token_ids = self.token_ids
+
+    def _first(self, cache: DynamicCache) -> "DatabaseLayer | None":
+        return next((layer for layer in cache.layers if isinstance(layer, DatabaseLayer)), None)
+
     def _with_rows_of(self, layer: DynamicLayer, layer_index: int) -> "DatabaseLayer":
         ours = DatabaseLayer(self, layer_index)
         if not layer.get_seq_length():
             return ours
         theirs = layer.db if isinstance(layer, DatabaseLayer) else None
+        if isinstance(layer, DatabaseLayer):
+            ours.token_ids = layer.token_ids
         if theirs is not None:
             theirs.release()
         ours.update(layer.keys, layer.values)
@@ -63,6 +102,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.session = session
         self.layer_index = layer_index
         self.db: AttentionDB | None = None
+        # Of the rows stored, [B, n]; kept by the first layer for all. Shorter where some are not known.
+        self.token_ids: Tensor | None = None
 
     # transformers leaves these untyped; None until the first rows.
     keys: Any
@@ -75,6 +116,23 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
             key_states.shape[1], key_states.shape[3], value_dim=value_states.shape[3], config=self.session.config
         )
         self.db.stats = self.session.stats[self.layer_index]
+
+    def hold(self, db: AttentionDB) -> None:
+        """Take over a database with rows in it."""
+        self.db = db
+        db.stats = self.session.stats[self.layer_index]
+        self._refresh()
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+
+    def note_tokens(self, token_ids: Tensor | None) -> None:
+        """Remember the token ids ``[B, n]`` of the next rows; None if they are unknown."""
+        rows = self.get_seq_length()
+        known = None if self.token_ids is None else self.token_ids[:, :rows]
+        if token_ids is None or (rows and (known is None or known.shape != (len(token_ids), rows))):
+            self.token_ids = known
+            return
+        added = token_ids.detach().cpu()
+        self.token_ids = added.clone() if known is None or not rows else torch.cat([known, added], dim=1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append rows ``[B, Hkv, n, D]``; the index follows when attention knows the padding."""
@@ -101,7 +159,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def reset(self) -> None:
         """Forget everything."""
-        self.db = self.keys = self.values = None
+        self.db = self.keys = self.values = self.token_ids = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -122,6 +180,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         # Beams often stay as they are; copying all rows would cost more than the step itself.
         if self.db is not None and not torch.equal(batch, torch.arange(len(self.db.store.start)).to(batch)):
             self.db.select(batch)
+            if self.token_ids is not None:
+                self.token_ids = self.token_ids[batch.cpu()]
             self._refresh()
 
     def _refresh(self) -> None:

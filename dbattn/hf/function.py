@@ -52,6 +52,8 @@ def attention_function(
             )
             if audits is not None and db.stats.retrieving > before:
                 audits.append(db.stats.audits[-1])
+            if layer.session.watcher is not None:
+                layer.session.watcher(layer.layer_index, db, query, scale, softcap)
             # Only now: an index may move rows, and the newest queries see only what came before them.
             db.sync()
             assert isinstance(out, Tensor)

@@ -1,21 +1,27 @@
 """wrap(model, config): retrieval inside a transformers model."""
 
 import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from index_kernels.ops import FLOATS
 
+from ..attention import AttentionDB
 from ..audit import AuditReport, RunningStats
 from ..config import RetrievalConfig
+from ..plan import QueryPlan, sum_plans
 from ..report import Report
-from .cache import Session
+from ..snapshot import SaveReport, Snapshot, SnapshotError, SnapshotWriter, save
+from ..trace import Trace
+from .cache import DatabaseLayer, Session, Watcher
+from .fingerprint import difference, fingerprint
 from .function import NAME, register, unregister
 
 
@@ -23,7 +29,12 @@ class UnsupportedModelError(TypeError):
     """A model that cannot be wrapped; the message names its class and the reason."""
 
 
-def wrap(model: PreTrainedModel, config: RetrievalConfig | None = None) -> "Handle":
+def wrap(
+    model: PreTrainedModel,
+    config: RetrievalConfig | None = None,
+    *,
+    context: str | os.PathLike[str] | None = None,
+) -> "Handle":
     """Let a model's full-attention layers answer decode steps from an index.
 
     Use it as a context manager, or keep the handle and call ``handle.unwrap()``. ``model.generate`` and plain calls
@@ -32,26 +43,44 @@ def wrap(model: PreTrainedModel, config: RetrievalConfig | None = None) -> "Hand
 
     Args:
         model: a decoder of transformers that goes through its AttentionInterface.
-        config: what a query reads, default ``RetrievalConfig()``.
+        config: what a query reads; default the context's, or ``RetrievalConfig()``.
+        context: a snapshot folder that ``handle.save`` wrote for this model: what the model read then need not be read
+            again. ``handle.new_cache()`` begins with it.
 
     Raises:
         UnsupportedModelError: the model cannot be served; names the class and the reason.
         RuntimeError: the model is wrapped already.
+        FileNotFoundError: there is no such context.
+        SnapshotError (a ValueError): the context is damaged, of another model, or was built with another config; names
+            the file or what differs.
+
+    Example:
+        >>> with torch.inference_mode(), wrap(model, context="book.dbattn") as handle:
+        ...     ids = torch.cat([handle.context, question], dim=1)
+        ...     model.generate(ids, past_key_values=handle.new_cache())
     """
-    return Handle(model, config or RetrievalConfig())
+    return Handle(model, config, context)
 
 
 class Handle:
     """A wrapped model: statistics, a switch to dense answers, and the way back."""
 
-    def __init__(self, model: PreTrainedModel, config: RetrievalConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: RetrievalConfig | None, context: str | os.PathLike[str] | None
+    ) -> None:
         # The decoder inside a composite model: it meets the cache whichever way the model is called.
         self._decoder = _find_decoder(model)
         self._text_config = self._decoder.config
         self.model = model
-        self.config = config
         layers = DynamicCache(config=model.config).layers
-        self._session = Session(config, [RunningStats() for _ in layers])
+        snapshot = None if context is None else self._open(context, len(layers))
+        self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
+        self._session = Session(self.config, [RunningStats() for _ in layers])
+        if snapshot is not None:
+            self._session.token_ids = snapshot.token_ids
+            for number in range(len(layers)):
+                db = AttentionDB.of_snapshot(snapshot, number, self.config, model.device)
+                self._session.context[number] = db
         for stats, layer in zip(self._session.stats, layers, strict=True):
             if type(layer) is not DynamicLayer:
                 stats.dense_reasons[f"left to transformers ({type(layer).__name__})"] = 0
@@ -73,15 +102,74 @@ class Handle:
         self._text_config._attn_implementation_internal = self._previous
         unregister()
 
+    @property
+    def context(self) -> Tensor | None:
+        """Token ids ``[B, n]`` of the context that new caches begin with, for ``generate``; None without one."""
+        ids = self._session.token_ids
+        return None if ids is None else ids.to(self.model.device)
+
     def new_cache(self) -> DynamicCache:
-        """An empty cache for the wrapped model, its layers databases already; to read a text once and ask often."""
+        """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
+
+        It holds the context's rows, if there is a context: a copy of its own, which costs one pass over memory. Crop it
+        back after a question, or take a new one.
+        """
         cache = DynamicCache(config=self.model.config)
         self._session.adopt(cache)
+        self._session.fill(cache)
         return cache
+
+    def save(
+        self,
+        target: str | os.PathLike[str] | SnapshotWriter,
+        cache: DynamicCache | None = None,
+        *,
+        token_ids: Tensor | None = None,
+    ) -> SaveReport:
+        """Write a cache's rows to a snapshot folder, for ``wrap(model, context=...)``; only what is new since the last.
+
+        Args:
+            target: the folder, made if need be; or a SnapshotWriter, which keeps it locked between saves.
+            cache: default: the one that went through the model last, if it is still alive.
+            token_ids: int64 ``[B, n]``, of the rows. Default: what the model was given, which is known unless it was
+                given embeddings or the cache came with rows in it.
+
+        Raises:
+            ValueError: no cache, an empty one, one with a layer that is not a database (sliding window), or token ids
+                that are missing or of another length.
+            SnapshotError (a ValueError): another writer holds the folder, or it holds something else.
+        """
+        cache = self._session.newest if cache is None else cache
+        if cache is None:
+            raise ValueError("no cache went through the model, or it is gone: pass the cache to save")
+        databases = []
+        for number, layer in enumerate(cache.layers):
+            if not isinstance(layer, DatabaseLayer):
+                raise ValueError(
+                    f"layer {number} is a {type(layer).__name__} of transformers, which cannot be saved: "
+                    "expected only layers that attend to all rows"
+                )
+            if layer.db is None or not len(layer.db):
+                raise ValueError(f"layer {number} of the cache has no rows: nothing to save")
+            databases.append((layer.db.store, layer.db.index))
+        if token_ids is None:
+            token_ids, rows = self._session.tokens_of(cache), len(databases[0][0])
+            if token_ids is None or token_ids.shape[1] < rows:
+                raise ValueError(f"the token ids of the cache's {rows} rows are not known: pass token_ids")
+            token_ids = token_ids[:, :rows]
+        return save(target, databases, self.config, model=fingerprint(self._decoder), token_ids=token_ids)
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
         return Report.of(self._session.stats)
+
+    def explain(self) -> QueryPlan:
+        """The plans of each layer's latest audited call, summed: what a token's attention reads in the whole model.
+
+        Raises:
+            ValueError: no call has been audited yet.
+        """
+        return sum_plans([stats.plan for stats in self._session.stats if stats.plan is not None])
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -101,6 +189,41 @@ class Handle:
             yield audits
         finally:
             self._session.audits = before
+
+    @contextmanager
+    def watch(self, watcher: Watcher) -> Iterator[None]:
+        """Inside the block, call ``watcher(layer, db, query, scale, softcap)`` after every call that a database answered.
+
+        The newest rows of ``db`` are the queries' own. The watcher must not change the database.
+        """
+        before, self._session.watcher = self._session.watcher, watcher
+        try:
+            yield
+        finally:
+            self._session.watcher = before
+
+    @contextmanager
+    def trace(self) -> Iterator[Trace]:
+        """Sum up, over all layers, which row positions the newest query of each call inside the block attends to."""
+        trace = Trace()
+
+        def add(layer: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
+            retrieve = self._session.retrieve
+            trace.add(db.weights(query, scale=scale, softcap=softcap, retrieve=retrieve))
+
+        with self.watch(add):
+            yield trace
+
+    def _open(self, context: str | os.PathLike[str], layers: int) -> Snapshot:
+        snapshot = Snapshot.open(context)
+        if snapshot.info.model is None:
+            raise SnapshotError(f"{context} is not a model's context: AttentionDB.save wrote it")
+        differs = difference(snapshot.info.model, fingerprint(self._decoder))
+        if differs is None and len(snapshot.info.layers) != layers:
+            differs = f"it has {len(snapshot.info.layers)} layers, this one {layers}"
+        if differs is not None:
+            raise SnapshotError(f"{context} is the context of another model: {differs}")
+        return snapshot
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +255,7 @@ class Handle:
             args, kwargs = (), given | {"past_key_values": cache}
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
+            self._session.note_call(cache, given.get("input_ids"))
         return args, kwargs
 
 

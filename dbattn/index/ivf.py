@@ -62,7 +62,7 @@ class _IvfUnit(Unit):
             size = self.index.invlists.list_size(cell)
             if size:
                 nearest[faiss.rev_swig_ptr(self.index.invlists.get_ids(cell), size)] = cell
-        return {"centroids": cells.reshape(self.lists, -1).copy(), "nearest": nearest, "sums": self.sums}
+        return {"centroids": cells.reshape(self.lists, -1).copy(), "nearest": nearest, "sums": self.sums.copy()}
 
     def restore(self, keys: Rows, stops: list[int], device: torch.device, state: Arrays) -> None:
         rows = stops[-1]

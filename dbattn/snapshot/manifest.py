@@ -1,0 +1,281 @@
+"""The manifest: what a snapshot holds, as JSON that no other program's idea of JSON can bend."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import RetrievalConfig
+from .folder import MANIFEST, SnapshotError
+
+FORMAT, VERSION = "dbattn snapshot", 1
+MANIFEST_LIMIT = 16 << 20
+KINDS = ("rows", "segment", "index", "tokens")
+DTYPES = ("float32", "float16", "bfloat16")
+_LARGEST = 1 << 48
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file of a snapshot.
+
+    Attributes:
+        kind: "rows" (keys and values in the order of their positions), "segment" (those of a sealed segment, in the
+            order of its lists, with the lists), "index" (what an index built), "tokens" (the token ids).
+        first, stop: the rows it is about.
+        layers: the layers it is about.
+        bytes: its size.
+        sha256: of its bytes, hex.
+    """
+
+    kind: str
+    first: int
+    stop: int
+    layers: tuple[int, ...]
+    bytes: int
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """The file's name: a function of what is in it, so a manifest can name nothing outside the folder."""
+        return f"{self.kind}-{self.first:09}-{self.stop:09}-{self.sha256[:16]}.safetensors"
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer: its dimensions, its dtype (None without rows), and how far it is indexed.
+
+    Attributes:
+        start: first valid row of each batch row (left padding).
+        settled: rows whose padding is settled; see KVStore.set_start.
+        indexed: rows that the index answers for.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: str | None
+    start: tuple[int, ...]
+    settled: int
+    indexed: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Whose rows they are: the decoder's class, its settings, and a SHA-256 over samples of its weights."""
+
+    name: str
+    settings: dict[str, Any]
+    weights: str
+
+    @property
+    def fingerprint(self) -> str:
+        """All of it as one short hex string."""
+        return hashlib.sha256(_dump(asdict(self)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """What a manifest says. ``digest`` (SHA-256 of its content) tells one state of a snapshot from every other."""
+
+    path: Path
+    rows: int
+    config: RetrievalConfig
+    layers: tuple[LayerInfo, ...]
+    model: ModelInfo | None
+    files: tuple[FileInfo, ...]
+    format_version: int = VERSION
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", hashlib.sha256(_dump(self._body()).encode()).hexdigest())
+
+    @property
+    def batch(self) -> int:
+        """Batch rows; 0 without rows."""
+        return len(self.layers[0].start)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(file.bytes for file in self.files)
+
+    def to_bytes(self) -> bytes:
+        """The manifest as it is written."""
+        return (_dump({**self._body(), "sha256": self.digest}) + "\n").encode()
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": self.format_version,
+            "rows": self.rows,
+            "config": self.config.to_dict(),
+            "model": None if self.model is None else asdict(self.model),
+            "layers": [asdict(layer) for layer in self.layers],
+            "files": [{"name": file.name, **asdict(file)} for file in self.files],
+        }
+
+    @classmethod
+    def from_bytes(cls, path: Path, raw: bytes) -> "SnapshotInfo":
+        """Read a manifest that anyone may have written.
+
+        Raises:
+            SnapshotError: it is not one, of another format version, altered, or contradicts itself; says where.
+        """
+        try:
+            info = cls(path, **_parsed(raw))
+            _check_cover(info)
+        except RecursionError:
+            raise SnapshotError(f"{path / MANIFEST} is not a manifest: it is nested too deeply") from None
+        except (ValueError, TypeError) as error:
+            raise SnapshotError(f"{path / MANIFEST} is refused: {error}") from None
+        if info.to_bytes() != raw:
+            raise SnapshotError(f"{path / MANIFEST} is damaged: its bytes are not those that were saved")
+        return info
+
+
+def _dump(data: Any) -> str:
+    return json.dumps(data, indent=1, allow_nan=False)
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    try:
+        data = json.loads(raw.decode("ascii"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f'it has no "format": "{FORMAT}"')
+    if data.get("format_version") != VERSION:
+        raise ValueError(f"format_version is {data.get('format_version')!r}, expected {VERSION}")
+    fields = _Fields(data, "", "format format_version rows config model layers files sha256")
+    body = {name: value for name, value in data.items() if name != "sha256"}
+    if hashlib.sha256(_dump(body).encode()).hexdigest() != data["sha256"]:
+        raise ValueError("it is damaged: its SHA-256 is not the one it names")
+    config = _Fields(data["config"], "config", " ".join(RetrievalConfig().to_dict()))
+    return {
+        "rows": fields.integer("rows"),
+        "config": RetrievalConfig(**config.data),
+        "model": None if data["model"] is None else _model(data["model"]),
+        "layers": tuple(_layer(item, f"layers[{i}]") for i, item in enumerate(fields.items("layers"))),
+        "files": tuple(_file(item, f"files[{i}]") for i, item in enumerate(fields.items("files"))),
+    }
+
+
+class _Fields:
+    """The fields of one JSON object: exactly the expected names, each of the expected kind."""
+
+    def __init__(self, data: Any, where: str, names: str) -> None:
+        self.where = where and f"{where}."
+        if not isinstance(data, dict) or list(data) != names.split():
+            raise ValueError(f"{where or 'the manifest'} does not have the fields {', '.join(names.split())}")
+        self.data: dict[str, Any] = data
+
+    def integer(self, name: str, least: int = 0) -> int:
+        return _integer(self.data[name], self.where + name, least)
+
+    def items(self, name: str) -> list[Any]:
+        value = self.data[name]
+        if not isinstance(value, list):
+            raise ValueError(f"{self.where}{name} is {_short(value)}, expected a list")
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        return tuple(_integer(item, self.where + name, 0) for item in self.items(name))
+
+    def text(self, name: str, pattern: str) -> str:
+        value = self.data[name]
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"{self.where}{name} is {_short(value)}, expected {pattern}")
+        return value
+
+
+def _integer(value: Any, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:
+        raise ValueError(f"{name} is {_short(value)}, expected an integer of at least {least}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _model(data: Any) -> ModelInfo:
+    fields = _Fields(data, "model", "name settings weights")
+    settings = data["settings"]
+    if not isinstance(settings, dict):
+        raise ValueError(f"model.settings is {_short(settings)}, expected an object")
+    return ModelInfo(fields.text("name", r"\w{1,200}"), settings, fields.text("weights", "[0-9a-f]{64}"))
+
+
+def _layer(data: Any, where: str) -> LayerInfo:
+    fields = _Fields(data, where, "num_kv_heads head_dim value_dim dtype start settled indexed")
+    dtype = None if data["dtype"] is None else fields.text("dtype", "|".join(DTYPES))
+    return LayerInfo(
+        fields.integer("num_kv_heads", 1),
+        fields.integer("head_dim", 1),
+        fields.integer("value_dim", 1),
+        dtype,
+        fields.integers("start"),
+        fields.integer("settled"),
+        fields.integer("indexed"),
+    )
+
+
+def _file(data: Any, where: str) -> FileInfo:
+    fields = _Fields(data, where, "name kind first stop layers bytes sha256")
+    file = FileInfo(
+        fields.text("kind", "|".join(KINDS)),
+        fields.integer("first"),
+        fields.integer("stop"),
+        fields.integers("layers"),
+        fields.integer("bytes"),
+        fields.text("sha256", "[0-9a-f]{64}"),
+    )
+    if data["name"] != file.name:
+        raise ValueError(f"{where}.name is {_short(data['name'])}, expected {file.name}")
+    return file
+
+
+def _check_cover(info: SnapshotInfo) -> None:
+    """The files tile the rows of every layer, each row once, sealed segments first."""
+    if not info.layers:
+        raise ValueError("layers is empty, expected at least one")
+    owned: list[list[FileInfo]] = [[] for _ in info.layers]
+    indexes = [0] * len(info.layers)
+    tokens = 0
+    for file in info.files:
+        if file.kind == "tokens":
+            tokens += 1
+            expected: Sequence[int] = range(len(info.layers))
+            if (file.first, file.stop) != (0, info.rows) or list(file.layers) != list(expected) or tokens > 1:
+                raise ValueError(f"{file.name} is not the one file of token ids of {info.rows} rows of every layer")
+            continue
+        if not file.layers or list(file.layers) != sorted(set(file.layers)) or file.layers[-1] >= len(info.layers):
+            raise ValueError(f"{file.name} names the layers {_short(list(file.layers))} of {len(info.layers)}")
+        for number in file.layers:
+            if file.kind != "index":
+                owned[number].append(file)
+            elif (file.first, file.stop) != (0, info.layers[number].indexed) or indexes[number]:
+                raise ValueError(f"{file.name} is not the one index of {info.layers[number].indexed} rows of a layer")
+            else:
+                indexes[number] = 1
+    for number, (layer, files) in enumerate(zip(info.layers, owned, strict=True)):
+        at, sealed = 0, True
+        for file in sorted(files, key=lambda file: file.first):
+            if file.first != at or file.stop <= at or (file.kind == "segment" and not sealed):
+                raise ValueError(f"the rows of layer {number} are not whole: {file.name} does not follow row {at}")
+            at, sealed = file.stop, file.kind == "segment"
+        if at != info.rows:
+            raise ValueError(f"the rows of layer {number} are not whole: {at} of {info.rows} are in files")
+        if layer.settled > info.rows or layer.indexed > info.rows:
+            raise ValueError(f"layer {number} has {layer.settled} rows settled, {layer.indexed} indexed of {info.rows}")
+        if (
+            len(layer.start) != info.batch
+            or (layer.dtype is None) != (info.rows == 0)
+            or bool(info.rows) != bool(info.batch)
+        ):
+            raise ValueError(f"layer {number} has {len(layer.start)} batch rows and dtype {layer.dtype}")

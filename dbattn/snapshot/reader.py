@@ -1,0 +1,189 @@
+"""Opening a snapshot: everything is checked first, then the rows are mapped, then a store and an index take them."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import RetrievalConfig
+from ..index import KeyIndex
+from ..store import KVStore, MappedRows, check_finite
+from .folder import MANIFEST, SnapshotError, check_content, map_tensors, read_small
+from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
+
+# How often a writer may replace the snapshot while it is being opened.
+RETRIES = 10
+
+
+def describe(path: str | os.PathLike[str]) -> SnapshotInfo:
+    """What a snapshot says it holds, from its manifest alone: the other files are neither read nor checked.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        SnapshotError: it is not a snapshot, or its manifest is damaged or of another format version.
+    """
+    folder = Path(path)
+    return SnapshotInfo.from_bytes(folder, _read_manifest(folder))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot whose files have been checked and mapped; ``restore`` fills a store and an index from them.
+
+    Attributes:
+        info: what the manifest says.
+        token_ids: int64 ``[B, n]``, None if they were not saved.
+    """
+
+    info: SnapshotInfo
+    token_ids: Tensor | None
+    _tensors: dict[FileInfo, dict[str, Tensor]]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Snapshot":
+        """Check every byte of a snapshot against its manifest, and map its files.
+
+        A writer may replace the snapshot meanwhile: then the new one is opened.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            SnapshotError: it is not a snapshot, is of another format version, or a file is damaged; names the file.
+        """
+        folder = Path(path)
+        raw = _read_manifest(folder)
+        for _ in range(RETRIES):
+            info = SnapshotInfo.from_bytes(folder, raw)
+            try:
+                tensors = _check_and_map(info)
+            except FileNotFoundError as error:
+                before, raw = raw, _read_manifest(folder)
+                if raw == before:
+                    raise SnapshotError(f"{error.filename} is missing") from None
+            else:
+                return cls(info, _take_token_ids(info, tensors), tensors)
+        raise SnapshotError(f"{folder} is replaced faster than it can be opened")
+
+    def config(self, wanted: RetrievalConfig | None) -> RetrievalConfig:
+        """The config to open it with: its own, or ``wanted`` where that differs only in how a query reads.
+
+        Raises:
+            SnapshotError: an option that what is stored depends on differs; names it.
+        """
+        own = self.info.config
+        if wanted is None:
+            return own
+        given = _structure(wanted)
+        for name, saved in _structure(own).items():
+            if given.get(name) != saved:
+                raise SnapshotError(
+                    f"{self.info.path} was saved with {name}={saved!r}, asked for is {given.get(name)!r}: "
+                    "what is stored depends on it"
+                )
+        return wanted
+
+    def restore(self, number: int, store: KVStore, index: KeyIndex, device: torch.device) -> None:
+        """Make an empty store and an empty index of the right kind what layer ``number`` was.
+
+        Rows stay mapped until the store is asked for them; an index of FAISS asks at once.
+
+        Raises:
+            SnapshotError: a file holds something else than what the manifest says; names the file.
+        """
+        if not self.info.rows:
+            return
+        layer, folder = self.info.layers[number], self.info.path
+        own = {
+            file: _of_layer(number, tensors)
+            for file, tensors in sorted(self._tensors.items(), key=lambda item: item[0].first)
+            if number in file.layers and file.kind != "tokens"
+        }
+        parts = [self._rows(file, layer, arrays) for file, arrays in own.items() if file.kind != "index"]
+        store.restore(MappedRows(parts, device), torch.tensor(layer.start, dtype=torch.int64), layer.settled)
+        states = {file: arrays for file, arrays in own.items() if arrays or file.kind == "segment"}
+        runs = [(file.name, file.first, file.stop, arrays) for file, arrays in states.items()]
+        if not runs and layer.indexed:
+            runs = [(MANIFEST, 0, layer.indexed, {})]
+        for name, first, stop, arrays in runs:
+            try:
+                state = {key: array.numpy() for key, array in arrays.items()}
+                index.load_state(store, store.start + self.info.config.n_sink, first, stop, state)
+            except (ValueError, TypeError) as error:
+                raise SnapshotError(f"{folder / name} is refused: layer {number}: {error}") from None
+        if len(index) != layer.indexed:
+            raise SnapshotError(
+                f"{folder / MANIFEST} is refused: layer {number} has {layer.indexed} rows indexed, "
+                f"its files {len(index)}"
+            )
+        store.mark_saved(self.info.digest)
+
+    def _rows(self, file: FileInfo, layer: LayerInfo, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Take keys and values out of a file's arrays of one layer."""
+        where = self.info.path / file.name
+        both = []
+        for name, dim in (("keys", layer.head_dim), ("values", layer.value_dim)):
+            rows = arrays.pop(name, None)
+            shape = [self.info.batch, layer.num_kv_heads, file.stop - file.first, dim]
+            if rows is None or list(rows.shape) != shape or str(rows.dtype) != f"torch.{layer.dtype}":
+                found = "missing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
+                raise SnapshotError(f"{where} is refused: {name} are {found}, expected torch.{layer.dtype} {shape}")
+            try:
+                check_finite(name, rows)
+            except ValueError as error:
+                raise SnapshotError(f"{where} is refused: {error}") from None
+            both.append(rows)
+        return both[0], both[1]
+
+
+def _structure(config: RetrievalConfig) -> dict[str, int | str]:
+    """The options that what is stored depends on; the others only say how a query reads it."""
+    options = {name: config.index_options[name] for name in ("neighbors",) if name in config.index_options}
+    # The indexes of FAISS keep the rows' noise where rows will be sampled.
+    tail = {"tail": config.tail_name} if config.index_name in ("ivf", "hnsw") else {}
+    return {"index": config.index_name, "window": config.window, "n_sink": config.n_sink, **options, **tail}
+
+
+def _read_manifest(folder: Path) -> bytes:
+    try:
+        return read_small(folder / MANIFEST, MANIFEST_LIMIT)
+    except FileNotFoundError:
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder} does not exist; expected a snapshot, which is a folder") from None
+        raise SnapshotError(f"{folder} is not a snapshot: {MANIFEST} is missing") from None
+    except NotADirectoryError:
+        raise SnapshotError(f"{folder} is not a snapshot: it is a file, expected a folder") from None
+
+
+def _check_and_map(info: SnapshotInfo) -> dict[FileInfo, dict[str, Tensor]]:
+    # hashlib releases the GIL; two files at a time keep a small machine's disk and cores busy.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for done in [pool.submit(check_content, info.path / f.name, f.bytes, f.sha256) for f in info.files]:
+            done.result()
+    mapped = {}
+    for file in info.files:
+        mapped[file] = tensors = map_tensors(info.path / file.name)
+        known = {f"layer.{number}" for number in file.layers}
+        for name in tensors:
+            if file.kind != "tokens" and ".".join(name.split(".")[:2]) not in known:
+                raise SnapshotError(f"{info.path / file.name} is refused: {name!r} is not a tensor of its layers")
+    return mapped
+
+
+def _of_layer(number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"layer.{number}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _take_token_ids(info: SnapshotInfo, tensors: dict[FileInfo, dict[str, Tensor]]) -> Tensor | None:
+    for file in tensors:
+        if file.kind == "tokens":
+            ids = tensors[file].get("token_ids")
+            wanted = [info.batch, info.rows]
+            if ids is None or ids.dtype != torch.int64 or list(ids.shape) != wanted or bool((ids < 0).any()):
+                raise SnapshotError(
+                    f"{info.path / file.name} is refused: expected token_ids, torch.int64 {wanted}, none negative"
+                )
+            return ids.clone()
+    return None
