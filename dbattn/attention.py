@@ -17,7 +17,8 @@ from .index import make_index
 from .plan import QueryPlan
 from .query import Query
 from .rows import RowSource
-from .store import KVStore, check_finite
+from .storage import check_finite
+from .store import KVStore
 from .usage import Usage
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class AttentionDB:
         self, num_kv_heads: int, head_dim: int, *, value_dim: int | None = None, config: RetrievalConfig | None = None
     ) -> None:
         self.config = config or RetrievalConfig()
-        self.store = KVStore(num_kv_heads, head_dim, head_dim if value_dim is None else value_dim)
+        value_dim = head_dim if value_dim is None else value_dim
+        self.store = KVStore(num_kv_heads, head_dim, value_dim, self.config.storage)
         self.index = make_index(self.config)
         self.stats = RunningStats()
 
@@ -174,7 +176,7 @@ class AttentionDB:
             hits = self.search(query, k, scale=scale)
             self.sync()
             return hits
-        keys, m, scale = self.store.keys, query.shape[2], asked.scale
+        keys, m, scale = self.store.rows[0], query.shape[2], asked.scale
         hot = min(len(self) - m + 1, len(self.index))
         positions = torch.arange(len(self) - m + 1, len(self) + 1, device=query.device)
         start = (self.store.start - hot).clamp(min=0)

@@ -22,6 +22,7 @@ TAILS = {
 # Rows under which a dense scan takes less time than the index does, where no estimate says it better.
 DENSE_BELOW = {"flat": 1024, "ivf": 1024, "hnsw": 1024, "segmented": 2048}
 DEFAULT_K = 128
+STORAGES = ("float32", "float16", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class RetrievalConfig:
         max_queries: a call with more new positions than this (a prefill chunk) is answered densely.
         max_error: bound on the relative error of the output, 0 to 1. Queries whose estimated error breaks it are
             answered with more rows, in the end densely; audits keep the estimates right. Default: no bound.
+        storage: what rows are kept as: "float32", "float16", "bfloat16", or "int8", a quarter of float32, each key and
+            each value with one scale (on the CPU only: no GPU kernel reads it). Audits compare with a dense scan of the
+            rows as they are kept; what a narrower type itself adds to the error comes on top. Default: as they come.
         audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1.
         nprobe: lists probed per query ("ivf" only, default 128).
         ef_search: candidates kept while walking the graph ("hnsw" only, default 256).
@@ -59,6 +63,7 @@ class RetrievalConfig:
     dense_below: int | str | None = None
     max_queries: int = 1
     max_error: float | None = None
+    storage: str | None = None
     audit_rate: float = 0.02
     nprobe: int | None = None
     ef_search: int | None = None
@@ -76,6 +81,8 @@ class RetrievalConfig:
         if self.tail is not None and self.tail not in TAILS[self.index_name]:
             allowed = " or ".join(repr(tail) for tail in TAILS[self.index_name])
             raise ValueError(f"tail is {self.tail!r}, expected {allowed} with index={self.index!r}")
+        if self.storage is not None and self.storage not in STORAGES:
+            raise ValueError(f"storage is {self.storage!r}, expected one of {', '.join(STORAGES)}, or None")
         if not _is_number(self.audit_rate) or not 0 <= self.audit_rate <= 1:
             raise ValueError(f"audit_rate is {self.audit_rate!r}, expected a number from 0 to 1")
         bound = self.max_error

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from index_kernels import attend_rows, dense_decode, merge_states
+from index_kernels import attend_rows, dense_decode, floats, merge_states
 from index_kernels.ops import check_rows
+from index_kernels.packed import row_dim
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
 _LOGITS_BYTES = 64 << 20
@@ -25,7 +26,7 @@ def dense_attention(
 
     Args:
         query: ``[B, Hq, m, D]``, the last m positions.
-        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``; Hkv divides Hq, m <= T.
+        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, or packed int8 rows; Hkv divides Hq, m <= T.
         start: int64 ``[B]``, first valid row of each batch row (left padding).
         scale: factor of the logits, default ``1 / sqrt(D)``.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
@@ -45,7 +46,7 @@ def dense_attention(
     if query.shape[2] == 1:
         out, lse = dense_decode(query, keys, values, start=start, scale=scale, softcap=softcap)
         return (out, lse) if return_lse else out.to(query.dtype)
-    if keys.dtype == values.dtype == query.dtype and softcap is None and not return_lse:
+    if softcap is None and not return_lse:
         return _scan_many(query, keys, values, start, scale)
     out, lse = _scan_with_lse(query, keys, values, start, scale, softcap)
     return (out, lse) if return_lse else out.to(query.dtype)
@@ -61,11 +62,12 @@ def masked_attention(
     batch, heads, m, _ = query.shape
     step = max(1, _LOGITS_BYTES // (4 * batch * heads * keys.shape[2]))
     group = heads // keys.shape[1]
+    keys, values = floats(keys), floats(values)
     outs, lses = [], []
     for lo in range(0, m, step):
         part = query[:, :, lo : lo + step].float()
         grouped = part.reshape(batch, keys.shape[1], -1, part.shape[-1])
-        logits = (grouped @ keys.float().transpose(2, 3)).view(batch, heads, -1, keys.shape[2]) * scale
+        logits = (grouped @ keys.transpose(2, 3)).view(batch, heads, -1, keys.shape[2]) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         if mask is not None:
@@ -73,7 +75,7 @@ def masked_attention(
             logits = logits.masked_fill(~rows, float("-inf")) if rows.dtype == torch.bool else logits + rows
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-        out = weights.view(batch, keys.shape[1], group * weights.shape[2], -1) @ values.float()
+        out = weights.view(batch, keys.shape[1], group * weights.shape[2], -1) @ values
         outs.append(out.view(batch, heads, -1, values.shape[-1]))
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
@@ -86,6 +88,14 @@ def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, T
 
 
 def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scale: float | None) -> Tensor:
+    if not keys.dtype == values.dtype == query.dtype:
+        # Rows of another type become float32 for one KV head at a time.
+        group = query.shape[1] // keys.shape[1]
+        heads = [
+            _scan_many(asking.float(), floats(keys[:, h : h + 1]), floats(values[:, h : h + 1]), start, scale)
+            for h, asking in enumerate(torch.split(query, group, dim=1))
+        ]
+        return torch.cat(heads, dim=1).to(query.dtype)
     m, rows = query.shape[2], keys.shape[2]
     if start is None and m == rows:
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
@@ -108,7 +118,7 @@ def _scan_with_lse(
         ranges = causal_ranges(part, keys.shape[2] - m + lo, start)
         states.append(attend_rows(part, keys, values, ranges=ranges, scale=scale, softcap=softcap))
     if not states:
-        empty = query.new_zeros((batch, heads, 0, values.shape[-1]), dtype=torch.float32)
+        empty = query.new_zeros((batch, heads, 0, row_dim(values)), dtype=torch.float32)
         return empty, empty.sum(-1)
     return torch.cat([out for out, _ in states], dim=2), torch.cat([lse for _, lse in states], dim=2)
 

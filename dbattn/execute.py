@@ -70,16 +70,10 @@ def run_plan(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
     return _run_search(plan, config, call)
 
 
-def row_bytes(store: KVStore) -> int:
-    """Bytes of one row: a key and a value."""
-    keys, values = store.keys, store.values
-    return keys.element_size() * keys.shape[3] + values.element_size() * values.shape[3]
-
-
 def _run_search(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
     """Sinks and hot rows by range, then the rows an index finds by id, weighted where they are a sample."""
     query, store, scale, softcap = call.query, call.store, call.scale, call.softcap
-    keys, values, k = store.keys, store.values, config.rows_retrieved
+    (keys, values), k = store.rows, config.rows_retrieved
     began = time.perf_counter()
     ranges = exact_ranges(query, len(store) - query.shape[2], store.start, plan.hot, config.n_sink)
     exact = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap)
@@ -118,9 +112,9 @@ def _run_search(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
         exact_lse = torch.logaddexp(exact[1], read[1])
     # Heads of a group and queries of a call share the rows of their ranges; each reads its own retrieved rows.
     shared = int(query.shape[0] * keys.shape[1] * float(exact_rows.max()))
-    retrieved = int(scan_rows.sum()) * row_bytes(store) + found.bytes_read
+    retrieved = int(scan_rows.sum()) * store.row_bytes + found.bytes_read
     usages = (
-        Usage(float(exact_rows.mean()), shared * row_bytes(store), 0.0, scanned - began),
+        Usage(float(exact_rows.mean()), shared * store.row_bytes, 0.0, scanned - began),
         Usage(float(scan_rows.mean()), retrieved, 0.0, ended - scanned),
     )
     mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
@@ -196,7 +190,7 @@ def _run_lists(plan: QueryPlan, config: RetrievalConfig, call: Call, index: Segm
     )
     if not call.measure:
         return answer
-    units, per_row, value_bytes = batch * store.num_kv_heads * m, row_bytes(store), 2 * store.value_dim
+    units, per_row, value_bytes = batch * store.num_kv_heads * m, store.row_bytes, 2 * store.value_dim
     # Keys of summaries are read to choose lists, their values by the tail.
     scored = found.summaries_read * (index.summary_bytes - value_bytes)
     unread = found.summaries_read - found.lists_read

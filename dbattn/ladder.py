@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import RetrievalConfig
 from .dense import dense_attention
-from .execute import Answer, Call, row_bytes, run_plan
+from .execute import Answer, Call, run_plan
 from .plan import QueryPlan, Source
 from .usage import Usage
 
@@ -178,13 +178,14 @@ def finish_climb(climb: Climb, call: Call) -> Answer:
     if climb.dense_heads:
         began = time.perf_counter()
         group = query.shape[1] // store.num_kv_heads
+        keys, values = store.rows
         out, lse, exact_lse = out.clone(), lse.clone(), exact_lse.clone()
         for head in climb.dense_heads:
             asking, rows = slice(head * group, (head + 1) * group), slice(head, head + 1)
             state = dense_attention(
                 query[:, asking],
-                store.keys[:, rows],
-                store.values[:, rows],
+                keys[:, rows],
+                values[:, rows],
                 start=store.start,
                 scale=call.scale,
                 softcap=call.softcap,
@@ -194,7 +195,7 @@ def finish_climb(climb: Climb, call: Call) -> Answer:
             exact_lse[:, asking] = state[1]
         share = len(climb.dense_heads) / store.num_kv_heads
         rows_read += share * len(store)
-        size = query.shape[0] * len(climb.dense_heads) * len(store) * row_bytes(store)
+        size = query.shape[0] * len(climb.dense_heads) * len(store) * store.row_bytes
         took = time.perf_counter() - began
         usage = Usage(share * len(store), size, 0.0, took)
         names = ", ".join(map(str, climb.dense_heads))

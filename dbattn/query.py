@@ -18,7 +18,8 @@ from .index.segmented import budget
 from .ladder import Ladder, finish_climb
 from .metrics import relative_error
 from .plan import QueryPlan, choose_plan
-from .store import KVStore, check_finite
+from .storage import check_finite
+from .store import KVStore
 from .trace import weights_by_position
 from .usage import Workload
 
@@ -47,11 +48,11 @@ class Query:
         softcap: float | None,
     ) -> "Query":
         """The query with its default scale; ValueError states what was received where it does not fit the store."""
-        keys = store.keys
-        if query.ndim != 4 or query.shape[0] != keys.shape[0] or query.shape[3] != keys.shape[3]:
-            raise ValueError(f"query has shape {list(query.shape)}, expected [{keys.shape[0]}, Hq, m, {keys.shape[3]}]")
-        if query.shape[1] == 0 or query.shape[1] % keys.shape[1]:
-            raise ValueError(f"{query.shape[1]} query heads do not divide into groups over {keys.shape[1]} KV heads")
+        keys, dim, kv_heads = store.rows[0], store.head_dim, store.num_kv_heads
+        if query.ndim != 4 or query.shape[0] != keys.shape[0] or query.shape[3] != dim:
+            raise ValueError(f"query has shape {list(query.shape)}, expected [{keys.shape[0]}, Hq, m, {dim}]")
+        if query.shape[1] == 0 or query.shape[1] % kv_heads:
+            raise ValueError(f"{query.shape[1]} query heads do not divide into groups over {kv_heads} KV heads")
         if not 1 <= query.shape[2] <= len(store):
             raise ValueError(
                 f"query has {query.shape[2]} positions, expected 1 to {len(store)}: they are the newest rows"
@@ -81,7 +82,7 @@ class Query:
             kv_heads=store.num_kv_heads,
             dim=store.head_dim,
             value_dim=store.value_dim,
-            element_size=store.keys.element_size(),
+            row_bytes=store.row_bytes,
         )
 
     def plan(
@@ -122,15 +123,14 @@ class Query:
         """The exact answer ``[B, Hq, m, Dv]`` in the query's dtype."""
         if self.is_sealed_ahead:
             return self.dense_state()[0].to(self.query.dtype)
-        store = self.store
-        start = store.start if store.has_padding else None
-        out = dense_attention(self.query, store.keys, store.values, start=start, scale=self.scale, softcap=self.softcap)
+        start = self.store.start if self.store.has_padding else None
+        out = dense_attention(self.query, *self.store.rows, start=start, scale=self.scale, softcap=self.softcap)
         assert isinstance(out, Tensor)
         return out
 
     def dense_state(self) -> tuple[Tensor, Tensor]:
         """The exact ``(out [B, Hq, m, Dv], lse [B, Hq, m])``, float32."""
-        keys, values, start = self.store.keys, self.store.values, self.store.start
+        (keys, values), start = self.store.rows, self.store.start
         if self.is_sealed_ahead:
             # Rows after a query's position were moved among the older ones: causal order is by position, not place.
             return masked_attention(
@@ -147,7 +147,7 @@ class Query:
         """Compare a measured answer with dense."""
         plan, store, k = answer.plan, self.store, self.config.rows_retrieved
         lo = store.start + self.config.n_sink
-        _, exact_scores = top_k(self.query, store.keys[:, :, : plan.hot], k, scale=self.scale, start=lo)
+        _, exact_scores = top_k(self.query, store.rows[0][:, :, : plan.hot], k, scale=self.scale, start=lo)
         assert answer.slots is not None
         dense = self.dense_state()
         if learn and self.stats.ladder is not None and answer.tried is not None:
@@ -200,7 +200,8 @@ class Query:
     @property
     def bytes_dense(self) -> int:
         """Bytes that a dense scan reads."""
-        return sum(rows.numel() * rows.element_size() for rows in (self.store.keys, self.store.values))
+        batch, heads, rows, _ = self.store.rows[0].shape
+        return batch * heads * rows * self.store.row_bytes
 
     def _causal_mask(self) -> Tensor:
         """``[B, Hq, m, T]`` bool by the positions of rows."""

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from index_kernels import merge_states
 from index_kernels.ops import check_rows
+from index_kernels.packed import row_dim
 
 from .dense import masked_attention
-from .store import check_finite
+from .storage import check_finite
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class RowSource:
     def check(self, query: Tensor, value_dim: int) -> None:
         """Raise ValueError where the rows do not fit ``query [B, Hq, m, D]`` or the store's values."""
         check_rows(query, self.keys, self.values)
-        if self.values.shape[3] != value_dim:
+        if row_dim(self.values) != value_dim:
             raise ValueError(f"extra values have shape {list(self.values.shape)}, expected dimension {value_dim}")
         for name, rows in (("extra keys", self.keys), ("extra values", self.values)):
             check_finite(name, rows)

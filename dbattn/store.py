@@ -1,29 +1,33 @@
 """KVStore: the rows of one layer, kept once, in buffers that double."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from index_kernels import floats
 from index_kernels.ops import FLOATS
+
+from .storage import check_finite, stored
 
 
 class KVStore:
     """Keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, appended in place.
 
-    ``start [B]`` is the first valid row of each batch row (left padding); rows before it are never read.
+    ``start [B]`` is the first valid row of each batch row (left padding); rows before it are never read. ``storage``:
+    what rows are kept as, see RetrievalConfig.
     """
 
     start: Tensor
     has_padding: bool
 
-    def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int) -> None:
+    def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int, storage: str | None = None) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
         self.num_kv_heads, self.head_dim, self.value_dim = num_kv_heads, head_dim, value_dim
+        self.storage = storage
         self._clear()
 
     def _clear(self) -> None:
@@ -37,20 +41,25 @@ class KVStore:
         """Add rows after the newest; nothing is written when anything about them is wrong.
 
         Raises:
-            ValueError: shapes, dtype or device that do not fit, or a value that is NaN or infinite.
+            ValueError: shapes, dtype or device that do not fit, or a value that is NaN or infinite, or becomes so.
         """
         self._check(keys, values)
-        added = keys.shape[2]
-        self._reserve(keys, values, self._length + added)
+        keys, values = stored("keys", keys, self.storage), stored("values", values, self.storage)
+        length = self._length + keys.shape[2]
+        self._reserve(keys, values, length)
         for buffer, rows in zip(self.buffers, (keys, values), strict=True):
-            buffer[:, :, self._length : self._length + added] = rows.detach()
-        self._length += added
+            buffer[:, :, self._length : length] = rows.detach()
+        self._length = length
 
     def restore(self, rows: "MappedRows", start: Tensor, settled: int) -> None:
         """Hold saved rows in place of what is held; they are copied together when they are first asked for.
 
         ``rows`` fit the store and are finite: who reads them from disk has checked it.
+
+        Raises:
+            ValueError: packed rows wanted on a device that does not read them.
         """
+        self._check_device(rows.device)
         self._clear()
         self._mapped, self._length, self._settled = rows, len(rows), settled
         self._set_start(start.to(rows.device))
@@ -122,14 +131,25 @@ class KVStore:
         return self._saved[1] if self._saved[0] == digest else 0
 
     @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Zero-copy views of keys and values as they are stored, ``[B, Hkv, n, D]`` or packed; what kernels read."""
+        keys, values = self.buffers
+        return keys[:, :, : self._length], values[:, :, : self._length]
+
+    @property
     def keys(self) -> Tensor:
-        """Zero-copy view ``[B, Hkv, n, D]`` of the rows."""
-        return self.buffers[0][:, :, : self._length]
+        """Keys ``[B, Hkv, n, D]`` as floats: a zero-copy view, of packed rows a float32 copy."""
+        return _unpacked(self.rows[0])
 
     @property
     def values(self) -> Tensor:
-        """Zero-copy view ``[B, Hkv, n, Dv]`` of the rows."""
-        return self.buffers[1][:, :, : self._length]
+        """Values ``[B, Hkv, n, Dv]`` as floats: a zero-copy view, of packed rows a float32 copy."""
+        return _unpacked(self.rows[1])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: a key and a value."""
+        return sum(buffer.element_size() * buffer.shape[3] for buffer in self.buffers)
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
@@ -147,10 +167,10 @@ class KVStore:
 
     def scores(self, query: Tensor, slots: Tensor, scale: float) -> Tensor:
         """Logits ``scale * q.k`` of the given places, -inf where a place is -1: ``[B, Hq, m, n]``."""
-        keys = self.keys
+        keys = self.rows[0]
         b = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
         h = (torch.arange(slots.shape[1], device=slots.device) // (slots.shape[1] // keys.shape[1]))[:, None, None]
-        logits = (keys[b, h, slots.clamp(min=0)].float() @ query.float()[..., None]).squeeze(-1)
+        logits = (floats(keys[b, h, slots.clamp(min=0)]) @ query.float()[..., None]).squeeze(-1)
         return (logits * scale).masked_fill(slots < 0, float("-inf"))
 
     @property
@@ -209,7 +229,7 @@ class KVStore:
                 continue
             if rows.shape[0] != buffer.shape[0]:
                 raise ValueError(f"{name} have shape {list(rows.shape)}, expected {expected}")
-            if rows.dtype != buffer.dtype or rows.device != buffer.device:
+            if (self.storage is None and rows.dtype != buffer.dtype) or rows.device != buffer.device:
                 raise ValueError(
                     f"{name} are {rows.dtype} on {rows.device}, the store holds {buffer.dtype} on {buffer.device}"
                 )
@@ -217,8 +237,13 @@ class KVStore:
             raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} differ in batch, heads or rows")
         if keys.dtype != values.dtype or keys.device != values.device:
             raise ValueError(f"keys are {keys.dtype} on {keys.device}, values are {values.dtype} on {values.device}")
+        self._check_device(keys.device)
         for name, rows in (("keys", keys), ("values", values)):
             check_finite(name, rows)
+
+    def _check_device(self, device: torch.device) -> None:
+        if self.storage == "int8" and device.type != "cpu":
+            raise ValueError(f"storage='int8' is read on the CPU only, rows are on {device}: use storage='float16'")
 
 
 @dataclass(frozen=True)
@@ -250,6 +275,10 @@ class MappedRows:
         return self
 
 
+def _unpacked(rows: Tensor) -> Tensor:
+    return floats(rows) if rows.dtype == torch.int8 else rows
+
+
 def new_buffer(like: Tensor, capacity: int) -> Tensor:
     """Room for ``capacity`` rows ``[B, H, capacity, D]`` of the kind ``like [B, H, n, D]`` has."""
     # An ordinary tensor even under inference_mode, whose tensors could not be written to outside it.
@@ -269,14 +298,3 @@ def exponential_noise(heads: int, first: int, stop: int, device: torch.device) -
     x = x ^ ((x >> 31) & 0x1FFFFFFFF)
     uniform = (((x >> 11) & 0x1FFFFFFFFFFFFF).double() + 1) * 2.0**-53
     return -torch.log(uniform).float()
-
-
-def check_finite(name: str, rows: Tensor) -> None:
-    """Raise ValueError naming the first NaN or infinite element of ``rows``."""
-    # A finite sum proves every element finite in one cheap pass; only an overflow of the sum needs the second look.
-    if math.isfinite(rows.sum(dtype=torch.float32).item()):
-        return
-    bad = (~torch.isfinite(rows)).nonzero()
-    if len(bad):
-        at = bad[0].tolist()
-        raise ValueError(f"{name} hold {rows[tuple(at)].item()} at {at} ({len(bad)} elements are not finite)")

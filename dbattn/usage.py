@@ -20,7 +20,7 @@ class Workload:
         indexed: rows below this are in the index.
         first_index_row: the least row that the index answers for; earlier ones are padding or sinks.
         batch, heads, kv_heads, dim, value_dim: shapes of the query and of the store.
-        element_size: bytes of one stored number.
+        row_bytes: bytes of one row: a key and a value.
     """
 
     rows: int
@@ -32,12 +32,7 @@ class Workload:
     kv_heads: int = 1
     dim: int = 64
     value_dim: int = 64
-    element_size: int = 4
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row: a key and a value."""
-        return self.element_size * (self.dim + self.value_dim)
+    row_bytes: int = 512
 
     @property
     def units(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._cpu_common import FAST, NEG, TILE, F, flat_rows, flush, softcapped, use_torchs_threads
 from ._cpu_vectors import lanes, score_rows
+from .packed import row_dim
 
 
 def attend_rows(
@@ -31,7 +32,7 @@ def attend_rows(
         size = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).contiguous().numpy()
     weights = torch.zeros(0, 0, 0, 0) if log_weights is None else log_weights.float().contiguous()
     use_torchs_threads()
-    out = torch.empty((*query.shape[:3], values.shape[3]))
+    out = torch.empty((*query.shape[:3], row_dim(values)))
     lse = torch.empty(query.shape[:3])
     _attend_rows(
         query.detach().float().contiguous().numpy(),
@@ -43,7 +44,7 @@ def attend_rows(
         weights.numpy(),
         F(scale),
         F(softcap or 0.0),
-        *lanes(1, query.shape[3], values.shape[3]),
+        *lanes(1, query.shape[3], out.shape[3]),
         out.numpy(),
         lse.numpy(),
     )

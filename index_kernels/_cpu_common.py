@@ -1,8 +1,9 @@
 """What the CPU kernels share: exponentials, the running softmax state of a KV head, and the merge of parts.
 
 Shapes: query [B, Hq, D] float32; keys [B, Hkv, T, D] and values [B, Hkv, T, Dv] are views of a store (float32;
-float16 as uint16 bits; bfloat16 as int16 bits); G = Hq // Hkv query heads share a KV head. State and logits are
-float32. Numba's disk cache looks at a kernel's own file only: run ``make clean`` after editing this one.
+float16 as uint16 bits; bfloat16 as int16 bits; int8 packed with scales, see packed.py); G = Hq // Hkv query heads share
+a KV head. State and logits are float32. Numba's disk cache looks at a kernel's own file only: run ``make clean`` after
+editing this one.
 """
 
 # mypy: ignore-errors
@@ -21,7 +22,7 @@ from numba.extending import intrinsic
 from numba.np.ufunc.parallel import _launch_threads
 from torch import Tensor
 
-from ._cpu_vectors import add_rows, score_rows
+from ._cpu_vectors import add_rows, load_scale, score_rows
 
 # Numba's pool sets OpenMP's thread count when it starts, which is torch's too: start it now, and put torch's back.
 _threads = torch.get_num_threads()
@@ -49,7 +50,7 @@ def use_torchs_threads() -> int:
 
 
 def numpy_bits(rows: Tensor) -> np.ndarray:
-    """The tensor's memory as numpy: bfloat16 as int16 bits, float16 as uint16 bits, float32 as it is."""
+    """The tensor's memory as numpy: bfloat16 as int16 bits, float16 as uint16 bits, float32 and int8 as they are."""
     if rows.dtype == torch.bfloat16:
         return rows.view(torch.int16).numpy()
     if rows.dtype == torch.float16:
@@ -77,7 +78,7 @@ def numpy_queries(query: Tensor) -> np.ndarray:
 
 @intrinsic
 def to_f32(typingctx, x):
-    """A stored number as float32: float32 itself, uint16 = float16 bits, int16 = bfloat16 bits."""
+    """A stored number as float32: float32 itself, uint16 = float16 bits, int16 = bfloat16 bits, int8 without scale."""
 
     def gen(context, builder, sig, args):
         v = args[0]
@@ -86,9 +87,24 @@ def to_f32(typingctx, x):
         if sig.args[0] == types.int16:
             wide = builder.zext(v, ir.IntType(32))
             return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+        if sig.args[0] == types.int8:
+            return builder.sitofp(v, ir.FloatType())
         return v
 
     return types.float32(x), gen
+
+
+@intrinsic
+def row_scale(typingctx, row, D):
+    """What the D numbers of a stored row, a contiguous array, are to be multiplied by: 1 unless it is packed."""
+
+    def gen(context, builder, sig, args):
+        if sig.args[0].dtype != types.int8:
+            return ir.Constant(ir.FloatType(), 1.0)
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        return load_scale(builder, builder.gep(data, [args[1]]))
+
+    return types.float32(row, types.int64), gen
 
 
 @intrinsic

@@ -22,13 +22,14 @@ from ._cpu_common import (
     use_torchs_threads,
 )
 from ._cpu_vectors import lanes
+from .packed import row_dim
 
 
 def dense_decode(
     query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_decode."""
-    out = torch.empty((*query.shape[:3], values.shape[3]))
+    out = torch.empty((*query.shape[:3], row_dim(values)))
     lse = torch.empty(query.shape[:3])
     group = query.shape[1] // keys.shape[1]
     _dense_decode(
@@ -41,7 +42,7 @@ def dense_decode(
         F(scale),
         F(softcap or 0.0),
         use_torchs_threads(),
-        *lanes(group, query.shape[3], values.shape[3]),
+        *lanes(group, query.shape[3], out.shape[3]),
         out.numpy()[:, :, 0],
         lse.numpy()[:, :, 0],
     )

@@ -6,7 +6,7 @@
 import numpy as np
 from numba import njit, prange
 
-from ._cpu_common import FAST, F, to_f16, to_f32
+from ._cpu_common import FAST, F, row_scale, to_f16, to_f32
 
 FLAT_SUPERS = 128
 
@@ -218,13 +218,15 @@ def seal_rows(
 ):
     """Seal the rows bounds[s]..bounds[s + 1] into segment first_segment + s, for every batch row and KV head.
 
-    Rows must be in position order. Permutes keys, values, ids [B, Hkv, cap] in place and appends to the list and
-    super-list arrays; seg_lists, seg_supers [B, Hkv, segments + 1] mark where each segment's begin and end;
-    shape [B, Hkv, segments, D, D], cross [.., D, Dv], trace [..] are sums over residuals (key - centroid).
-    The order of the list arrays: segment by segment, so dropping the newest segments is lowering a count.
+    Rows must be in position order; packed ones move with their scales. Permutes keys, values, ids [B, Hkv, cap] in
+    place and appends to the list and super-list arrays; seg_lists, seg_supers [B, Hkv, segments + 1] mark where each
+    segment's begin and end; shape [B, Hkv, segments, D, D], cross [.., D, Dv], trace [..] are sums over residuals
+    (key - centroid). The order of the list arrays: segment by segment, so dropping the newest segments is lowering a
+    count.
     """
-    B, H, _, D = keys.shape
-    Dv = values.shape[3]
+    B, H = keys.shape[:2]
+    D = list_key.shape[3]
+    Dv = list_value.shape[3]
     N = bounds.size - 1
     BH = B * H
     longest = 0
@@ -246,8 +248,9 @@ def seal_rows(
             x = np.empty((n, D), F)
             mean = np.zeros(D, F)
             for i in range(n):
+                unit = row_scale(keys[b, h, lo + i], D)
                 for d in range(D):
-                    v = to_f32(keys[b, h, lo + i, d])
+                    v = to_f32(keys[b, h, lo + i, d]) * unit
                     x[i, d] = v
                     mean[d] += v
             # softmax ignores a shift of all keys, so cluster around the segment's mean: fewer lost bits
@@ -291,12 +294,14 @@ def seal_rows(
         for i in range(n):
             p = perm[s, bh, i]
             ids[b, h, lo + i] = ri[p]
+            keys[b, h, lo + i] = rk[p]
+            values[b, h, lo + i] = rv[p]
+            unit = row_scale(rk[p], D)
             for d in range(D):
-                keys[b, h, lo + i, d] = rk[p, d]
-                x[i, d] = to_f32(rk[p, d])
+                x[i, d] = to_f32(rk[p, d]) * unit
+            unit = row_scale(rv[p], Dv)
             for d in range(Dv):
-                values[b, h, lo + i, d] = rv[p, d]
-                y[i, d] = to_f32(rv[p, d])
+                y[i, d] = to_f32(rv[p, d]) * unit
         key = np.empty(D, F)
         value = np.empty(Dv, F)
         S = shape[b, h, k]

@@ -5,7 +5,7 @@
 LLVM's own vectoriser re-checks aliasing and trip counts for every row and keeps accumulators in memory; these two
 loops hold the query (or the accumulators) of a whole KV group in registers. G, D and the vector width come from the
 *types* of small tuples (see `lanes`), so one source serves every shape and Numba's disk cache still works (closures
-over jitted functions would miss it in every new process).
+over jitted functions would miss it in every new process). Packed int8 rows have their scale behind their last number.
 """
 
 from math import gcd
@@ -31,16 +31,27 @@ def _pointer(context, builder, typ, value, offset):
 
 
 def _load(builder, pointer, element, chunk, width):
-    """`width` stored numbers at pointer[chunk * width] as float32: uint16 is float16 bits, int16 bfloat16 bits."""
+    """`width` stored numbers at pointer[chunk * width] as float32: uint16 is float16 bits, int16 bfloat16 bits.
+
+    int8 numbers come without their row's scale.
+    """
     p = builder.gep(pointer, [I64(chunk * width)])
     if element == types.float32:
         return builder.load(builder.bitcast(p, ir.VectorType(F32, width).as_pointer()), align=4)
+    if element == types.int8:
+        raw = builder.load(builder.bitcast(p, ir.VectorType(ir.IntType(8), width).as_pointer()), align=1)
+        return builder.sitofp(raw, ir.VectorType(F32, width))
     raw = builder.load(builder.bitcast(p, ir.VectorType(ir.IntType(16), width).as_pointer()), align=2)
     if element == types.uint16:
         return builder.fpext(builder.bitcast(raw, ir.VectorType(ir.HalfType(), width)), ir.VectorType(F32, width))
     i32 = ir.VectorType(ir.IntType(32), width)
     shift = ir.Constant(i32, [16] * width)
     return builder.bitcast(builder.shl(builder.zext(raw, i32), shift), ir.VectorType(F32, width))
+
+
+def load_scale(builder, pointer):
+    """The float32 at a byte pointer, however it is aligned."""
+    return builder.load(builder.bitcast(pointer, F32.as_pointer()), align=1)
 
 
 def _fma(builder, a, b, c):
@@ -91,7 +102,10 @@ def _loop(builder, start, stop, step):
 
 @intrinsic
 def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, out_stride, heads, chunks, width):
-    """out[out_at + g * out_stride + i] = q[q_at + g * D :] . rows[rows_at + i * row_stride :] for i < n, g < G."""
+    """out[out_at + g * out_stride + i] = q[q_at + g * D :] . rows[rows_at + i * row_stride :] for i < n, g < G.
+
+    Packed rows: the products of the int8 numbers are multiplied by the row's scale at the end.
+    """
 
     def gen(context, builder, sig, args):
         G, C, W = len(sig.args[9]), len(sig.args[10]), 1 << (len(sig.args[11]) - 1)
@@ -103,8 +117,16 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
             [_load(builder, builder.gep(qp, [I64(g * C * W)]), types.float32, c, W) for c in range(C)] for g in range(G)
         ]
 
+        packed = element == types.int8
+
+        def row_at(i):
+            return builder.gep(rp, [builder.mul(i, args[4])])
+
+        def scale_at(i):
+            return load_scale(builder, builder.gep(row_at(i), [I64(C * W)]))
+
         def dots(i):
-            row = builder.gep(rp, [builder.mul(i, args[4])])
+            row = row_at(i)
             vs = [_load(builder, row, element, c, W) for c in range(C)]
             sums = []
             for g in range(G):
@@ -119,6 +141,11 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
             # four rows at a time: their horizontal sums share the shuffles
             with _loop(builder, I64(0), n4, 4) as (i, _):
                 four = [dots(builder.add(i, I64(k))) for k in range(4)]
+                if packed:
+                    scales = ir.Constant(ir.VectorType(F32, 4), ir.Undefined)
+                    for k in range(4):
+                        one = scale_at(builder.add(i, I64(k)))
+                        scales = builder.insert_element(scales, one, ir.Constant(ir.IntType(32), k))
                 for g in range(G):
                     (v,) = _pair_sums(builder, [four[k][g] for k in range(4)])
                     # v holds, in every block of 4 lanes, one partial sum per row
@@ -130,13 +157,16 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
                             builder.shuffle_vector(v, u, ir.Constant(t, list(range(m)))),
                             builder.shuffle_vector(v, u, ir.Constant(t, list(range(m, 2 * m)))),
                         )
+                    if packed:
+                        v = builder.fmul(v, scales)
                     p = builder.gep(op, [builder.add(builder.mul(args[8], I64(g)), i)])
                     builder.store(v, builder.bitcast(p, v.type.as_pointer()), align=4)
         else:
             n4 = I64(0)
         with _loop(builder, n4, args[5], 1) as (i, _):
             for g, a in enumerate(dots(i)):
-                builder.store(_sum(builder, a), builder.gep(op, [builder.add(builder.mul(args[8], I64(g)), i)]))
+                dot = builder.fmul(_sum(builder, a), scale_at(i)) if packed else _sum(builder, a)
+                builder.store(dot, builder.gep(op, [builder.add(builder.mul(args[8], I64(g)), i)]))
         return context.get_dummy_value()
 
     i = types.int64
@@ -145,7 +175,10 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
 
 @intrinsic
 def add_rows(typingctx, weight, weight_at, weight_stride, rows, rows_at, row_stride, n, acc, heads, chunks, width):
-    """acc[g, :] += weight[weight_at + g * weight_stride + i] * rows[rows_at + i * row_stride :] over i < n."""
+    """acc[g, :] += weight[weight_at + g * weight_stride + i] * rows[rows_at + i * row_stride :] over i < n.
+
+    Packed rows: each weight is multiplied by the row's scale first.
+    """
 
     def gen(context, builder, sig, args):
         G, C, W = len(sig.args[8]), len(sig.args[9]), 1 << (len(sig.args[10]) - 1)
@@ -169,8 +202,11 @@ def add_rows(typingctx, weight, weight_at, weight_stride, rows, rows_at, row_str
                 row = builder.gep(rp, [builder.mul(i, args[5])])
                 vs = [_load(builder, row, element, c, W) for c in cs]
                 k = 0
+                packed = element == types.int8
+                scale = load_scale(builder, builder.gep(row, [I64(C * W)])) if packed else None
                 for g in range(G):
                     w = builder.load(builder.gep(wp, [builder.add(builder.mul(args[2], I64(g)), i)]))
+                    w = builder.fmul(w, scale) if packed else w
                     one = builder.insert_element(ir.Constant(vec, ir.Undefined), w, ir.Constant(ir.IntType(32), 0))
                     ws = builder.shuffle_vector(
                         one, ir.Constant(vec, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), W), [0] * W)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .ops import attend_rows, resolve_backend
+from .packed import row_dim
 from .reference import empty_state
 
 
@@ -133,7 +134,7 @@ def attend_lists(
     if tail:
         rest = attend_summaries(query, lists, chosen, logits, scale=scale, beta=beta, backend=backend)
     else:
-        rest = empty_state(query, values.shape[3])
+        rest = empty_state(query, row_dim(values))
     return torch.stack([read[0], rest[0]]), torch.stack([read[1], rest[1]])
 
 

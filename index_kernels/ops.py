@@ -10,10 +10,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .packed import row_dim
+
 BACKENDS = ("auto", "reference", "numba", "triton")
 # The ops that a backend implements; the reference serves the others.
 _SERVED = {"numba": {"attend_rows", "dense_decode"}, "triton": {"attend_rows", "dense_decode", "merge_states", "top_k"}}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# What keys and values may be: int8 is packed rows, see packed.py.
+STORED = (*FLOATS, torch.int8)
 
 
 def top_k(
@@ -30,7 +34,7 @@ def top_k(
 
     Args:
         query: ``[B, Hq, m, D]``.
-        keys: ``[B, Hkv, T, D]``; Hkv divides Hq.
+        keys: ``[B, Hkv, T, D]``, or packed rows int8 ``[B, Hkv, T, D + 4]`` (see ``pack_rows``); Hkv divides Hq.
         k: rows per query, at least 1; may exceed T.
         scale: factor of the logits, default ``1 / sqrt(D)``.
         start: int64 ``[B]``, the first row each batch row may see (default 0).
@@ -49,7 +53,8 @@ def top_k(
         raise ValueError(f"k is {k!r}, expected an integer of at least 1")
     start = _bounds(start, "start", query.shape[0], 0, query)
     stop = _bounds(stop, "stop", query.shape[2], keys.shape[2], query)
-    return _implementation("top_k", query, backend)(query, keys, k, scale=_scale(scale, query), start=start, stop=stop)
+    run = _implementation("top_k", query, backend, keys)
+    return run(query, keys, k, scale=_scale(scale, query), start=start, stop=stop)
 
 
 def attend_rows(
@@ -68,7 +73,7 @@ def attend_rows(
 
     Args:
         query: ``[B, Hq, m, D]``.
-        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``; Hkv divides Hq.
+        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, or packed rows (see ``pack_rows``); Hkv divides Hq.
         ids: int64 ``[B, Hq, m, n]``, rows to read, -1 for none. A row must not occur twice.
         ranges: int64 ``[B, Hq, m, r, 2]``, half-open row ranges that do not overlap. Give ids or ranges, not both.
         log_weights: ``[B, Hq, m, n]`` (or ``r``), added to the logits of each row (or of each range's rows).
@@ -108,7 +113,7 @@ def attend_rows(
         and (int(rows.max()) > keys.shape[2] - (ids is not None) or int(rows.min()) < -1)
     ):
         raise ValueError(f"{what} reach from {int(rows.min())} to {int(rows.max())}, there are {keys.shape[2]} rows")
-    run = _implementation("attend_rows", query, backend)
+    run = _implementation("attend_rows", query, backend, keys, values)
     scale, softcap = _scale(scale, query), _softcap(softcap)
     return run(query, keys, values, scale=scale, ids=ids, ranges=ranges, log_weights=log_weights, softcap=softcap)
 
@@ -127,7 +132,7 @@ def dense_decode(
 
     Args:
         query: ``[B, Hq, 1, D]``.
-        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``; Hkv divides Hq.
+        keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, or packed rows (see ``pack_rows``); Hkv divides Hq.
         start: int64 ``[B]``, the first row each batch row may see (default 0).
         scale: factor of the logits, default ``1 / sqrt(D)``.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
@@ -143,7 +148,7 @@ def dense_decode(
     if query.shape[2] != 1:
         raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
     start = _bounds(start, "start", query.shape[0], 0, query)
-    run = _implementation("dense_decode", query, backend)
+    run = _implementation("dense_decode", query, backend, keys, values)
     return run(query, keys, values, scale=_scale(scale, query), start=start, softcap=_softcap(softcap))
 
 
@@ -211,8 +216,10 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     return "triton"
 
 
-def _implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _implementation(op: str, tensor: Tensor, backend: str, *rows: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     chosen = resolve_backend(tensor, backend)
+    if chosen == "triton" and any(stored.dtype == torch.int8 for stored in rows):
+        raise ValueError("packed int8 rows are read on the CPU only: use float16 rows on a GPU")
     served = op in _SERVED.get(chosen, ())
     module = f"_{'cpu' if chosen == 'numba' else chosen}_{op}" if served else "reference"
     run: Callable[..., tuple[Tensor, Tensor]] = getattr(import_module(f"index_kernels.{module}"), op)
@@ -238,21 +245,24 @@ def check_rows(query: Tensor, keys: Tensor, values: Tensor | None = None) -> Non
         raise ValueError(
             f"query {list(query.shape)} and keys {list(keys.shape)} must be [B, Hq, m, D] and [B, Hkv, T, D]"
         )
-    if query.shape[0] != keys.shape[0] or query.shape[3] != keys.shape[3]:
+    if query.shape[0] != keys.shape[0] or query.shape[3] != row_dim(keys):
         raise ValueError(f"query {list(query.shape)} and keys {list(keys.shape)} differ in batch or head dimension")
     if keys.shape[1] == 0 or query.shape[1] % keys.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads do not divide into groups over {keys.shape[1]} KV heads")
-    for name, tensor in (("query", query), ("keys", keys)):
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, expected one of float32, float16, bfloat16")
+    if query.dtype not in FLOATS:
+        raise ValueError(f"query has dtype {query.dtype}, expected one of float32, float16, bfloat16")
+    if keys.dtype not in STORED:
+        raise ValueError(f"keys have dtype {keys.dtype}, expected one of float32, float16, bfloat16, int8")
     _same_device(query, keys=keys)
     if values is None:
         return
     if values.shape[:3] != keys.shape[:3] or values.ndim != 4:
         expected = [*keys.shape[:3], "Dv"]
         raise ValueError(f"values have shape {list(values.shape)}, expected {expected} to match the keys")
-    if values.dtype not in FLOATS:
-        raise ValueError(f"values have dtype {values.dtype}, expected one of float32, float16, bfloat16")
+    if values.dtype not in STORED:
+        raise ValueError(f"values have dtype {values.dtype}, expected one of float32, float16, bfloat16, int8")
+    if row_dim(values) < 0:
+        raise ValueError(f"values have shape {list(values.shape)}, expected packed rows [B, Hkv, T, Dv + 4]")
     _same_device(query, values=values)
 
 

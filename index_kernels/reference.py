@@ -1,12 +1,17 @@
 """The operators in plain torch: the specification that every other backend is compared with.
 
 Shapes (all files): query ``[B, Hq, m, D]``, keys ``[B, Hkv, T, D]``, values ``[B, Hkv, T, Dv]``; the
-``Hq // Hkv`` query heads of a group share one KV head. Logits and states are float32.
+``Hq // Hkv`` query heads of a group share one KV head. Logits and states are float32. Rows are float32, float16,
+bfloat16, or int8 packed with their scales (see ``packed``), which are unpacked as they are read.
 """
 
 import torch
 from torch import Tensor
 
+from .packed import floats, row_dim
+
+# Rows of a narrower type become float32 so many at a time.
+BLOCK = 8192
 NEG_INF = float("-inf")
 
 
@@ -55,7 +60,7 @@ def attend_rows(
         for r in range(ranges.shape[3])
     ]
     if not states:
-        return empty_state(query, values.shape[-1])
+        return empty_state(query, row_dim(values))
     return merge_states(torch.stack([s[0] for s in states]), torch.stack([s[1] for s in states]))
 
 
@@ -103,7 +108,11 @@ def _grouped_logits(query: Tensor, keys: Tensor) -> Tensor:
     batch, heads, m, dim = query.shape
     kv_heads = keys.shape[1]
     grouped = query.float().reshape(batch, kv_heads, heads // kv_heads * m, dim)
-    return (grouped @ keys.float().transpose(2, 3)).view(batch, heads, m, keys.shape[2])
+    if keys.dtype == torch.float32:
+        return (grouped @ keys.transpose(2, 3)).view(batch, heads, m, keys.shape[2])
+    blocks = [keys[:, :, lo : lo + BLOCK] for lo in range(0, max(1, keys.shape[2]), BLOCK)]
+    logits = torch.cat([grouped @ floats(block).transpose(2, 3) for block in blocks], dim=-1)
+    return logits.view(batch, heads, m, keys.shape[2])
 
 
 def _finish(logits: Tensor, softcap: float | None, log_weights: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,9 +140,9 @@ def _attend_ids(
     b = torch.arange(batch, device=ids.device)[:, None, None, None]
     h = (torch.arange(heads, device=ids.device) // group)[None, :, None, None]
     at = ids.clamp(min=0)
-    logits = (keys[b, h, at].float() @ query.float()[..., None]).squeeze(-1) * scale
+    logits = (floats(keys[b, h, at]) @ query.float()[..., None]).squeeze(-1) * scale
     weights, lse = _finish(logits, softcap, log_weights, ids >= 0)
-    return (weights[..., None, :] @ values[b, h, at].float()).squeeze(-2), lse
+    return (weights[..., None, :] @ floats(values[b, h, at])).squeeze(-2), lse
 
 
 def _attend_range(
@@ -148,12 +157,12 @@ def _attend_range(
     """One range per query; only the slice that covers all of them is read."""
     used = bounds[..., 1] > bounds[..., 0]
     if not bool(used.any()):
-        return empty_state(query, values.shape[-1])
+        return empty_state(query, row_dim(values))
     lo, hi = int(bounds[..., 0][used].min()), int(bounds[..., 1][used].max())
     rows = torch.arange(lo, hi, device=keys.device)
     mask = (rows >= bounds[..., :1]) & (rows < bounds[..., 1:])
     logits = _grouped_logits(query, keys[:, :, lo:hi]) * scale
     weights, lse = _finish(logits, softcap, None if log_weight is None else log_weight[..., None], mask)
     batch, heads, m, span = weights.shape
-    grouped = weights.view(batch, keys.shape[1], -1, span) @ values[:, :, lo:hi].float()
+    grouped = weights.view(batch, keys.shape[1], -1, span) @ floats(values[:, :, lo:hi])
     return grouped.view(batch, heads, m, -1), lse

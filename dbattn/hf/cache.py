@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from ..attention import AttentionDB
 from ..audit import AuditReport, RunningStats
 from ..config import RetrievalConfig
+from .stored_rows import plain, rows_as
 
 # Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
 Watcher = Callable[[int, AttentionDB, Tensor, float, float | None], None]
@@ -83,7 +84,7 @@ class Session:
             ours.token_ids = layer.token_ids
         if theirs is not None:
             theirs.release()
-        ours.update(layer.keys, layer.values)
+        ours.update(plain(layer.keys), plain(layer.values))
         if theirs is not None and theirs.store.has_padding:
             assert ours.db is not None
             ours.db.store.set_start(theirs.store.start)
@@ -91,7 +92,7 @@ class Session:
 
 
 class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
-    """A cache layer whose rows live in an AttentionDB. ``update`` returns zero-copy views of them.
+    """A cache layer whose rows live in an AttentionDB. ``update`` returns zero-copy views of them, or stand-ins.
 
     The key view carries the layer as an attribute; any tensor operation drops it, so that code which transforms the
     keys before attention stays exact.
@@ -121,8 +122,11 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         """Take over a database with rows in it."""
         self.db = db
         db.stats = self.session.stats[self.layer_index]
+        rows = db.store.rows[0]
+        # The model's own type is known with its first rows.
+        self.dtype = rows.dtype if rows.is_floating_point() else torch.float32
+        self.device, self.is_initialized = rows.device, True
         self._refresh()
-        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def note_tokens(self, token_ids: Tensor | None) -> None:
         """Remember the token ids ``[B, n]`` of the next rows; None if they are unknown."""
@@ -140,8 +144,9 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
             self.lazy_initialization(key_states, value_states)
         assert self.db is not None
         self.db.store.append(key_states, value_states)
+        self.dtype = key_states.dtype
         self._refresh()
-        keys = self.keys[:]
+        keys: Any = rows_as(self.db.store.rows[0], self.dtype)
         keys._dbattn = self
         return keys, self.values
 
@@ -186,4 +191,4 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def _refresh(self) -> None:
         assert self.db is not None
-        self.keys, self.values = self.db.store.keys, self.db.store.values
+        self.keys, self.values = (rows_as(rows, self.dtype) for rows in self.db.store.rows)

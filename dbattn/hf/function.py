@@ -10,6 +10,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from ..dense import masked_attention, merge_sink
 from .cache import DatabaseLayer
+from .stored_rows import plain
 
 NAME = "dbattn"
 # Arguments of other attention implementations that change the answer and cannot be honoured here.
@@ -63,7 +64,7 @@ def attention_function(
         db.release()
     elif layer is not None:
         layer.session.stats[layer.layer_index].dense_reasons["the model changed the values after its cache"] += 1
-    out = _foreign(query, key, value, attention_mask, scale, softcap, s_aux, causal)
+    out = _foreign(query, plain(key), plain(value), attention_mask, scale, softcap, s_aux, causal)
     return out.transpose(1, 2).contiguous(), None
 
 

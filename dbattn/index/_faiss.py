@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from index_kernels import floats
+
 from ..store import KVStore, exponential_noise
 from .base import BLOCK, Arrays, Candidates, KeyIndex, expect_no_more, require_faiss
 
@@ -87,7 +89,7 @@ class FaissIndex(KeyIndex):
         def build(b: int, h: int, keys: Rows, stops: list[int]) -> None:
             if not self._owned[b][h]:
                 self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
-            self._units[b][h].build(keys, stops, store.keys.device)
+            self._units[b][h].build(keys, stops, store.start.device)
 
         self._for_each_unit(store, lo, length, build)
         self._length = length
@@ -117,7 +119,7 @@ class FaissIndex(KeyIndex):
         def restore(b: int, h: int, keys: Rows, stops: list[int]) -> None:
             arrays = by_unit[f"{b}.{h}"]
             try:
-                self._units[b][h].restore(keys, stops, store.keys.device, arrays)
+                self._units[b][h].restore(keys, stops, store.start.device, arrays)
             except ValueError as error:
                 raise ValueError(f"{b}.{h}: {error}") from None
 
@@ -135,7 +137,7 @@ class FaissIndex(KeyIndex):
         self, store: KVStore, lo: Tensor, length: int, run: Callable[[int, int, Rows, list[int]], None]
     ) -> None:
         """``run(b, h, keys, stops)`` once per unit that has rows below ``length``; see Unit.build."""
-        keys, first = store.keys, lo.tolist()
+        keys, first = store.rows[0], lo.tolist()
         batch, heads = keys.shape[:2]
 
         def run_one(b: int, h: int) -> None:
@@ -143,7 +145,7 @@ class FaissIndex(KeyIndex):
             with _one_faiss_thread():
                 stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
                 if stops:
-                    rows = keys[b, h, first[b] : length].float()
+                    rows = floats(keys[b, h, first[b] : length])
                     if self._sample:
                         noise = exponential_noise(heads, first[b], length, keys.device)[h]
                         rows = torch.cat([rows, noise[:, None]], dim=-1)

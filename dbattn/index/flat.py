@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from index_kernels import top_k
+from index_kernels import floats, top_k
 
 from ..store import KVStore, exponential_noise
 from .base import Arrays, Candidates, KeyIndex, expect_no_more
@@ -31,14 +31,15 @@ class FlatIndex(KeyIndex):
         self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
     ) -> Candidates:
         """See KeyIndex; exact."""
-        keys = store.keys[:, :, :stop]
+        keys = store.rows[0][:, :, :stop]
+        rows = int((stop - lo).clamp(min=0).sum()) * keys.shape[1]
+        size = rows * keys.shape[3] * keys.element_size()
         if lift is not None:
             noise = exponential_noise(keys.shape[1], 0, stop, keys.device)[None, :, :, None]
-            keys = torch.cat([keys.float(), noise.expand(len(keys), -1, -1, -1)], dim=-1)
+            keys = torch.cat([floats(keys), noise.expand(len(keys), -1, -1, -1)], dim=-1)
             query = pad(query.float(), (0, 1), value=lift)
         ids, _ = top_k(query, keys, k, scale=1.0, start=lo)
-        rows = int((stop - lo).clamp(min=0).sum()) * keys.shape[1]
-        return Candidates(ids, rows * keys.shape[3] * keys.element_size())
+        return Candidates(ids, size)
 
     def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex."""

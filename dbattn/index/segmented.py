@@ -146,9 +146,9 @@ class SegmentedIndex(KeyIndex):
             self._unseal(store, lo, keep)
         if keep + 1 == len(target):
             return
-        rows, values = store.buffers
+        rows = store.buffers[0]
         if self._lists is None:
-            self._lists = Lists(rows.shape[0], rows.shape[1], rows.shape[3], values.shape[3])
+            self._lists = Lists(rows.shape[0], store.num_kv_heads, store.head_dim, store.value_dim)
         lists = self._lists
         lists.reserve(target, rows.shape[2])
         store.touch(target[keep])
@@ -209,7 +209,8 @@ class SegmentedIndex(KeyIndex):
         best = scores.topk(k, dim=-1)
         slots = pad(read.slots, (0, scores.shape[-1] - read.slots.shape[-1]), value=-1)
         ids = slots.gather(-1, best.indices).masked_fill(best.values == float("-inf"), -1)
-        return Candidates(ids, read.summaries_read * self.summary_bytes + read.slots.numel() * 4 * query.shape[-1])
+        key_bytes = store.rows[0].element_size() * store.rows[0].shape[3]
+        return Candidates(ids, read.summaries_read * self.summary_bytes + read.slots.numel() * key_bytes)
 
     def positions(self, slots: Tensor) -> Tensor:
         """Row positions of places in the store, ``[B, Hq, m, n]``; -1 stays -1."""
@@ -327,7 +328,7 @@ class SegmentedIndex(KeyIndex):
         """The same on any device: every list is scored, and the pieces are index_kernels' own."""
         assert self._lists is not None
         query = query[:, :, None]
-        keys, values = store.keys[:, :, :length], store.values[:, :, :length]
+        keys, values = (rows[:, :, :length] for rows in store.rows)
         if self._summaries is None:
             self._summaries = self._lists.summaries(query.device)
         lists = self._summaries

@@ -14,7 +14,7 @@ from .folder import MANIFEST, SnapshotError
 FORMAT, VERSION = "dbattn snapshot", 1
 MANIFEST_LIMIT = 16 << 20
 KINDS = ("rows", "segment", "index", "tokens")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "int8")
 _LARGEST = 1 << 48
 
 
@@ -46,7 +46,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer: its dimensions, its dtype (None without rows), and how far it is indexed.
+    """One layer: its dimensions, the dtype its rows are stored as (None without rows), and how far it is indexed.
 
     Attributes:
         start: first valid row of each batch row (left padding).

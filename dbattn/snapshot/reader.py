@@ -8,9 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from index_kernels.packed import SCALE_BYTES
+
 from ..config import RetrievalConfig
 from ..index import KeyIndex
-from ..store import KVStore, MappedRows, check_finite
+from ..storage import check_finite
+from ..store import KVStore, MappedRows
 from .folder import MANIFEST, SnapshotError, check_content, map_tensors, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
 
@@ -125,7 +128,8 @@ class Snapshot:
         both = []
         for name, dim in (("keys", layer.head_dim), ("values", layer.value_dim)):
             rows = arrays.pop(name, None)
-            shape = [self.info.batch, layer.num_kv_heads, file.stop - file.first, dim]
+            width = dim + SCALE_BYTES * (layer.dtype == "int8")
+            shape = [self.info.batch, layer.num_kv_heads, file.stop - file.first, width]
             if rows is None or list(rows.shape) != shape or str(rows.dtype) != f"torch.{layer.dtype}":
                 found = "missing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
                 raise SnapshotError(f"{where} is refused: {name} are {found}, expected torch.{layer.dtype} {shape}")
@@ -137,12 +141,13 @@ class Snapshot:
         return both[0], both[1]
 
 
-def _structure(config: RetrievalConfig) -> dict[str, int | str]:
+def _structure(config: RetrievalConfig) -> dict[str, int | str | None]:
     """The options that what is stored depends on; the others only say how a query reads it."""
     options = {name: config.index_options[name] for name in ("neighbors",) if name in config.index_options}
     # The indexes of FAISS keep the rows' noise where rows will be sampled.
     tail = {"tail": config.tail_name} if config.index_name in ("ivf", "hnsw") else {}
-    return {"index": config.index_name, "window": config.window, "n_sink": config.n_sink, **options, **tail}
+    own = {"index": config.index_name, "storage": config.storage}
+    return {**own, "window": config.window, "n_sink": config.n_sink, **options, **tail}
 
 
 def _read_manifest(folder: Path) -> bytes:

@@ -225,7 +225,7 @@ def _parts(run: FileInfo, done: set[int], layers: Sequence[Layer]) -> Iterator[F
         if number in done:
             continue
         store = layers[number][0]
-        size = (run.stop - run.first) * sum(rows[:, :, :1].nbytes for rows in (store.keys, store.values))
+        size = (run.stop - run.first) * sum(rows[:, :, :1].nbytes for rows in store.rows)
         if part and size > room:
             yield replace(run, layers=tuple(part))
             part, room = [], BYTES_PER_FILE
@@ -241,7 +241,7 @@ def _tensors(file: FileInfo, layers: Sequence[Layer]) -> dict[str, Tensor]:
     for number in file.layers:
         store, index = layers[number]
         if file.kind != "index":
-            for name, rows in (("keys", store.keys), ("values", store.values)):
+            for name, rows in zip(("keys", "values"), store.rows, strict=True):
                 tensors[f"layer.{number}.{name}"] = rows[:, :, file.first : file.stop].detach().cpu().contiguous()
         if file.kind != "rows":
             for name, array in index.state(file.first, file.stop).items():
@@ -250,7 +250,7 @@ def _tensors(file: FileInfo, layers: Sequence[Layer]) -> dict[str, Tensor]:
 
 
 def _facts(store: KVStore, index: KeyIndex) -> LayerInfo:
-    dtype = None if store.is_empty else str(store.keys.dtype).removeprefix("torch.")
+    dtype = None if store.is_empty else str(store.rows[0].dtype).removeprefix("torch.")
     start = () if store.is_empty else tuple(store.start.tolist())
     return LayerInfo(store.num_kv_heads, store.head_dim, store.value_dim, dtype, start, store.settled, len(index))
 

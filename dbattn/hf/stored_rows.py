@@ -1,0 +1,58 @@
+"""StoredRows: rows in another type than the model's, which become the model's only where something reads them."""
+
+import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from index_kernels import floats
+from index_kernels.packed import row_dim
+
+
+class StoredRows(Tensor):
+    """A stand-in for ``[B, Hkv, n, D]`` floats over the rows of a store, which costs no memory until it is read.
+
+    Attention that a database answers never reads it. Any other operation does: then all rows become floats of ``dtype``
+    for as long as the operation takes. A write to it changes nothing.
+    """
+
+    rows: Tensor
+
+    @staticmethod
+    def __new__(cls, rows: Tensor, dtype: torch.dtype) -> Self:
+        """Stand for the stored ``rows``, packed or of another float type."""
+        shape = (*rows.shape[:3], row_dim(rows))
+        made: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)
+        made.rows = rows
+        return made
+
+    def plain(self) -> Tensor:
+        """The floats, an ordinary tensor."""
+        return floats(self.rows).to(self.dtype)
+
+    # Shape, dtype and device are the wrapper's own; whatever touches numbers arrives at __torch_dispatch__.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way to say so
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares an attribute, and documents a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(cls, cls.plain, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StoredRows":
+        # Of the copied store, if that is copied along.
+        memo[id(self)] = made = StoredRows(copy.deepcopy(self.rows, memo), self.dtype)
+        return made
+
+
+def rows_as(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a store as floats of ``dtype``: themselves, or a stand-in."""
+    return rows if rows.dtype == dtype else StoredRows(rows, dtype)
+
+
+def plain(rows: Tensor) -> Tensor:
+    """What a stand-in stands for; other tensors as they are."""
+    return rows.plain() if isinstance(rows, StoredRows) else rows

@@ -1,0 +1,45 @@
+"""How a store keeps the numbers of its rows: as they come, in another float type, or as packed int8 rows."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from index_kernels import pack_rows
+from index_kernels.packed import scales
+
+
+def stored(name: str, rows: Tensor, storage: str | None) -> Tensor:
+    """Float rows ``[B, H, n, D]`` as they are kept under ``storage``; see RetrievalConfig.
+
+    Raises:
+        ValueError: a number that the type cannot hold; names it.
+    """
+    if storage is None:
+        return rows
+    if storage == "int8":
+        return pack_rows(rows)
+    kept = rows.to(getattr(torch, storage))
+    limit = torch.finfo(kept.dtype).max
+    if limit < torch.finfo(rows.dtype).max and bool(kept.isinf().any()):
+        at = kept.isinf().nonzero()[0].tolist()
+        raise ValueError(f"{name} hold {rows[tuple(at)].item()} at {at}: storage={storage!r} ends at {limit:g}")
+    return kept
+
+
+def check_finite(name: str, rows: Tensor) -> None:
+    """Raise ValueError naming the first NaN or infinite element of ``rows``, or a scale of packed rows that is none."""
+    if rows.dtype == torch.int8:
+        found = scales(rows)
+        bad = ~(found.isfinite() & (found >= 0))
+        if bool(bad.any()):
+            at = bad.nonzero()[0].tolist()
+            raise ValueError(f"{name} hold the scale {found[tuple(at)].item()} at {at}, expected finite, not negative")
+        return
+    # A finite sum proves every element finite in one cheap pass; only an overflow of the sum needs the second look.
+    if math.isfinite(rows.sum(dtype=torch.float32).item()):
+        return
+    bad = (~torch.isfinite(rows)).nonzero()
+    if len(bad):
+        at = bad[0].tolist()
+        raise ValueError(f"{name} hold {rows[tuple(at)].item()} at {at} ({len(bad)} elements are not finite)")
