@@ -1,5 +1,8 @@
 """Error and recall against bytes read: every index with every tail, over a sweep of k, as a table and a plot.
 
+And every type that rows can be kept in: its error against dense over the rows as they were captured, of a scan of all
+rows and of the segmented index. (Elsewhere errors are against dense over the same stored rows.)
+
 Captured rows of layers 8 and 22, 32 decode steps each. Bytes are all that a call reads: rows, and the keys, centroids
 or summaries that the index scores to choose them. Nothing is timed here, so other load does not matter.
 
@@ -7,19 +10,23 @@ or summaries that the index scores to choose them. Nothing is timed here, so oth
   python -m benchmarks.bench_frontier --sizes 8K --quick            three values of k
 
 JSON: results[] = {tokens, rows, bytes_dense, curves[] = {index, tail, points[] = {k, error, error_p95, recall,
-attention_mass, rows_read, bytes_read, bytes_dense}}}.
+attention_mass, rows_read, bytes_read, bytes_dense}}, storages[] = {storage, row_bytes, bytes_dense, error_dense,
+bytes_read, error}}.
 """
 
+import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dbattn.config import TAILS
+from dbattn import dense_attention, relative_error
+from dbattn.config import STORAGES, TAILS
 
 from ._common import RESULTS, SIZES, parser, print_table, progress, write_json
 from ._plots import plot_frontier
-from ._stores import STEPS_FROM, STEPS_TO, Quality, build, config_of, decode_and_audit
+from ._stores import STEPS_FROM, STEPS_TO, STRIDE, Quality, build, config_of, decode_and_audit, query_at
 from .capture import Rows, load_rows
 
 LAYERS = (8, 22)
@@ -37,6 +44,29 @@ def curve(captures: Sequence[Rows], index: str, tail: str, budgets: Sequence[int
     return {"index": index, "tail": tail, "points": points}
 
 
+def storage_point(captures: Sequence[Rows], storage: str) -> dict[str, Any]:
+    """Rows kept in one type: an entry of ``storages``. Bytes are those of one row of a KV head, and of a call."""
+    found: dict[str, list[float]] = {name: [] for name in ("bytes_dense", "error_dense", "bytes_read", "error")}
+    row_bytes = 0
+    for rows in captures:
+        db = build(rows, replace(config_of("segmented", None), storage=storage), len(rows) - STEPS_FROM)
+        row_bytes = db.store.row_bytes
+        for stop in range(len(rows) - STEPS_FROM + STRIDE, len(rows) - STEPS_TO + 1, STRIDE):
+            keys, values = rows.keys[:, :, :stop], rows.values[:, :, :stop]
+            db.insert(keys[:, :, len(db) :], values[:, :, len(db) :])
+            query = query_at(rows, stop - 1)
+            exact, report = dense_attention(query, keys, values), db.audit(query)
+            for name, out in (("error_dense", db.attend(query, retrieve=False)), ("error", db.attend(query))):
+                found[name].append(float(relative_error(out, exact).mean()))
+            found["bytes_dense"].append(report.bytes_dense)
+            found["bytes_read"].append(report.bytes_read)
+    return {
+        "storage": storage,
+        "row_bytes": row_bytes,
+        **{name: statistics.fmean(all_) for name, all_ in found.items()},
+    }
+
+
 def bench_size(captures: Sequence[Rows], tokens: int, budgets: Sequence[int]) -> dict[str, Any]:
     """All indexes and tails at one size: an entry of the results."""
     pairs = [(index, tail) for index in ("flat", "ivf", "hnsw", "segmented") for tail in TAILS[index]]
@@ -45,8 +75,9 @@ def bench_size(captures: Sequence[Rows], tokens: int, budgets: Sequence[int]) ->
         for index, tail in pairs:
             curves.append(curve(captures, index, tail, budgets))
             tick()
-    rows = len(captures[0]) - STEPS_TO
-    return {"tokens": tokens, "rows": rows, "bytes_dense": curves[0]["points"][0]["bytes_dense"], "curves": curves}
+    storages = [storage_point(captures, storage) for storage in STORAGES]
+    rows, bytes_dense = len(captures[0]) - STEPS_TO, curves[0]["points"][0]["bytes_dense"]
+    return {"tokens": tokens, "rows": rows, "bytes_dense": bytes_dense, "curves": curves, "storages": storages}
 
 
 def _print(size: dict[str, Any]) -> None:
@@ -59,7 +90,14 @@ def _print(size: dict[str, Any]) -> None:
         for curve in size["curves"]
         for p in curve["points"]
     ]  # fmt: skip
-    print_table(f"{size['rows']:,} rows, layers {' and '.join(map(str, LAYERS))}", columns, rows)
+    title = f"{size['rows']:,} rows, layers {' and '.join(map(str, LAYERS))}"
+    print_table(title, columns, rows)
+    columns = ("rows kept as", "bytes a row", "MB dense", "error dense", "MB segmented", "error segmented")
+    rows = [
+        [p["storage"], p["row_bytes"], p["bytes_dense"] / 1e6, p["error_dense"], p["bytes_read"] / 1e6, p["error"]]
+        for p in size["storages"]
+    ]
+    print_table(f"{title}, errors against the rows as captured", columns, rows)
 
 
 def run(names: Sequence[str], *, quick: bool = False, plot: Path | None = None) -> list[dict[str, Any]]:

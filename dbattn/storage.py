@@ -31,7 +31,7 @@ def check_finite(name: str, rows: Tensor) -> None:
     """Raise ValueError naming the first NaN or infinite element of ``rows``, or a scale of packed rows that is none."""
     if rows.dtype == torch.int8:
         found = scales(rows)
-        bad = ~(found.isfinite() & (found >= 0))
+        bad = ~((127 * found).isfinite() & (found >= 0))
         if bool(bad.any()):
             at = bad.nonzero()[0].tolist()
             raise ValueError(f"{name} hold the scale {found[tuple(at)].item()} at {at}, expected finite, not negative")

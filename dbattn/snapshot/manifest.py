@@ -279,3 +279,6 @@ def _check_cover(info: SnapshotInfo) -> None:
             or bool(info.rows) != bool(info.batch)
         ):
             raise ValueError(f"layer {number} has {len(layer.start)} batch rows and dtype {layer.dtype}")
+        kept = info.config.storage
+        if layer.dtype is not None and layer.dtype != kept and (kept is not None or layer.dtype == "int8"):
+            raise ValueError(f"layer {number} has dtype {layer.dtype} under storage={kept!r}")

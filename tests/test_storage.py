@@ -1,0 +1,287 @@
+"""Rows kept as int8, float16 or bfloat16: read as they are, and as exact as the type allows."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
+from dbattn.config import INDEX_OPTIONS, STORAGES
+from dbattn.snapshot import SnapshotError
+from dbattn.storage import check_finite
+from dbattn.store import KVStore
+from index_kernels import attend_rows, dense_decode, floats, pack_rows, top_k
+from index_kernels.packed import scales
+
+INDEXES = sorted(INDEX_OPTIONS)
+CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
+# rows, D, Dv, query heads per KV head; the first are aligned to nothing
+SHAPES = [(7, 13, 5, 3), (300, 16, 8, 2), (301, 64, 64, 3)]
+
+
+def packed(rows, dim, seed=0):
+    """Packed rows as a store holds them, a view of a longer buffer, rows of very different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = 10 ** (4 * torch.rand(2, 3, rows + 5, 1, generator=generator) - 3)
+    return pack_rows(torch.randn(2, 3, rows + 5, dim, generator=generator) * sizes)[:, 1:, 2 : rows + 2]
+
+
+def rows(n, batch=1, dim=16, value_dim=8):
+    return torch.randn(batch, 2, n, dim), torch.randn(batch, 2, n, value_dim)
+
+
+def database(keys, values, start=None, **options):
+    options = {"dense_below": 0, "window": 8, "n_sink": 2, "audit_rate": 0.0, "storage": "int8", **options}
+    db = AttentionDB(keys.shape[1], keys.shape[3], value_dim=values.shape[3], config=RetrievalConfig(**options))
+    db.insert(keys, values, start=start)
+    return db
+
+
+def kept(keys, values, storage="int8"):
+    """The rows as floats, in the order of their positions, as a store keeps them."""
+    store = KVStore(keys.shape[1], keys.shape[3], values.shape[3], storage)
+    store.append(keys, values)
+    return store.keys, store.values
+
+
+class LargestMade(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation makes: views, and what Numba reads in place, do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if type(t) is torch.Tensor}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if type(tensor) is torch.Tensor and tensor.untyped_storage().data_ptr() not in given:
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+def assert_same_state(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+        assert (a - b)[b.isfinite()].norm() <= 1e-5 * b[b.isfinite()].norm()
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_kernels_read_packed_rows_as_the_reference_reads_their_floats(backend, shape, softcap):
+    n, dim, value_dim, group = shape
+    keys, values = packed(n, dim), packed(n, value_dim, seed=1)
+    query = torch.randn(2, 2 * group, 1, dim)
+    ids = torch.stack([torch.randperm(n) for _ in range(4 * group)]).view(2, 2 * group, 1, n)[..., : n * 2 // 3]
+    ids = ids.masked_fill(torch.rand(ids.shape) < 0.2, -1)
+    ranges = torch.tensor([[0, n // 3], [n // 2, n]]).expand(2, 2 * group, 1, 2, 2)
+    start = torch.tensor([0, n])
+    for op, options in (
+        (attend_rows, {"ids": ids, "log_weights": torch.randn(ids.shape)}),
+        (attend_rows, {"ranges": ranges}),
+        (dense_decode, {"start": start}),
+    ):
+        got = op(query, keys, values, **options, softcap=softcap, backend=backend)
+        assert_same_state(got, op(query, floats(keys), floats(values), **options, softcap=softcap, backend="reference"))
+
+
+def test_exact_search_in_packed_rows_is_that_in_their_floats(monkeypatch):
+    monkeypatch.setattr("index_kernels.reference.BLOCK", 64)
+    keys, query = packed(300, 13), torch.randn(2, 4, 2, 13)
+    ids, scores = top_k(query, keys, 40, start=torch.tensor([3, 100]))
+    wanted_ids, wanted = top_k(query, floats(keys), 40, start=torch.tensor([3, 100]))
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(scores, wanted)
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_dense_attention_reads_packed_rows(m, softcap):
+    keys, values, query = packed(300, 16), packed(300, 8, seed=1), torch.randn(2, 4, m, 16)
+    for start in (None, torch.tensor([0, 120])):
+        out = dense_attention(query, keys, values, start=start, softcap=softcap)
+        exact = dense_attention(query, floats(keys), floats(values), start=start, softcap=softcap)
+        assert relative_error(out, exact).max() < 1e-5
+
+
+def test_triton_and_other_devices_refuse_packed_rows(monkeypatch):
+    monkeypatch.setattr("index_kernels.ops.resolve_backend", lambda tensor, backend: "triton")
+    with pytest.raises(ValueError, match="read on the CPU only"):
+        dense_decode(torch.randn(2, 4, 1, 16), packed(9, 16), packed(9, 8))
+    store = KVStore(2, 16, 8, "int8")
+    with pytest.raises(ValueError, match="rows are on meta"):
+        store.append(*(x.to("meta") for x in rows(3)))
+
+
+@pytest.mark.parametrize("dim", [1, 6, 64, 81])
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1.0, 1e30, 3.3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_is_off_by_half_a_scale_at_most(dim, size, dtype):
+    given = (size * (2 * torch.rand(2, 3, 50, dim) - 1)).to(dtype)
+    given[0, 0, 0] = size
+    given[0, 0, 1] = 0
+    # Heads and positions swapped in memory, as a model hands rows over.
+    there = pack_rows(given.transpose(1, 2).contiguous().transpose(1, 2))
+    assert there.shape == (2, 3, 50, dim + 4)
+    check_finite("rows", there)
+    error = (floats(there).double() - given.double()).abs()
+    assert (error <= 0.5001 * scales(there).double()[..., None]).all()
+    assert floats(there).isfinite().all()
+    assert (floats(there)[0, 0, 1] == 0).all()
+
+
+def test_the_largest_float_survives_packing():
+    largest = torch.full((1, 1, 1, 8), torch.finfo(torch.float32).max)
+    assert floats(pack_rows(largest)).isfinite().all()
+
+
+def test_a_number_that_the_type_cannot_hold_is_refused_by_name():
+    keys, values = rows(20)
+    values[0, 1, 7, 3] = 7e4
+    for storage in ("bfloat16", "int8"):
+        database(keys, values, storage=storage)
+    with pytest.raises(ValueError, match=r"values hold 70000\.0 at \[0, 1, 7, 3\]: storage='float16' ends at 65504"):
+        database(keys, values, storage="float16")
+    with pytest.raises(ValueError, match="storage is 'int4', expected one of float32"):
+        RetrievalConfig(storage="int4")
+
+
+@pytest.mark.parametrize(("storage", "size"), [(None, 4), ("float32", 4), ("float16", 2), ("bfloat16", 2), ("int8", 1)])
+def test_memory_and_bytes_read_are_those_of_the_type(storage, size):
+    keys, values = rows(3000, dim=64, value_dim=64)
+    db = database(keys, values, storage=storage, index="flat", k=64)
+    extra = 4 if storage == "int8" else 0
+    assert db.store.row_bytes == 2 * (64 * size + extra)
+    assert db.store.nbytes == 2 * 3000 * db.store.row_bytes
+    report = db.audit(torch.randn(1, 4, 1, 64))
+    assert report.bytes_dense == db.store.nbytes
+    # All keys, and the keys and values of 10 sinks and hot rows and of 4 heads' own 64 rows.
+    assert report.bytes_read == pytest.approx(report.bytes_dense / 2 + (2 * 10 + 4 * 64) * db.store.row_bytes, rel=0.01)
+    assert db.explain(torch.randn(1, 4, 1, 64)).sources[0].estimated.bytes == 2 * 10 * db.store.row_bytes
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_of_any_float_type_go_into_any_storage(given, storage):
+    keys, values = (x.to(given) for x in rows(300))
+    db = database(keys, values, storage=storage)
+    db.insert(*(x.float() for x in rows(3)))
+    dtype = torch.float32 if storage == "int8" else getattr(torch, storage)
+    assert db.store.keys.dtype == db.store.values.dtype == dtype
+    for m in (1, 4):
+        query = torch.randn(1, 4, m, 16).to(given)
+        out = db.attend(query, retrieve=False)
+        assert out.dtype == given
+        exact = dense_attention(query.float(), db.store.keys.float(), db.store.values.float())
+        assert relative_error(out.float(), exact).max() < {4: 1e-5, 2: 1e-2}[given.itemsize]
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_reading_every_row_equals_dense_over_the_rows_as_kept(index):
+    keys, values = rows(1500, batch=2)
+    start = torch.tensor([0, 130])
+    db = database(keys, values, start, index=index, k=1500, max_queries=8)
+    for m in (1, 3):
+        query = torch.randn(2, 4, m, 16)
+        exact = dense_attention(query, *kept(keys, values), start=start)
+        assert relative_error(db.attend(query), exact).max() < 1e-5
+        assert 1e-4 < relative_error(exact, dense_attention(query, keys, values, start=start)).mean() < 0.02
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_what_happens_to_rows_happens_to_their_scales(index):
+    keys, values = rows(2600, batch=2)
+    keys *= 10 ** torch.randn(2, 2, 2600, 1).clamp(-1, 0.3)
+    at_once = database(keys, values, index=index, k=64)
+    pieces = database(keys[:, :, :700], values[:, :, :700], index=index, k=64)
+    for lo, hi in ((700, 701), (701, 2000), (2000, 2900)):
+        more = [torch.cat([x, x], dim=2)[:, :, lo:hi] for x in (keys, values)]
+        pieces.insert(*more)
+    pieces.truncate(2600)
+    query = torch.randn(2, 4, 1, 16)
+    assert all(map(torch.equal, at_once.store.rows, pieces.store.rows))
+    assert torch.equal(at_once.attend(query), pieces.attend(query))
+    assert at_once.audit(query).relative_error < 1.5
+
+    batch = torch.tensor([1, 0, 1])
+    changed = copy.deepcopy(at_once)
+    changed.select(batch)
+    assert torch.equal(changed.attend(query[batch]), at_once.attend(query)[batch]) or index == "segmented"
+    # Back in order, rows are what they would be if they had never been moved.
+    changed.release()
+    exact = kept(keys, values)
+    assert torch.equal(changed.store.keys, exact[0][batch])
+    assert torch.equal(changed.store.values, exact[1][batch])
+
+
+@pytest.mark.parametrize("index", [*INDEXES, "dense"])
+@pytest.mark.parametrize("storage", ["int8", "bfloat16"])
+def test_a_decode_step_makes_no_floats_of_all_rows(index, storage):
+    keys, values = rows(6000)
+    options = {"index": "segmented", "dense_below": 10**6} if index == "dense" else {"index": index, "k": 64}
+    db = database(keys, values, storage=storage, **options)
+    query = torch.randn(1, 4, 1, 16)
+    with LargestMade() as made:
+        db.attend(query)
+    # The exact scan of all keys keeps a logit for each head and row; its keys become floats block by block.
+    assert made.nbytes < (6000 * 16 * 2 * 4 if index == "flat" else 100_000)
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_snapshot_keeps_packed_rows_bit_for_bit(index, tmp_path):
+    keys, values = rows(2600)
+    db = database(keys, values, index=index, k=64)
+    db.save(tmp_path / "a")
+    opened = AttentionDB.open(tmp_path / "a")
+    query = torch.randn(1, 4, 1, 16)
+    assert opened.store.rows[0].dtype == torch.int8
+    assert all(map(torch.equal, opened.store.rows, db.store.rows))
+    assert torch.equal(opened.attend(query), db.attend(query))
+    for each in (db, opened):
+        each.insert(keys[:, :, :500], values[:, :, :500])
+    assert torch.equal(opened.attend(query), db.attend(query))
+    with pytest.raises(SnapshotError, match="saved with storage='int8', asked for is None"):
+        AttentionDB.open(tmp_path / "a", config=RetrievalConfig(**{**db.config.to_dict(), "storage": None}))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, 3e38])
+def test_a_scale_that_is_none_is_refused(scale):
+    there = pack_rows(torch.randn(1, 2, 9, 13))
+    there[0, 1, 4, 13:] = torch.tensor([scale]).view(torch.int8)
+    with pytest.raises(ValueError, match=r"keys hold the scale .* at \[0, 1, 4\]"):
+        check_finite("keys", there)
+
+
+@pytest.mark.parametrize(("storage", "mean"), [("int8", 0.02), ("bfloat16", 0.005), ("float16", 1e-6)])
+@pytest.mark.parametrize("layer", [8, 22])
+def test_what_a_storage_adds_to_the_error_on_real_rows(storage, mean, layer):
+    """The rows were captured as float16, so that type adds nothing here."""
+    rows = load_file(CAPTURE)
+    query, keys, values = (rows[f"{layer}.{name}"].float() for name in ("query", "key", "value"))
+    db = database(keys, values, index="segmented", storage=storage)
+    errors = relative_error(dense_attention(query, *db.store.rows), dense_attention(query, keys, values))
+    if len(db.index):
+        db.release()
+        errors = relative_error(dense_attention(query, *db.store.rows), dense_attention(query, keys, values))
+    print(f"layer {layer}, {storage}: relative error {errors.mean():.5f}, largest {errors.max():.5f}")
+    assert errors.mean() < mean
+    assert errors.max() < 4 * mean
+
+
+@pytest.mark.parametrize("layer", [8, 22])
+def test_retrieval_from_packed_rows_errs_like_that_from_floats(layer):
+    rows = load_file(CAPTURE)
+    query, keys, values = (rows[f"{layer}.{name}"].float() for name in ("query", "key", "value"))
+    query = query[:, :, -1:]
+    exact = dense_attention(query, keys, values)
+    errors = {
+        storage: relative_error(database(keys, values, k=320, storage=storage).attend(query), exact).mean()
+        for storage in ("float32", "int8")
+    }
+    print(f"layer {layer}: {errors}")
+    assert errors["int8"] < errors["float32"] + 0.03
