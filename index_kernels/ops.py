@@ -252,7 +252,7 @@ def check_rows(query: Tensor, keys: Tensor, values: Tensor | None = None) -> Non
     if query.dtype not in FLOATS:
         raise ValueError(f"query has dtype {query.dtype}, expected one of float32, float16, bfloat16")
     if keys.dtype not in STORED:
-        raise ValueError(f"keys have dtype {keys.dtype}, expected one of float32, float16, bfloat16, int8")
+        raise ValueError(f"keys has dtype {keys.dtype}, expected one of float32, float16, bfloat16, int8")
     _same_device(query, keys=keys)
     if values is None:
         return
