@@ -153,9 +153,9 @@ class Query:
         if learn and self.stats.ladder is not None and answer.tried is not None:
             self.stats.ladder.learn(answer.tried, relative_error(answer.tried.out, dense[0]))
         scores = store.scores(self.query, answer.slots, self.scale)
-        compared = compare_with_dense((answer.out, answer.exact_lse), dense, scores, exact_scores)
+        recall, mass, error = compare_with_dense((answer.out, answer.exact_lse), dense, scores, exact_scores)
         counts = answer.rows_retrieved, answer.rows_read, len(store), plan.bytes_read, self.bytes_dense
-        return AuditReport(*compared, *counts)
+        return AuditReport(recall, mass, error, *counts)
 
     def audit_dense(self) -> AuditReport:
         """The report of a query that is answered densely anyway."""
