@@ -186,4 +186,5 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def _refresh(self) -> None:
         assert self.db is not None
-        self.keys, self.values = self.db.store.keys, self.db.store.values
+        store = self.db.store
+        self.keys, self.values = (None, None) if store.is_empty else (store.keys, store.values)
