@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench lint format clean
+.PHONY: help venv demo test bench arena lint format clean tasks
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,12 @@ demo: $(STAMP)  ## answer questions about a long text from retrieved rows, check
 
 bench: $(STAMP)  ## every benchmark, with what it must reach (up to 20 minutes; captures are cached)
 	$(BIN)/python -m benchmarks
+
+arena: $(STAMP)  ## every attention operator on real keys at the same bytes: table, plots, a page (15 minutes)
+	$(BIN)/python -m benchmarks.arena
+
+tasks: $(STAMP)  ## RULER's tasks: the score of retrieval beside dense's, at 2K, 4K and 8K
+	$(BIN)/python -m benchmarks.tasks --json benchmarks/results/tasks.json
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .

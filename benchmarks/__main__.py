@@ -7,8 +7,8 @@ figures to the results folder as soon as it is done; the summary takes in those 
   python -m benchmarks --quick                a few minutes, smaller sizes; the figures wobble
   python -m benchmarks --only decode insert   some of them; the table takes the others from their latest run
 
-Writes decode.json, model.json, insert.json, frontier.json, frontier.png, summary.json and summary.png; summary.json
-holds targets[] = {what, must, aim, measured, unit, note, verdict}, and machine and date as the others do.
+Writes decode.json, model.json, plan.json, insert.json, frontier.json, frontier.png, summary.json and summary.png;
+summary.json holds targets[] = {what, must, aim, measured, unit, note, verdict}, and machine and date as the others do.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_decode, bench_frontier, bench_insert, bench_model
+from . import bench_decode, bench_frontier, bench_insert, bench_model, bench_plan
 from ._common import RESULTS, SIZES, console, write_json
 from ._plots import plot_summary
 from ._targets import print_targets, targets
 from .capture import fill_cache
 
-NAMES = ("decode", "model", "insert", "frontier")
+NAMES = ("decode", "model", "plan", "insert", "frontier")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     benchmarks: dict[str, Callable[[], Any]] = {
         "decode": lambda: bench_decode.run(sizes, quick=quick),
         "model": lambda: bench_model.run(["4K", "8K"] if quick else ["4K", "8K", "32K", "131K"], quick=quick),
+        "plan": lambda: bench_plan.run(["8K"] if quick else ["8K", "32K"], quick=quick),
         "insert": lambda: bench_insert.run(["8K"] if quick else ["8K", "32K"], quick=quick),
         "frontier": lambda: bench_frontier.run(
             ["8K"] if quick else ["8K", "32K"], quick=quick, plot=args.out / "frontier.png"

@@ -196,8 +196,8 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table: the first column is text, numbers are shown to three figures, None as a dash."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, width: int = 150) -> None:
+    """Print a table, piped at this width: first a column of text, numbers to three figures, None as a dash."""
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 0 else "right")
@@ -205,7 +205,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_row(*(show(cell) for cell in row))
     output = Console()
     # Piped output has no width of its own; a table cut to 80 columns would be unreadable there.
-    (output if output.is_terminal else Console(width=150)).print(table)
+    (output if output.is_terminal else Console(width=width)).print(table)
 
 
 def show(value: Any) -> str:

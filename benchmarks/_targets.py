@@ -102,6 +102,14 @@ def targets(results: dict[str, Any]) -> list[Target]:
         ("top-1 agreement, the same run", "top1", 0.95, 0.99, True),
     ):
         found.append(Target(what, must, aim, fidelity.get(key), more))
+    plan = results.get("plan", {})
+    found.append(Target("plans chosen that take <= 1.2x the faster one's time", 1.0, 1.0, plan.get("within_20"), True))
+    for bound in plan.get("bounds", []):
+        what = f"answers within max_error={bound['max_error']}, {bound['tokens'] // 1024}K"
+        must = 0.95 if bound["max_error"] == 0.05 else None
+        found.append(
+            Target(what, must, 0.95, bound["within"], True, "", f"{bound['bytes_of_dense']:.1%} of dense's bytes")
+        )
     by_rows = {size["rows"]: size for size in model.get("sizes", [])}
     for what, rows, must, aim in (
         ("SmolLM2 end to end, times faster than unwrapped, 8K", "8K", 2, 4),

@@ -16,7 +16,7 @@ import ast
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -77,14 +77,24 @@ def join_windows(windows: list[dict[str, Tensor]], layer: int) -> Rows:
 
 
 def fill_cache(tokens: int, layer: int) -> list[Path]:
-    """Capture what the cache lacks of a store of ``tokens`` tokens; its files, the window with the queries first.
+    """Capture what the cache lacks of one layer of a store of ``tokens`` tokens; its files, as ``fill_caches``."""
+    return fill_caches(tokens, [layer])[0]
 
-    One file per window, written aside and renamed: an interrupted run loses the window it was in.
+
+def fill_caches(tokens: int, layers: Sequence[int]) -> list[list[Path]]:
+    """Capture what the cache lacks of a store of ``tokens`` tokens, all layers in one pass of the model over a window.
+
+    Returns each layer's files, the window with the queries first. One file per window and layer, written aside and
+    renamed: an interrupted run loses the window it was in.
     """
     folder = cache_folder() / "captures" / f"smollm2-135m-{CONTEXT}-{WINDOW}"
     lengths = window_lengths(max(tokens, CONTEXT))
-    paths = [folder / f"window{i:03d}-layer{layer}.safetensors" for i in range(len(lengths))]
-    missing = [i for i, path in enumerate(paths) if not path.is_file()]
+    windows = range(len(lengths))
+    paths = [[folder / f"window{i:03d}-layer{layer}.safetensors" for i in windows] for layer in layers]
+    lacking = {
+        i: [layer for layer, files in zip(layers, paths, strict=True) if not files[i].is_file()] for i in windows
+    }
+    missing = [i for i in windows if lacking[i]]
     if not missing:
         return paths
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,14 +102,18 @@ def fill_cache(tokens: int, layer: int) -> list[Path]:
     with console.status("loading the model and collecting prose"):
         model, tokenizer = load_model()
         ids = _cached_ids(folder / "tokens.safetensors", tokenizer, sum(lengths))
-    offsets = [sum(lengths[:i]) for i in range(len(lengths))]
+    offsets = [sum(lengths[:i]) for i in windows]
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "left:", TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"capturing layer {layer}", total=sum(lengths[i] for i in missing))
+        task = progress.add_task("capturing rows", total=sum(lengths[i] for i in missing))
         for i in missing:
-            part = capture_window(model, ids[None, offsets[i] : offsets[i] + lengths[i]], [layer])
-            kept = {n: x[:, :, -KEPT_QUERIES:] if n.endswith("query") else x for n, x in part.items()}
-            _save({n: x for n, x in kept.items() if i == 0 or not n.endswith("query")}, paths[i])
+            part = capture_window(model, ids[None, offsets[i] : offsets[i] + lengths[i]], lacking[i])
+            for layer in lacking[i]:
+                rows = {f"{layer}.{n}": part[f"{layer}.{n}"] for n in ("query", "key", "value")}
+                rows[f"{layer}.query"] = rows[f"{layer}.query"][:, :, -KEPT_QUERIES:]
+                _save(
+                    {n: x for n, x in rows.items() if i == 0 or not n.endswith("query")}, paths[layers.index(layer)][i]
+                )
             progress.advance(task, lengths[i])
     return paths
 
@@ -221,8 +235,8 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, help="safetensors file to write; without it, the cache is filled")
     args = parser.parse_args()
     if args.out is None:
-        for each in args.layers:
-            print(f"{len(fill_cache(args.tokens, each))} windows of layer {each} in {cache_folder() / 'captures'}")
+        for each, files in zip(args.layers, fill_caches(args.tokens, args.layers), strict=True):
+            print(f"{len(files)} windows of layer {each} in {cache_folder() / 'captures'}")
     else:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         _save(capture(args.tokens, args.layers, args.queries, args.kv_heads), args.out)

@@ -5,13 +5,17 @@ finds for it, and ``audit`` says how far the answer is from the dense one. ``dba
 HuggingFace model.
 """
 
-from .attention import AttentionDB, Hits
-from .audit import AuditReport
-from .config import RetrievalConfig
-from .dense import dense_attention
-from .metrics import attention_mass, recall_at_k, relative_error
-from .plan import QueryPlan
-from .rows import RowSource
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .attention import AttentionDB, Hits
+    from .audit import AuditReport
+    from .config import RetrievalConfig
+    from .dense import dense_attention
+    from .metrics import attention_mass, recall_at_k, relative_error
+    from .plan import QueryPlan
+    from .rows import RowSource
 
 __version__ = "0.1.0"
 
@@ -27,3 +31,24 @@ __all__ = [
     "recall_at_k",
     "relative_error",
 ]
+
+# Imported when first asked for: torch takes seconds to load, and `dbattn --help` needs none of it.
+_HOMES = {
+    "AttentionDB": "attention",
+    "AuditReport": "audit",
+    "Hits": "attention",
+    "QueryPlan": "plan",
+    "RetrievalConfig": "config",
+    "RowSource": "rows",
+    "attention_mass": "metrics",
+    "dense_attention": "dense",
+    "recall_at_k": "metrics",
+    "relative_error": "metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return found

@@ -150,6 +150,7 @@ class RunningStats:
         rungs: how often each rung of the ladder gave the answer (with ``max_error`` only).
         ladder: what was learnt about errors (with ``max_error`` only).
         plan: the plan of the latest audited call, with what it read.
+        stream_errors: relative errors of the residual stream after the layer, where they were followed.
 
     Copies of a store go on counting in the same place.
     """
@@ -165,6 +166,7 @@ class RunningStats:
     rungs: Counter[str] = field(default_factory=Counter)
     ladder: Ladder | None = None
     plan: QueryPlan | None = None
+    stream_errors: list[float] = field(default_factory=list)
 
     def audit_is_due(self, config: RetrievalConfig) -> bool:
         """The first retrieving call, then evenly spread ones; a ladder has errors to learn first."""
@@ -177,6 +179,10 @@ class RunningStats:
         self.retrieving += 1
         self.rows_retrieved += rows_retrieved
         self.rows_read += rows_read
+
+    def add_stream_error(self, error: float) -> None:
+        """Keep an error of the residual stream, and no more than the latest thousand."""
+        self.stream_errors = [*self.stream_errors[-AUDITS_KEPT + 1 :], error]
 
     def add_audit(self, report: AuditReport, max_error: float | None = None) -> None:
         """Keep a report, and no more than the latest few thousand; the sums per head are over all."""

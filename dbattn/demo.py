@@ -1,6 +1,5 @@
 """The main job, end to end: a model reads a long text and answers from retrieved rows, checked against dense."""
 
-import json
 import statistics
 import time
 from collections import Counter
@@ -10,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from .audit import AuditReport
 from .config import DENSE_BELOW, RetrievalConfig
+from .console import reading_progress, table_console
+from .files import check_output, write_json
 from .haystack import Needle, hide, make_needles, read_haystack
+from .prompt import CHUNK, QUESTION_TOKENS, answer_tokens, context_ids, context_limit, question_ids
 
 if TYPE_CHECKING:
     from .hf import Handle
 
-INSTRUCTION = "There is important information hidden inside the following text. Find it and memorize it.\n\n"
-CHUNK = 512
 ANSWER_TOKENS = 12
-QUESTION_TOKENS = 256
 
 
 @dataclass
@@ -67,20 +64,17 @@ def run_demo(
             f"tokens is {tokens}, expected more than {least}: with index={config.index_name!r} and k={k}, "
             "a shorter text is read densely"
         )
-    if json_path is not None and not json_path.parent.is_dir():
-        raise FileNotFoundError(f"--json {json_path}: the folder {json_path.parent} does not exist")
-    if json_path is not None and json_path.is_dir():
-        raise ValueError(f"--json {json_path} is a folder, expected a file")
+    check_output("--json", json_path)
     prose, hidden = read_haystack(haystack), make_needles(needles)
     console = Console(stderr=True, quiet=quiet)
     with console.status("loading the model (the first time, a GGUF file is converted: about half a minute)"):
         lm, tokenizer = load_model(model)
-    limit = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and tokens + QUESTION_TOKENS > limit:
+    limit = context_limit(lm)
+    if limit is not None and tokens > limit:
         raise ValueError(
-            f"tokens is {tokens}, expected at most {limit - QUESTION_TOKENS}: the model's context is {limit}"
+            f"tokens is {tokens}, expected at most {limit}: the model's context is {limit + QUESTION_TOKENS}"
         )
-    context, _ = _prompt(hide(hidden, prose, tokens, tokenizer), hidden[0], tokenizer)
+    context = context_ids(hide(hidden, prose, tokens, tokenizer), tokenizer)
 
     answers: list[Answer] = []
     interrupted = False
@@ -99,11 +93,8 @@ def run_demo(
             console.print(f"interrupted: {len(answers)} of {len(hidden)} questions were answered")
     if not answers:
         raise KeyboardInterrupt
-    output = Console()
-    # Piped output has no width of its own; a table cut to 80 columns would be unreadable there.
-    (output if output.is_terminal else Console(width=140)).print(_table(answers, config))
-    if json_path is not None:
-        _write_json(json_path, answers)
+    table_console().print(_table(answers, config))
+    write_json(json_path, summary(answers))
     if interrupted:
         raise KeyboardInterrupt
     return answers
@@ -142,29 +133,8 @@ def _median(times: list[float]) -> float | None:
     return statistics.median(times) if times else None
 
 
-def _prompt(text: str, needle: Needle, tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids ``[1, n]`` of the context, the same for every question, and of one question."""
-    # Plain text, not a chat: a small model finds facts more reliably when it continues the document itself.
-    parts = (INSTRUCTION + text, f"\n\n{needle.question}\n{needle.answer_start}")
-    context, asked = (tokenizer(part, add_special_tokens=False, return_tensors="pt")["input_ids"] for part in parts)
-    return context, asked
-
-
-class _TokensPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        """Speed over the last seconds."""
-        return Text("" if task.speed is None else f"{task.speed:.0f} tokens/s")
-
-
 def _prefill(lm: Any, ids: torch.Tensor, cache: Any, console: Console) -> None:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _TokensPerSecond(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with reading_progress(console) as progress:
         task = progress.add_task("reading the text", total=ids.shape[1])
         for chunk in torch.split(ids, CHUNK, dim=1):
             lm(chunk, past_key_values=cache, logits_to_keep=1)
@@ -173,7 +143,7 @@ def _prefill(lm: Any, ids: torch.Tensor, cache: Any, console: Console) -> None:
 
 def _ask(lm: Any, tokenizer: Any, handle: "Handle", cache: Any, needle: Needle) -> Answer:
     """Three passes over one question: dense, retrieving (both timed), and the retrieving one again with audits."""
-    _, question = _prompt("", needle, tokenizer)
+    question = question_ids(needle.question, tokenizer, needle.answer_start)
     with handle.dense():
         dense, ms_dense = _generate(lm, question, cache, tokenizer.eos_token_id)
     before = _dense_reasons(handle)
@@ -205,13 +175,13 @@ def _figures(audits: list[AuditReport]) -> dict[str, float]:
 def _generate(lm: Any, question: torch.Tensor, cache: Any, eos: int | None) -> tuple[list[int], list[float]]:
     """Greedy tokens after the question, and the milliseconds of each decode step; the cache is left as it was."""
     length = cache.get_seq_length()
-    tokens = [int(lm(question, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())]
-    times = []
-    while len(tokens) < ANSWER_TOKENS and tokens[-1] != eos:
+    tokens, times = [], []
+    began = None
+    for token in answer_tokens(lm, question, cache, eos, ANSWER_TOKENS):
+        if began is not None:
+            times.append(1000 * (time.perf_counter() - began))
+        tokens.append(token)
         began = time.perf_counter()
-        logits = lm(torch.tensor([[tokens[-1]]]), past_key_values=cache, logits_to_keep=1).logits
-        times.append(1000 * (time.perf_counter() - began))
-        tokens.append(int(logits[0, -1].argmax()))
     cache.crop(length - cache.get_seq_length())
     return tokens, times
 
@@ -236,13 +206,3 @@ def _table(answers: list[Answer], config: RetrievalConfig) -> Table:
             *("-" if ms is None else f"{ms:.1f}" for ms in (_median(a.ms_dense), _median(a.ms_retrieval))),
         )
     return table
-
-
-def _write_json(path: Path, answers: list[Answer]) -> None:
-    """Written aside and renamed: the file is whole or absent."""
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        aside.write_text(json.dumps(summary(answers), indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -202,7 +202,7 @@ def _run_lists(plan: QueryPlan, config: RetrievalConfig, call: Call, index: Segm
             found.lists_read / units,
             found.seconds[1],
         ),
-        Usage(0.0, unread * value_bytes, unread / units, found.seconds[2]),
+        Usage(0.0, found.values_read * value_bytes, unread / units, found.seconds[2]),
     ]
     mass = torch.exp(found.lse_by_source - found.lse).nanmean(dim=(1, 2, 3)).tolist()
     exact_lse = torch.logaddexp(found.lse_by_source[0], found.lse_by_source[1])

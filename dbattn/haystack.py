@@ -6,6 +6,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from .prompt import read_text
+
 # Different kinds of things: a small model confuses several keys of one kind.
 _THINGS = (
     "room number",
@@ -58,19 +60,7 @@ def read_haystack(path: Path | None = None) -> str:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty, or not UTF-8 text.
     """
-    if path is None:
-        return _language_reference()
-    if not path.is_file():
-        raise FileNotFoundError(f"haystack {path} is not a file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"haystack {path} is not UTF-8 text: {error}") from None
-    if "\0" in text:
-        raise ValueError(f"haystack {path} is not text: it holds NUL characters")
-    if not text.strip():
-        raise ValueError(f"haystack {path} is empty")
-    return text
+    return _language_reference() if path is None else read_text(path)
 
 
 def _language_reference() -> str:

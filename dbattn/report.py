@@ -1,5 +1,6 @@
 """Report: what retrieval did in each layer of a model, as a table and as data."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ class LayerReport:
         recall: share of the true top-k that was retrieved.
         attention_mass: share of the dense softmax weight on the rows read.
         relative_error: of the layer's attention output against dense.
+        stream_error: of the residual stream after the layer against dense, where it was followed, else None.
         audited: calls that were audited.
         retrieving: calls that read less than all rows.
         dense: calls answered densely, by reason.
@@ -38,6 +40,7 @@ class LayerReport:
     recall: float | None
     attention_mass: float | None
     relative_error: float | None
+    stream_error: float | None
     audited: int
     retrieving: int
     dense: dict[str, int]
@@ -45,6 +48,14 @@ class LayerReport:
     within: float | None
     heads: tuple[dict[str, float], ...]
     index: dict[str, Any]
+
+    @property
+    def remarks(self) -> str:
+        """What was built, the rungs taken, and why calls were answered densely."""
+        built = ", ".join(f"{name} {value}" for name, value in self.index.items() if name != "rows")
+        rungs = "; ".join(f"{count}x {rung}" for rung, count in self.rungs.items())
+        dense = "; ".join(f"{count}x {reason}" if count else reason for reason, count in self.dense.items())
+        return " | ".join(part for part in (built, rungs, dense) if part)
 
 
 @dataclass(frozen=True)
@@ -63,26 +74,26 @@ class Report:
         return {"layers": [asdict(layer) for layer in self.layers]}
 
     def __str__(self) -> str:
-        table = Table(title="Retrieval per layer (recall, mass and error from audited calls)")
-        for name in ("layer", "rows stored", "retrieved", "read", "recall@k", "mass", "rel. error", "calls", "audited"):
+        followed = any(row.stream_error is not None for row in self.layers)
+        title = "Retrieval per layer (recall, mass and error from audited calls)"
+        table = Table(title=title + ("; stream: error of the residual stream after the layer" if followed else ""))
+        numbers: dict[str, Callable[[LayerReport], str]] = {
+            "layer": lambda row: str(row.layer),
+            "rows stored": lambda row: str(row.rows_stored),
+            "retrieved": lambda row: f"{row.rows_retrieved:.0f}",
+            "read": lambda row: f"{row.rows_read:.0f}",
+            "recall@k": lambda row: _figure(row.recall, ".3f"),
+            "mass": lambda row: _figure(row.attention_mass, ".3f"),
+            "rel. error": lambda row: _figure(row.relative_error, ".4f"),
+            **({"stream": lambda row: _figure(row.stream_error, ".4f")} if followed else {}),
+            "calls": lambda row: str(row.retrieving),
+            "audited": lambda row: str(row.audited),
+        }
+        for name in numbers:
             table.add_column(name, justify="right")
         table.add_column("index / rungs / answered densely because")
         for row in self.layers:
-            built = ", ".join(f"{name} {value}" for name, value in row.index.items() if name != "rows")
-            dense = "; ".join(f"{count}x {reason}" if count else reason for reason, count in row.dense.items())
-            rungs = "; ".join(f"{count}x {rung}" for rung, count in row.rungs.items())
-            table.add_row(
-                str(row.layer),
-                str(row.rows_stored),
-                f"{row.rows_retrieved:.0f}",
-                f"{row.rows_read:.0f}",
-                _figure(row.recall, ".3f"),
-                _figure(row.attention_mass, ".3f"),
-                _figure(row.relative_error, ".4f"),
-                str(row.retrieving),
-                str(row.audited),
-                " | ".join(part for part in (built, rungs, dense) if part),
-            )
+            table.add_row(*(show(row) for show in numbers.values()), row.remarks)
         console = Console(width=150)
         with console.capture() as capture:
             console.print(table)
@@ -103,6 +114,7 @@ def _layer_report(layer: int, stats: RunningStats) -> LayerReport:
         recall=recall,
         attention_mass=mass,
         relative_error=error,
+        stream_error=sum(stats.stream_errors) / len(stats.stream_errors) if stats.stream_errors else None,
         audited=len(stats.audits),
         retrieving=stats.retrieving,
         dense=dict(stats.dense_reasons),

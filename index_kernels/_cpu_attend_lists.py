@@ -172,12 +172,13 @@ def _settle_tail(weight, size, var, taken, b, h, lo, hi, tilt, total):
 def _add_tail(weight, b, h, lo, hi, values, value_lo, floor, acc, lanes):
     """Add the settled summary rows weight[.., lo:hi] with values value_lo.., 8 at a time, skipping negligible eights.
 
-    A skipped row still counts in the sum of weights; its value is not worth a cache miss.
+    A skipped row still counts in the sum of weights; its value is not worth a cache miss. Returns the values read.
     """
     heads, _, cv, width = lanes
     G = weight.shape[2]
     vb, vh, vt = element_strides(values)
     wb, wh, wg = element_strides(weight)
+    read = 0
     i = lo
     while i < hi:
         n = min(8, hi - i)
@@ -188,6 +189,7 @@ def _add_tail(weight, b, h, lo, hi, values, value_lo, floor, acc, lanes):
                 s += weight[b, h, g, j]
             most = max(most, s * floor[g])
         if most >= F(1.0):
+            read += n
             add_rows(
                 weight,
                 b * wb + h * wh + i,
@@ -202,6 +204,7 @@ def _add_tail(weight, b, h, lo, hi, values, value_lo, floor, acc, lanes):
                 width,
             )
         i += n
+    return read
 
 
 @njit(fastmath=FAST)
@@ -283,8 +286,9 @@ def attend_lists(
     open_rows rows; their lists, read best first up to `budget` rows; lists not read and super-lists not opened
     by summary row (tail=True) with log-weight log(size) + alpha * variance of the row logits, and a value tilted by
     beta * cross-covariance. Both budgets are shared by the KV heads of a batch row: a head whose sinks and hot
-    rows hold the mass takes little. lse_by_source [3, B, Hq]: sinks and hot rows, lists, tail. stats [B, 7] = rows
-    read from lists, lists read, lists scored, super-lists scored; cycles of sinks and hot rows, lists, tail.
+    rows hold the mass takes little. lse_by_source [3, B, Hq]: sinks and hot rows, lists, tail. stats [B, 8] = rows
+    read from lists, lists read, lists scored, super-lists scored; cycles of sinks and hot rows, lists, tail; mean
+    values read by the tail.
     s_* and c_* are workspace: super-lists [B, Hkv, S], lists under opened super-lists ("candidates") [B, Hkv, L].
     """
     B, Hq, D = query.shape
@@ -303,7 +307,7 @@ def attend_lists(
     acc = np.empty((3 * parts, B, Hq, Dv), F)
     spread = np.empty((B, Hq), F)
     q_all = np.empty((B, H, G, D), F)
-    spent = np.zeros((parts * BH, 3), np.int64)
+    spent = np.zeros((parts * BH, 4), np.int64)
     two_level = np.empty(B, np.bool_)
     any_two = False
     for b in range(B):
@@ -569,18 +573,18 @@ def attend_lists(
                     first = np.int64(super_first[b, h, i])
                     n = super_first[b, h, i + 1] - first
                     _settle_tail(c_logit, c_size, c_var, c_taken, b, h, o, o + n, tilt, s)
-                    _add_tail(c_logit, b, h, o, o + n, list_value, first, floor, a, lanes)
+                    spent[w, 3] += _add_tail(c_logit, b, h, o, o + n, list_value, first, floor, a, lanes)
                 n = n_supers[b, h]
                 lo = n * part // parts
                 hi = n * (part + 1) // parts
                 _settle_tail(s_logit, super_size, super_var, s_taken, b, h, lo, hi, tilt, s)
-                _add_tail(s_logit, b, h, lo, hi, super_value, lo, floor, a, lanes)
+                spent[w, 3] += _add_tail(s_logit, b, h, lo, hi, super_value, lo, floor, a, lanes)
             else:
                 n = n_lists[b, h]
                 lo = n * part // parts
                 hi = n * (part + 1) // parts
                 _settle_tail(c_logit, c_size, c_var, c_taken, b, h, lo, hi, tilt, s)
-                _add_tail(c_logit, b, h, lo, hi, list_value, lo, floor, a, lanes)
+                spent[w, 3] += _add_tail(c_logit, b, h, lo, hi, list_value, lo, floor, a, lanes)
             lean = np.empty((G, D), F)
             for g in range(G):
                 for d in range(D):
@@ -593,11 +597,12 @@ def attend_lists(
     for source in range(3):
         for b in range(B):
             stats[b, 4 + source] = 0
+            stats[b, 7] = 0
             for i in range(Hq):
                 lse_by_source[source, b, i] = _lse(top, total, source * parts, (source + 1) * parts, b, i)
     merge_parts(top, total, acc, 3 * parts, out, lse)
     # Choosing runs on one thread while the others wait, so it counts on all of them.
     stats[0, 5] += chose * parts
     for w in range(parts * BH):
-        for source in range(3):
-            stats[(w % BH) // H, 4 + source] += spent[w, source]
+        for i in range(4):
+            stats[(w % BH) // H, 4 + i] += spent[w, i]

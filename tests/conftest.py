@@ -22,3 +22,34 @@ def _rates(monkeypatch):
     from dbattn.machine import BUILT_IN
 
     monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads: BUILT_IN[engine])
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A llama of random weights with a tokenizer trained on the default haystack."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from dbattn.haystack import read_haystack
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["<unk>", "<eos>"])
+    tokenizer.train_from_iterator([read_haystack()], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1000,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("numba")
 
 from benchmarks import __main__ as everything
-from benchmarks import _stores, bench_decode, bench_frontier, bench_insert, bench_model
+from benchmarks import _stores, bench_decode, bench_frontier, bench_insert, bench_model, bench_plan
 from benchmarks._common import QuietGuard, Side, Timing, check_exact, fit_exponent, time_sides, timings_of, write_json
 from benchmarks._model import compare_logits, stretched
 from benchmarks._plots import plot_frontier, plot_summary
@@ -152,6 +152,26 @@ def test_insert_counts_every_row_and_tells_index_from_spare_memory():
     assert bench_insert.memory_of(flat)["overhead"] == 0
 
 
+def test_the_planner_is_charged_for_the_plan_it_chooses(monkeypatch):
+    stores = [bench_plan._store(1280, 1, seed) for seed in range(3)]
+    for dense, index, regret in ((1.0, 2.0, {"dense": 1.0, "index": 2.0}), (3.0, 1.5, {"dense": 2.0, "index": 1.0})):
+        timings = {"dense": Timing([dense], 1.0), "index": Timing([index], 1.0)}
+        monkeypatch.setattr(bench_plan, "time_sides", lambda *args, timings=timings, **options: timings)
+        found = bench_plan._choice(stores, 2, 64)
+        assert found["regret"] == pytest.approx(regret[found["chosen"]])
+        assert found["ms_dense"] == 1000 * dense
+        assert found["ms_index_estimated"] > 0
+
+
+def test_bounds_are_audited_beside_the_answers(monkeypatch):
+    monkeypatch.setattr(bench_plan, "load_rows", lambda tokens, layer: synthetic(1536))
+    found = bench_plan.bounds(1536, 0.3, steps=6)
+    assert found["queries"] == 2 * 6
+    assert sum(found["rungs"].values()) == 12
+    assert 0 <= found["within"] <= 1
+    assert found["bytes_of_dense"] > 0
+
+
 def test_fidelity_figures_of_known_logits():
     dense = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
     same = compare_logits(dense, dense)
@@ -183,7 +203,7 @@ def test_verdicts_follow_the_figures():
     assert Target("t", 0.1, 0.03, 0.05, False).verdict == "must"
     assert Target("t", 2, 4, None, True).verdict == "not measured"
     found = targets({})
-    assert len(found) == 16
+    assert len(found) == 17
     assert {t.verdict for t in found} == {"not measured"}
 
     exact = {"side": "dense_decode", "kind": "dense_decode", "x_sdpa": 3.0, "bandwidth_share": 0.5}
@@ -212,7 +232,7 @@ def test_a_record_is_written_whole(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
 
 
-@pytest.mark.parametrize("module", [bench_decode, bench_frontier, bench_insert, bench_model, everything])
+@pytest.mark.parametrize("module", [bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, everything])
 def test_help_teaches_with_an_example(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])

@@ -11,42 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dbattn.cli import main
-from dbattn.demo import Answer, _write_json, summary
+from dbattn.demo import Answer, summary
+from dbattn.files import write_json
 from dbattn.haystack import hide, make_needles, read_haystack
 from dbattn.hf import load_model
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A llama of random weights with a tokenizer trained on the default haystack."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["<unk>", "<eos>"])
-    tokenizer.train_from_iterator([read_haystack()], trainer)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=1000,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def test_demo_prints_a_table_and_writes_the_json(model_folder, tmp_path, capsys):
@@ -155,8 +128,8 @@ def test_a_result_that_cannot_be_written_leaves_no_file_behind(tmp_path):
     assert summary([answer])["ms_per_token"] == {"dense": None, "retrieval": None}
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError, match="taken"):
-        _write_json(tmp_path / "taken", [answer])
-    _write_json(tmp_path / "result.json", [answer])
+        write_json(tmp_path / "taken", summary([answer]))
+    write_json(tmp_path / "result.json", summary([answer]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", "taken"]
 
 

@@ -529,3 +529,24 @@ def test_report_is_a_table_and_data():
     assert data[0]["retrieving"] == 0
     assert data[0]["recall"] is None
     assert data[1]["dense"] == {"more queries in one call than max_queries=1": 1}
+
+
+def test_error_is_followed_through_the_residual_stream():
+    model, ids = tiny(num_hidden_layers=3), torch.randint(2, 126, (1, 80))
+    with torch.inference_mode(), wrap(model, RETRIEVING) as handle:
+        cache = handle.new_cache()
+        with handle.dense():
+            model(ids, past_key_values=cache)
+        handle.follow_error(torch.randint(2, 126, (1, 4)), cache)
+        assert cache.get_seq_length() == 80
+        layers = handle.report().layers
+    assert all(layer.stream_error > 0 for layer in layers)
+    assert all(layer.audited == 4 for layer in layers)
+    # The first layer adds its attention's error to an input that is the same on both sides.
+    assert layers[0].stream_error < layers[0].relative_error
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.inference_mode(), wrap(model, EXACT) as handle:
+        cache = handle.new_cache()
+        model(ids, past_key_values=cache)
+        handle.follow_error(ids[:, :2], cache)
+        assert all(layer.stream_error < 1e-5 for layer in handle.report().layers)

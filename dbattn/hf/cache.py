@@ -191,4 +191,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def _refresh(self) -> None:
         assert self.db is not None
-        self.keys, self.values = (rows_as(rows, self.dtype) for rows in self.db.store.rows)
+        store = self.db.store
+        if store.is_empty:
+            self.keys = self.values = None
+        else:
+            self.keys, self.values = (rows_as(rows, self.dtype) for rows in store.rows)

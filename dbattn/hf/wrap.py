@@ -23,6 +23,7 @@ from ..trace import Trace
 from .cache import DatabaseLayer, Session, Watcher
 from .fingerprint import difference, fingerprint
 from .function import NAME, register, unregister
+from .travel import residual_stream, stream_errors
 
 
 class UnsupportedModelError(TypeError):
@@ -170,6 +171,32 @@ class Handle:
             ValueError: no call has been audited yet.
         """
         return sum_plans([stats.plan for stats in self._session.stats if stats.plan is not None])
+
+    def follow_error(self, token_ids: Tensor, cache: DynamicCache) -> None:
+        """Read tokens after a cache twice each, densely and through the index, for ``report`` to compare the layers.
+
+        The report then shows, beside the error of a layer's attention, that of the residual stream after the layer:
+        what the residual path damps. The cache is left as it was.
+
+        Args:
+            token_ids: int64 ``[B, n]``, read one by one.
+            cache: of this wrapped model, with the rows before them.
+
+        Raises:
+            ValueError: a model whose layers cannot be followed.
+        """
+        length = cache.get_seq_length()
+        with residual_stream(self._decoder, len(self._session.stats)) as states, self.audit():
+            for at in range(token_ids.shape[1]):
+                token = token_ids[:, at : at + 1]
+                with self.dense():
+                    self.model(token, past_key_values=cache)
+                dense = list(states)
+                cache.crop(-1)
+                self.model(token, past_key_values=cache)
+                for stats, error in zip(self._session.stats, stream_errors(states, dense), strict=True):
+                    stats.add_stream_error(error)
+        cache.crop(length - cache.get_seq_length())
 
     @contextmanager
     def dense(self) -> Iterator[None]:

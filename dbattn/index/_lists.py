@@ -31,7 +31,7 @@ def _new_workspace(batch: int, kv_heads: int, group: int, supers: int, lists: in
         (small, lists), (large,), (large,),
     ]  # fmt: skip
     scratch = tuple(np.zeros((batch, kv_heads, *shape), dtype) for dtype, *shape in shapes)
-    return scratch, np.zeros((batch, 7), np.int64)
+    return scratch, np.zeros((batch, 8), np.int64)
 
 
 class Lists:

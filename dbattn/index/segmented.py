@@ -37,9 +37,17 @@ SEGMENT_ROWS = tuple(512 << i for i in range(8, -1, -1))
 # for 0.5 and 1; real residuals have lighter tails, and the unread lists are those whose spread matters least.
 ALPHA, BETA = 0.38, 0.7
 # (sealed rows, rows read per KV head, rows under opened super-lists), from a sweep on SmolLM2's rows for a mean error
-# of 0.015 (8K) to 0.035 (524K) at the least time; time grows faster with rows opened than with rows read.
+# of 0.015 (8K) to 0.035 (524K) at the least time; time grows faster with rows opened than with rows read. Below 32K
+# a call's fixed cost rules: rows cost next to nothing there, and a needle whose list looks like others needs them.
 BUDGETS = np.array(
-    [(7680, 320, 7680), (16384, 360, 4096), (32256, 440, 4600), (130560, 900, 12000), (523272, 2000, 24000)]
+    [
+        (2048, 640, 2048),
+        (7680, 480, 7680),
+        (16384, 480, 4096),
+        (32256, 520, 4600),
+        (130560, 900, 12000),
+        (523272, 2000, 24000),
+    ]
 )
 # Below this many sealed rows every list is scored: opening super-lists first would not pay.
 ONE_LEVEL_ROWS = 12288
@@ -85,6 +93,7 @@ class ListAnswer:
         rows_read: rows of lists read, per KV head and position, mean.
         lists_read: lists read, all KV heads and positions together.
         summaries_read: summaries scored, likewise.
+        values_read: mean values read by the tail, likewise; those of negligible weight are not.
         seconds: time of sinks and hot rows, of choosing and reading lists, of the tail.
         deviation: ``[B, Hq, m]``, standard deviation of the unread rows' weight as a share of all (where asked for).
         slots: rows read from lists, ``[B, Hq, m, n]`` places in the store, -1 = none (where asked for).
@@ -96,6 +105,7 @@ class ListAnswer:
     rows_read: float
     lists_read: int
     summaries_read: int
+    values_read: int
     seconds: tuple[float, float, float]
     deviation: Tensor | None
     slots: Tensor | None
@@ -189,6 +199,7 @@ class SegmentedIndex(KeyIndex):
             sum(a.rows_read for a in answers) / m,
             sum(a.lists_read for a in answers),
             sum(a.summaries_read for a in answers),
+            sum(a.values_read for a in answers),
             (hot, lists, tail),
             torch.cat([a.deviation for a in answers if a.deviation is not None], dim=2) if how.want_deviation else None,
             slots,
@@ -293,7 +304,7 @@ class SegmentedIndex(KeyIndex):
         )  # fmt: skip
         took = time.perf_counter() - began
         counts = stats[0] if batch == 1 else stats.sum(axis=0)
-        rows, lists_read, scored_lists, scored_supers, *cycles = counts.tolist()
+        rows, lists_read, scored_lists, scored_supers, *cycles, values_read = counts.tolist()
         share = took / max(1, sum(cycles))
         deviation = None
         if how.want_deviation:
@@ -311,6 +322,7 @@ class SegmentedIndex(KeyIndex):
             rows / (batch * kv_heads),
             lists_read,
             scored_lists + scored_supers,
+            values_read,
             (cycles[0] * share, cycles[1] * share, cycles[2] * share) if sum(cycles) else (0.0, took, 0.0),
             deviation,
             slots,
@@ -348,7 +360,9 @@ class SegmentedIndex(KeyIndex):
         seconds = scanned - began, time.perf_counter() - scanned, 0.0
         out, lse = merge_states(outs, lses)
         deviation = unread_deviation(logits, spread, lists, chosen, lse[..., 0])[..., None]
-        return ListAnswer(out, lse, lses, rows, int(chosen.sum()), chosen.numel(), seconds, deviation, slots)
+        scored, taken = chosen.numel(), int(chosen.sum())
+        unread = scored - taken if how.tail else 0
+        return ListAnswer(out, lse, lses, rows, taken, scored, unread, seconds, deviation, slots)
 
     def _shared_segments(self, target: list[int]) -> int:
         """How many leading segments the present and the target bounds share."""

@@ -1,0 +1,102 @@
+"""What the commands that ask about a context begin with: the model, the context, and a cache that holds it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..config import RetrievalConfig
+from ..hf import Handle, UnsupportedModelError, load_model, wrap
+from ..prompt import QUESTION_TOKENS, question_ids
+from ..snapshot import SnapshotError, describe
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A context and the model that goes on from it.
+
+    Attributes:
+        cache: holds the context's rows.
+        ids: token ids of the context.
+        seconds: time it took to open the context, the model's loading not included.
+    """
+
+    model: Any
+    tokenizer: Any
+    handle: Handle
+    cache: Any
+    ids: list[int]
+    seconds: float
+
+    def asked(self, question: str, max_tokens: int) -> Tensor:
+        """Token ids ``[1, n]`` of a question.
+
+        Raises:
+            ValueError: it is empty, or it and an answer of ``max_tokens`` do not fit the model's context any more.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty")
+        if max_tokens < 1:
+            raise ValueError(f"--max-tokens is {max_tokens}, expected at least 1")
+        asked = question_ids(question, self.tokenizer)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        needed = len(self.ids) + asked.shape[1] + max_tokens
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"the context has {len(self.ids)} tokens, the question {asked.shape[1]} and the answer up to "
+                f"{max_tokens}: {needed}, and the model reads at most {limit}"
+            )
+        return asked
+
+
+def load(model: Path | None, console: Console) -> tuple[Any, Any]:
+    """The model and its tokenizer; says that it is loading."""
+    with console.status("loading the model (the first time, a GGUF file is converted: about half a minute)"):
+        return load_model(model)
+
+
+@contextmanager
+def serving(model: Any, config: RetrievalConfig | None, context: Path | None) -> Iterator[Handle]:
+    """The model wrapped, in inference mode.
+
+    Raises:
+        ValueError: a model that cannot be wrapped, or another one's context.
+    """
+    try:
+        handle = wrap(model, config, context=context)
+    except UnsupportedModelError as error:
+        raise ValueError(f"--model: {error}") from error
+    with torch.inference_mode(), handle:
+        yield handle
+
+
+@contextmanager
+def opened(context: Path, model: Path | None, k: int | None, console: Console) -> Iterator[Opened]:
+    """A context ready for a question, read as it was ingested to be, or with ``k`` rows per query and KV head.
+
+    Raises:
+        FileNotFoundError, ValueError: the context or the model is missing, damaged, or they do not belong together.
+    """
+    info = describe(context)  # what can be wrong with it is said before the model is loaded
+    if info.model is None or not info.rows:
+        raise SnapshotError(f"{context} is not a context: it holds the rows of no model (make one with dbattn ingest)")
+    if info.batch != 1:
+        raise SnapshotError(f"{context} holds {info.batch} texts, expected one")
+    config = replace(info.config, audit_rate=0.0, max_queries=QUESTION_TOKENS)
+    if k is not None:
+        # A budget asked for is a wish to retrieve.
+        config = replace(config, k=k, dense_below=0)
+    lm, tokenizer = load(model, console)
+    began = time.perf_counter()
+    with serving(lm, config, context) as handle:
+        if handle.context is None:
+            raise SnapshotError(f"{context} is not a context of dbattn ingest: its token ids are missing")
+        cache = handle.new_cache()
+        ids = handle.context[0].tolist()
+        yield Opened(lm, tokenizer, handle, cache, ids, time.perf_counter() - began)

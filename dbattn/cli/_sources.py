@@ -1,0 +1,89 @@
+"""Which passages of a context an answer was taken from, by attention."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..prompt import Passage, answer_tokens, passages, question_ids
+from ..trace import Trace
+from ._opened import Opened
+
+SHOWN = 3
+# Asked to learn what every question reads: the newest passages, and rows that attention is parked on.
+NEUTRAL = "What does the text say?"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A passage, its share of the attention on all passages, and how far that is above a neutral question's share."""
+
+    passage: Passage
+    share: float
+    excess: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The source as plain data."""
+        return {"share": self.share, "excess": self.excess, **vars(self.passage)}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The passages most read, best first, and where an answer's attention went; the four shares add up to 1.
+
+    Attributes:
+        text: share of the softmax weight, mean over layers, heads and answer tokens, on rows of the passages.
+        before: on the sinks and the instruction.
+        after: on the question and the answer itself.
+        summaries: on rows that were not read, through the summaries that answer for them.
+    """
+
+    found: tuple[Source, ...]
+    text: float
+    before: float
+    after: float
+    summaries: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sources as plain data."""
+        return {**vars(self), "found": [source.to_dict() for source in self.found]}
+
+    def lines(self, rows: int) -> list[str]:
+        """For a reader; ``rows`` of the context."""
+        lines = []
+        for number, source in enumerate(self.found, 1):
+            at = source.passage
+            lines += [
+                f"{number}. tokens {at.first} to {at.stop - 1} ({at.first / rows:.0%} in): "
+                f"{source.share:.1%} of the attention on the text, {100 * source.excess:+.1f} points by this question",
+                f'   "{" ".join(at.text.split())}"',
+            ]
+        lines.append(
+            f"Attention while answering: {self.text:.0%} on the text, {self.before:.0%} on its first rows (sinks, "
+            f"instruction), {self.after:.0%} on question and answer, {self.summaries:.0%} on summaries of rows not "
+            "read. Passages are ranked by what they have more than for a question about nothing in particular."
+        )
+        return lines
+
+
+def neutral_trace(opened: Opened) -> Trace:
+    """What a question about nothing in particular reads; the cache is left as it was."""
+    with opened.handle.trace() as trace:
+        list(answer_tokens(opened.model, question_ids(NEUTRAL, opened.tokenizer), opened.cache, None, 1))
+    opened.cache.crop(len(opened.ids) - opened.cache.get_seq_length())
+    return trace
+
+
+def find_sources(opened: Opened, trace: Trace, neutral: Trace) -> Sources:
+    """The passages that ``trace`` reads more than ``neutral`` does."""
+    rows, n_sink = len(opened.ids), opened.handle.config.n_sink
+    parts = passages(opened.ids, opened.tokenizer)
+    first = max(n_sink, parts[0].first)
+    asked, usual = (one.mass[0] / max(1, one.total) for one in (trace, neutral))
+    shares = []
+    for mass in (asked, usual):
+        of_text = max(float(mass[first:rows].sum()), 1e-12)
+        shares.append([float(mass[max(first, p.first) : p.stop].sum()) / of_text for p in parts])
+    found = [Source(p, share, share - before) for p, share, before in zip(parts, *shares, strict=True)]
+    found.sort(key=lambda source: -source.excess)
+    text, before, after = (float(asked[a:b].sum()) for a, b in ((first, rows), (0, first), (rows, None)))
+    top = tuple(source for source in found[:SHOWN] if source.excess > 0)
+    return Sources(top, text, before, after, max(0.0, 1.0 - text - before - after))

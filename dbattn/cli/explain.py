@@ -1,0 +1,46 @@
+"""dbattn explain: what the first step of an answer reads."""
+
+from pathlib import Path
+
+from rich.console import Console
+from torch import Tensor
+
+from ..attention import AttentionDB
+from ..files import check_output, write_json
+from ..plan import QueryPlan, sum_plans
+from ..prompt import answer_tokens
+from ._opened import opened
+
+
+def run_explain(
+    *,
+    context: Path,
+    question: str,
+    model: Path | None,
+    k: int | None,
+    layer: int | None,
+    json_path: Path | None,
+    quiet: bool,
+) -> None:
+    """Print the plan of one decode step after a question, with what it read.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``opened``, and a layer that is not there.
+    """
+    check_output("--json", json_path)
+    plans: dict[int, QueryPlan] = {}
+
+    def explain(number: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
+        plans[number] = db.explain(query, scale=scale, softcap=softcap)
+
+    with opened(context, model, k, Console(stderr=True, quiet=quiet)) as about:
+        layers = len(about.cache.layers)
+        if layer is not None and not 0 <= layer < layers:
+            raise ValueError(f"--layer is {layer}, expected 0 to {layers - 1}")
+        step = answer_tokens(about.model, about.asked(question, 2), about.cache, None, 2)
+        next(step)
+        with about.handle.watch(explain):
+            next(step)
+    plan = sum_plans(list(plans.values())) if layer is None else plans[layer]
+    print(plan)
+    write_json(json_path, plan.to_dict())

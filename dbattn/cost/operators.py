@@ -1,0 +1,129 @@
+"""Operators: the FLOPs and bytes of one layer's parts, by the formulas of this package, and what a plan reads."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..config import RetrievalConfig
+from ..index import BLOCK
+from ..index._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST
+from ..index.ivf import MIN_ROWS, _lists_for, _rows_to_train
+from ..index.segmented import segment_bounds
+from ..plan import QueryPlan, choose_plan
+from ..usage import Workload, index_work, scan_usage
+from .shape import Matrices, ModelShape
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One part of a layer: its FLOPs (2 per multiply-add), and the bytes it reads and writes."""
+
+    name: str
+    flops: int
+    bytes: int
+
+
+def total(operators: Iterable[tuple[Operator, int]]) -> Operator:
+    """The sum of operators, each so many times; named as the last of them."""
+    name, flops, size = "", 0, 0
+    for op, count in operators:
+        name, flops, size = op.name, flops + count * op.flops, size + count * op.bytes
+    return Operator(name, flops, size)
+
+
+def multiply(name: str, matrices: Matrices, size: int, vectors: int) -> Operator:
+    """So many vectors times each matrix."""
+    numbers = sum(inputs * outputs + vectors * (inputs + outputs) for inputs, outputs in matrices)
+    return Operator(name, sum(2 * vectors * inputs * outputs for inputs, outputs in matrices), size * numbers)
+
+
+def _attention(shape: ModelShape, batch: int, new: int, pairs: float, rows_bytes: int) -> tuple[Operator, Operator]:
+    """Scores and values: ``pairs`` per query head and text, and the bytes of rows that are read for them."""
+    flops = int(2 * batch * shape.heads * pairs * shape.head_dim)
+    size = rows_bytes // 2 + shape.element_size * batch * new * shape.heads * shape.head_dim
+    return Operator("scores", flops, size), Operator("values", flops, size)
+
+
+def dense_attention(
+    shape: ModelShape, tokens: int, new: int, batch: int, window: int | None = None
+) -> tuple[Operator, Operator]:
+    """Scores and values of the ``new`` newest positions over all rows that they see."""
+    seen = min(tokens, window or tokens)
+    # The first positions of a prompt see fewer rows than the window holds.
+    pairs = seen if new == 1 else seen * (seen + 1) // 2 + (tokens - seen) * seen
+    read = scan_usage(workload_of(shape, tokens, new, batch), seen if new == 1 else tokens, None)
+    return _attention(shape, batch, new, pairs, read.bytes)
+
+
+def retrieving_attention(
+    shape: ModelShape, tokens: int, batch: int, config: RetrievalConfig, plan: QueryPlan
+) -> tuple[Operator, ...]:
+    """Scores, values, index and tail of a decode step under a plan that retrieves."""
+    work = workload_of(shape, tokens, 1, batch, config)
+    exact, found, *tail = (source.estimated for source in plan.sources)
+    items, rows_bytes, _ = index_work(work, config, config.k)
+    # Query heads of a group share the bytes of a summary, or of a key of "flat", and each multiplies it.
+    shared = shape.heads // shape.kv_heads if config.index_name in ("segmented", "flat") else 1
+    numbers = items * shared * (shape.head_dim if config.index_name == "segmented" else 64)
+    operators = (
+        *_attention(shape, batch, 1, exact.rows + found.rows, exact.bytes + rows_bytes),
+        Operator("index", int(2 * numbers), found.bytes - rows_bytes),
+    )
+    answered = int(sum(usage.lists for usage in tail) * 2 * batch * shape.heads * shape.head_dim)
+    return (*operators, Operator("tail", answered, sum(usage.bytes for usage in tail))) if tail else operators
+
+
+def plan_of(
+    shape: ModelShape, tokens: int, new: int, batch: int, config: RetrievalConfig | None, threads: int | None
+) -> QueryPlan:
+    """What a layer that sees all rows reads."""
+    return choose_plan(
+        config or RetrievalConfig(),
+        workload_of(shape, tokens, new, batch, config),
+        backend="numba" if threads else "reference",
+        threads=threads,
+        retrieve=config is not None,
+        estimate=threads is not None and new == 1,
+    )
+
+
+def workload_of(
+    shape: ModelShape, tokens: int, new: int, batch: int, config: RetrievalConfig | None = None
+) -> Workload:
+    """The planner's view of a call with ``new`` positions over ``tokens`` rows."""
+    indexed = 0 if config is None else indexed_rows(config, tokens)
+    return Workload(
+        tokens, new, indexed, 0 if config is None else config.n_sink, batch, shape.heads, shape.kv_heads,
+        shape.head_dim, shape.head_dim, shape.element_size,
+    )  # fmt: skip
+
+
+def indexed_rows(config: RetrievalConfig, tokens: int) -> int:
+    """Rows that the index holds of so many in the store; see each index's ``extend``."""
+    old = max(0, tokens - config.window)
+    match config.index_name:
+        case "flat":
+            return tokens
+        case "segmented":
+            return segment_bounds(old)[-1]
+        case name:
+            return old // BLOCK * BLOCK if old // BLOCK * BLOCK >= (MIN_ROWS if name == "ivf" else BLOCK) else 0
+
+
+def index_bytes(config: RetrievalConfig, rows: int, shape: ModelShape) -> int:
+    """Bytes of one head's index over ``rows`` rows; as each index's ``nbytes`` counts them."""
+    dim, augmented = shape.head_dim, shape.head_dim + config.samples
+    if not rows:
+        return 0
+    match config.index_name:
+        case "segmented":
+            # Lists and super-lists with two float16 vectors and three numbers each, positions, matrices of moments.
+            summaries = rows / ROWS_PER_LIST + rows / ROWS_PER_SUPER_LIST
+            moments = 2 * dim * dim * (2 + 4 * (len(segment_bounds(rows)) - 1))
+            return int(summaries * (4 * dim + 12)) + 4 * rows + moments
+        case "ivf":
+            lists = _lists_for(_rows_to_train(rows))
+            return (rows + 2 * lists) * 4 * augmented + 8 * rows + 8 * lists * augmented
+        case "hnsw":
+            return rows * (4 * (augmented + 1) + round(4 * 2.07 * config.index_options["neighbors"]))
+        case _:
+            return 0

@@ -1,0 +1,33 @@
+"""Results as files."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Raise before the work starts if a file cannot be written there."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"{option} {path} is a folder, expected a file")
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: the folder {path.parent} does not exist")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write to; it becomes ``path`` at the end of the block: the file is whole or absent."""
+    aside = path.with_name(f".writing.{path.name}")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path | None, data: dict[str, Any]) -> None:
+    """Write ``data`` if there is a path."""
+    if path is not None:
+        with written_whole(path) as aside:
+            aside.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
