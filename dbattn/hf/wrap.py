@@ -219,7 +219,7 @@ class Handle:
 
     @contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
-        """Inside the block, call ``watcher(layer, db, query, scale, softcap)`` after each call that a database answered.
+        """Call ``watcher(layer, db, query, scale, softcap)`` after each call in the block that a database answered.
 
         The newest rows of ``db`` are the queries' own. The watcher must not change the database.
         """
