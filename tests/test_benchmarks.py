@@ -125,6 +125,14 @@ def test_decode_results_have_the_documented_keys_and_agree_with_each_other(monke
     assert fit["value"] == pytest.approx(0.5)
 
 
+def test_rows_kept_as_they_came_add_no_error_of_their_own():
+    point = bench_frontier.storage_point([synthetic()], "float32")
+    assert set(point) == {"storage", "row_bytes", "bytes_dense", "error_dense", "bytes_read", "error"}
+    assert point["row_bytes"] == 2 * 16 * 4
+    assert point["error_dense"] < 1e-6 < point["error"]
+    assert point["bytes_read"] < point["bytes_dense"]
+
+
 def test_error_falls_along_the_frontier_and_the_plot_is_drawn(tmp_path):
     captures = [synthetic()]
     curve = bench_frontier.curve(captures, "flat", "none", [16, 64, 256])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_snapshot import forge, sign
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -253,6 +254,20 @@ def test_a_snapshot_keeps_packed_rows_bit_for_bit(index, tmp_path):
     assert torch.equal(opened.attend(query), db.attend(query))
     with pytest.raises(SnapshotError, match="saved with storage='int8', asked for is None"):
         AttentionDB.open(tmp_path / "a", config=RetrievalConfig(**{**db.config.to_dict(), "storage": None}))
+
+
+def test_a_snapshot_whose_rows_are_not_what_it_says_is_refused(tmp_path):
+    db = database(*rows(100), index="flat")
+    for name, there in (("a", None), ("b", "float32")):
+        db.save(tmp_path / name)
+        sign(tmp_path / name, lambda data, there=there: data["config"].update(storage=there))
+        with pytest.raises(SnapshotError, match=f"layer 0 has dtype int8 under storage={there!r}"):
+            AttentionDB.open(tmp_path / name)
+    db.save(tmp_path / "c")
+    nan = torch.tensor([float("nan")]).view(torch.int8)
+    forged = forge(tmp_path / "c", "rows", lambda tensors: tensors["layer.0.keys"][0, 1, 7, 16:].copy_(nan))
+    with pytest.raises(SnapshotError, match=rf"{forged} is refused: keys hold the scale nan at \[0, 1, 7\]"):
+        AttentionDB.open(tmp_path / "c")
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, 3e38])
