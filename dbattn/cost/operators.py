@@ -93,7 +93,7 @@ def workload_of(
     indexed = 0 if config is None else indexed_rows(config, tokens)
     return Workload(
         tokens, new, indexed, 0 if config is None else config.n_sink, batch, shape.heads, shape.kv_heads,
-        shape.head_dim, shape.head_dim, shape.element_size,
+        shape.head_dim, shape.head_dim, 2 * shape.head_dim * shape.element_size,
     )  # fmt: skip
 
 
