@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import RetrievalConfig
 from .index._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST
@@ -10,9 +10,8 @@ from .index.segmented import budget
 from .machine import Rates
 
 
-@dataclass(frozen=True)
-class Workload:
-    """One call to be planned.
+class Workload(NamedTuple):
+    """One call to be planned. (A tuple: it is made and looked up at every call.)
 
     Attributes:
         rows: rows in the store.
