@@ -17,7 +17,7 @@ from index_kernels import dense_decode, read_bandwidth
 VERSION = 1
 HEADS, GROUP, DIM = 2, 3, 64
 # Rows of the stores that are timed, and rows retrieved from them.
-SMALL, LARGE, FEW, MANY = 2048, 8192, 16, 1024
+SMALL, LARGE, FEW, MANY = 2048, 12288, 16, 1024
 # Times this many as long as the built-in rates say are not the machine's: other processes keep it busy.
 DISTURBED = 10
 
@@ -52,11 +52,11 @@ def cache_folder() -> Path:
 
 # Two cores of an AMD EPYC (Zen 5), for when nothing can be measured.
 BUILT_IN = {
-    "dense": Rates(2e-5, 0.0, 3e-11, 1e-11),
-    "segmented": Rates(1e-4, 3e-8, 5e-11, 1e-11),
-    "flat": Rates(2e-4, 2e-8, 2e-10, 1e-11),
-    "ivf": Rates(3e-4, 2e-8, 2e-10, 1e-11),
-    "hnsw": Rates(3e-4, 3e-8, 2e-10, 1e-11),
+    "dense": Rates(3e-5, 0.0, 2.7e-11, 1.2e-11),
+    "segmented": Rates(8e-5, 1e-8, 3.7e-11, 1.2e-11),
+    "flat": Rates(6e-4, 1.2e-7, 2.2e-10, 1.2e-11),
+    "ivf": Rates(4e-4, 8e-9, 8e-10, 1.2e-11),
+    "hnsw": Rates(4e-4, 3e-8, 8e-10, 1.2e-11),
 }
 # Things scored, bytes and operations of a call over 8K rows.
 TYPICAL = {
