@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -14,10 +15,12 @@ import torch
 
 from index_kernels import dense_decode, read_bandwidth
 
-VERSION = 1
+VERSION = 2
 HEADS, GROUP, DIM = 2, 3, 64
 # Rows of the stores that are timed, and rows retrieved from them.
 SMALL, LARGE, FEW, MANY = 2048, 12288, 16, 1024
+# Read between timed calls: twice the largest cache of common machines.
+FLUSH_BYTES = 64 << 20
 # Times this many as long as the built-in rates say are not the machine's: other processes keep it busy.
 DISTURBED = 10
 
@@ -52,8 +55,8 @@ def cache_folder() -> Path:
 
 # Two cores of an AMD EPYC (Zen 5), for when nothing can be measured.
 BUILT_IN = {
-    "dense": Rates(3e-5, 0.0, 2.7e-11, 1.2e-11),
-    "segmented": Rates(8e-5, 1e-8, 3.7e-11, 1.2e-11),
+    "dense": Rates(1.3e-4, 0.0, 2.7e-11, 1.5e-11),
+    "segmented": Rates(2.6e-4, 5e-8, 3e-11, 1.5e-11),
     "flat": Rates(6e-4, 1.2e-7, 2.2e-10, 1.2e-11),
     "ivf": Rates(4e-4, 8e-9, 8e-10, 1.2e-11),
     "hnsw": Rates(4e-4, 3e-8, 8e-10, 1.2e-11),
@@ -100,14 +103,14 @@ def rates(engine: str, threads: int) -> Rates:
 
 @torch.no_grad()
 def _measure_dense() -> Rates:
-    """Two short scans that differ in their query heads alone, and the bandwidth of memory."""
-    keys = _random(HEADS, SMALL)
+    """Two scans that differ in their query heads alone, and the bandwidth of memory."""
+    keys, byte = _random(HEADS, SMALL), 1.0 / read_bandwidth()
     few, many = (
-        _best(partial(dense_decode, query, keys, keys)) for query in (_random(HEADS, 1), _random(9 * HEADS, 1))
+        _seconds(partial(dense_decode, query, keys, keys)) for query in (_random(HEADS, 1), _random(9 * HEADS, 1))
     )
-    operation = max(0.0, many - few) / (8 * HEADS * SMALL * 2 * DIM)
-    # Rows of a short scan come from the caches: what they cost is the operations'.
-    return Rates(max(0.0, few - operation * HEADS * SMALL * 2 * DIM), 0.0, 1.0 / read_bandwidth(), operation)
+    operations = HEADS * SMALL * 2 * DIM
+    operation = max(0.0, many - few) / (8 * operations)
+    return Rates(max(0.0, few - operation * operations - byte * 2 * keys.nbytes), 0.0, byte, operation)
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def _measure_index(engine: str) -> Rates:
         config = RetrievalConfig(index=engine, k=k, dense_below=0, audit_rate=0.0)
         db = AttentionDB(HEADS, DIM, config=config)
         db.insert(_random(HEADS, rows), _random(HEADS, rows))
-        took = _best(partial(db.attend, query))
+        took = _seconds(partial(db.attend, query))
         work = Query.checked(query, db.store, db.index, config, db.stats, None, None).workload
         items, size, operations = index_work(work, config, k)
         exact = scan_usage(work, work.rows - work.indexed + config.n_sink, dense).seconds or 0.0
@@ -141,12 +144,13 @@ def _random(heads: int, rows: int) -> torch.Tensor:
     return torch.randn(1, heads, rows, DIM, generator=torch.Generator().manual_seed(rows))
 
 
-def _best(run: Callable[[], object], seconds: float = 0.1) -> float:
-    """Seconds of the fastest call, of at least ten, after one that warms up."""
+def _seconds(run: Callable[[], object], calls: int = 15) -> float:
+    """Seconds of a call whose rows and code are in no cache, as between the layers of a model: median."""
     run()
-    best, calls, end = math.inf, 0, time.perf_counter() + seconds
-    while calls < 10 or time.perf_counter() < end:
+    others, times = torch.ones(FLUSH_BYTES // 4), []
+    for _ in range(calls):
+        others.sum()
         began = time.perf_counter()
         run()
-        best, calls = min(best, time.perf_counter() - began), calls + 1
-    return best
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
