@@ -1,7 +1,6 @@
 """What the benchmarks share: interleaved timing, the guard against other load, tables, JSON, command lines."""
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -19,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
+
+from dbattn import files
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"4K": 4096, "8K": 8192, "32K": 32768, "131K": 131072, "524K": 524288}
@@ -247,9 +248,7 @@ def write_json(path: Path | None, benchmark: str, settings: dict[str, Any], resu
     }
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.writing")
-        aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        files.write_json(path, record)
     return record
 
 

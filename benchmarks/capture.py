@@ -13,7 +13,6 @@ has no use for, are kept only once, at the front. The queries always belong to t
 
 import argparse
 import ast
-import os
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,9 +30,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from dbattn.files import cache_folder, written_whole
 from dbattn.haystack import read_haystack
 from dbattn.hf import load_model
-from dbattn.hf.load import cache_folder
 
 CONTEXT, WINDOW = 8192, 4096
 SINKS = 8
@@ -204,9 +203,8 @@ def _cached_ids(path: Path, tokenizer: Any, tokens: int) -> Tensor:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({n: (x.half() if x.is_floating_point() else x).contiguous() for n, x in tensors.items()}, aside)
-    aside.replace(path)
+    with written_whole(path) as aside:
+        save_file({n: (x.half() if x.is_floating_point() else x).contiguous() for n, x in tensors.items()}, aside)
 
 
 def capture(tokens: int, layers: list[int], queries: int, kv_heads: int | None) -> dict[str, Tensor]:

@@ -127,9 +127,7 @@ def _unread_weight(call: Call, slots: Tensor, log_weights: Tensor | None, lse: T
     No row left out weighs more than the least that was found; a priority sample of k rows estimates the weight of the
     rows it stands for with a relative variance of at most ``1 / (k - 1)`` (Duffield, Lund and Thorup, 2007).
     """
-    logits = call.store.scores(call.query, slots, call.scale)
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
+    logits = call.store.scores(call.query, slots, call.scale, call.softcap)
     if log_weights is None:
         least = logits.masked_fill(slots < 0, float("inf")).amin(dim=-1)
         unread = (eligible - (slots >= 0).sum(dim=-1)).clamp(min=0)

@@ -1,10 +1,17 @@
-"""Results as files."""
+"""Files that are whole or absent, and where what is kept between runs lies."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def cache_folder() -> Path:
+    """Where rates, captures and converted models are kept: ``DBATTN_CACHE``, or a folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DBATTN_CACHE") or Path(base) / "dbattn")
 
 
 def check_output(option: str, path: Path | None) -> None:
@@ -17,8 +24,8 @@ def check_output(option: str, path: Path | None) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes ``path`` at the end of the block: the file is whole or absent."""
-    aside = path.with_name(f".writing.{path.name}")
+    """A path to write to, this process's own; it becomes ``path`` at the end of the block."""
+    aside = path.with_name(f".writing-{os.getpid()}.{path.name}")
     try:
         yield aside
         aside.replace(path)

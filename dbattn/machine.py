@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 
 from index_kernels import dense_decode, read_bandwidth
+
+from .files import cache_folder, write_json
 
 VERSION = 2
 HEADS, GROUP, DIM = 2, 3, 64
@@ -45,12 +46,6 @@ class Rates:
     def seconds(self, items: float, size: float, operations: float) -> float:
         """The estimate for so many items, bytes and operations."""
         return self.call + self.item * items + self.byte * size + self.operation * operations
-
-
-def cache_folder() -> Path:
-    """Where rates, captures and converted models are kept: ``DBATTN_CACHE``, or a folder in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DBATTN_CACHE") or Path(base) / "dbattn")
 
 
 # Two cores of an AMD EPYC (Zen 5), for when nothing can be measured.
@@ -93,9 +88,7 @@ def rates(engine: str, threads: int) -> Rates:
         return BUILT_IN[engine]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps({"made on": made_on, "rates": asdict(found)}, indent=2) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_json(path, {"made on": made_on, "rates": asdict(found)})
     except OSError:
         pass  # nowhere to keep them: the next process measures again
     return found

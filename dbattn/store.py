@@ -165,13 +165,16 @@ class KVStore:
         """Rows whose padding is settled; see ``set_start``."""
         return self._settled
 
-    def scores(self, query: Tensor, slots: Tensor, scale: float) -> Tensor:
-        """Logits ``scale * q.k`` of the given places, -inf where a place is -1: ``[B, Hq, m, n]``."""
+    def scores(self, query: Tensor, slots: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+        """Logits ``scale * q.k`` of the given places, softcapped, -inf where a place is -1: ``[B, Hq, m, n]``."""
         keys = self.rows[0]
         b = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
         h = (torch.arange(slots.shape[1], device=slots.device) // (slots.shape[1] // keys.shape[1]))[:, None, None]
         logits = (floats(keys[b, h, slots.clamp(min=0)]) @ query.float()[..., None]).squeeze(-1)
-        return (logits * scale).masked_fill(slots < 0, float("-inf"))
+        logits = logits * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return logits.masked_fill(slots < 0, float("-inf"))
 
     @property
     def nbytes(self) -> int:

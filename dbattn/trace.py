@@ -45,9 +45,7 @@ def weights_by_position(
     ``slots [B, Hq, 1, n]`` are the places of the rows read, each once, -1 = none; ``lse [B, Hq, 1]`` that of the whole
     answer, None where these rows are the whole answer.
     """
-    logits = store.scores(query, slots, scale)
-    if softcap is not None:
-        logits = (softcap * torch.tanh(logits / softcap)).masked_fill(slots < 0, float("-inf"))
+    logits = store.scores(query, slots, scale, softcap)
     whole = torch.logsumexp(logits, dim=-1) if lse is None else lse
     weights = torch.exp(logits - whole[..., None]).nan_to_num()[:, :, 0]
     positions = index.positions(slots)[:, :, 0].clamp(min=0)

@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..files import cache_folder
+
 GGUF_MAGIC = b"GGUF"
 
 
@@ -46,12 +48,6 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
     with _reading(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
         return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DBATTN_CACHE") or Path(base) / "dbattn")
 
 
 @contextmanager

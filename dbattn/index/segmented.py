@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from index_kernels import Summaries, attend_lists, attend_rows, merge_states, probe_lists, summary_logits
+from index_kernels import (
+    Summaries,
+    attend_lists,
+    attend_rows,
+    merge_states,
+    probe_lists,
+    summary_logits,
+    unread_deviation,
+)
 
 from ..dense import exact_ranges
 from ..store import KVStore
@@ -359,7 +367,9 @@ class SegmentedIndex(KeyIndex):
         slots = list_slots(lists.begin, lists.size, chosen, query.shape[1])[:, :, None] if how.want_slots else None
         seconds = scanned - began, time.perf_counter() - scanned, 0.0
         out, lse = merge_states(outs, lses)
-        deviation = unread_deviation(logits, spread, lists, chosen, lse[..., 0])[..., None]
+        deviation = None
+        if how.want_deviation:
+            deviation = unread_deviation(logits, spread, lists, chosen, lse[..., 0])[..., None]
         scored, taken = chosen.numel(), int(chosen.sum())
         unread = scored - taken if how.tail else 0
         return ListAnswer(out, lse, lses, rows, taken, scored, unread, seconds, deviation, slots)
@@ -409,19 +419,6 @@ def _on_host(store: KVStore, first: int, stop: int) -> Iterator[tuple[np.ndarray
     yield numpy_bits(host[0]), numpy_bits(host[1])
     for copy, buffer in zip(host, buffers, strict=True):
         buffer[:, :, first:stop] = copy[:, :, first:stop].to(buffer.device)
-
-
-def unread_deviation(logits: Tensor, spread: Tensor, lists: Summaries, chosen: Tensor, lse: Tensor) -> Tensor:
-    """``[B, Hq]``: standard deviation of the softmax weight of the rows not read, as a share of all weight.
-
-    A list's rows scatter around its mean independently: its weight w deviates by ``w sqrt(q' S q variance / n)``.
-    logits and spread from summary_logits, ``chosen [B, Hkv, L]`` from probe_lists, ``lse [B, Hq]`` of all sources.
-    """
-    group = logits.shape[1] // lists.size.shape[1]
-    unread = (lists.size * ~chosen).repeat_interleave(group, dim=1)
-    share = torch.exp(logits - lse[..., None]) * unread
-    variance = lists.variance.repeat_interleave(group, dim=1) / unread.clamp(min=1)
-    return (spread * (share**2 * variance).sum(dim=-1)).sqrt()
 
 
 @cache
