@@ -573,7 +573,8 @@ def test_a_crash_at_any_instant_leaves_the_old_snapshot_or_the_new_one(index, fi
 
     def crash_at(limit):
         """From the limit-th call on nothing happens any more: no cleaning up either."""
-        for module, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Path, "write_bytes"), (Path, "mkdir")):
+        steps = ((os, "fsync"), (os, "replace"), (Path, "write_bytes"), (Path, "mkdir"))
+        for module, name in (*steps, (Path, "unlink"), (shutil, "rmtree")):
             real = getattr(module, name)
 
             def call(*args, real=real, **kwargs):
@@ -616,6 +617,22 @@ def test_a_crash_at_any_instant_leaves_the_old_snapshot_or_the_new_one(index, fi
     assert limit > 8
     assert set(outcomes) == {"none" if first else "old", "new"}
     assert outcomes == sorted(outcomes, key=["none", "old", "new"].index)
+
+
+@pytest.mark.parametrize("saved_before", [True, False])
+def test_what_a_killed_process_left_half_written_is_removed(saved_before, tmp_path, monkeypatch):
+    """Whatever its name: libraries write beside the file they were asked for, and name it at the end."""
+    db = database("flat")
+    if saved_before:
+        db.save(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)
+    monkeypatch.setattr("safetensors.torch.save_file", lambda tensors, path: (path.parent / ".tmp1").write_bytes(b"1"))
+    with pytest.raises(FileNotFoundError):
+        database("flat", n=700).save(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / ".writing" / ".tmp1").exists()
+    db.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *(f.name for f in describe(tmp_path).files)}
 
 
 def test_an_opener_sees_the_snapshot_that_replaced_the_one_it_began_with(saved, snapshot, monkeypatch):

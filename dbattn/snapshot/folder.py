@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,12 +60,16 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A path to write a file to before ``publish``; what is still there at the end is removed."""
+    """A path to write a file to before ``publish``; what is still there at the end is removed.
+
+    It lies in a folder of its own, for what other libraries write beside it before they give it its name.
+    """
     aside = folder / ASIDE
+    aside.mkdir()
     try:
-        yield aside
+        yield aside / "file"
     finally:
-        aside.unlink(missing_ok=True)
+        shutil.rmtree(aside)
 
 
 def publish(aside: Path, target: Path) -> None:
@@ -77,7 +82,9 @@ def publish(aside: Path, target: Path) -> None:
 def remove_leftovers(folder: Path, keep: set[str]) -> None:
     """Delete data files that are not in ``keep``, and what a killed writer left half written."""
     for entry in folder.iterdir():
-        if entry.name == ASIDE or (DATA_FILE.fullmatch(entry.name) and entry.name not in keep):
+        if entry.name == ASIDE and entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name == ASIDE or (DATA_FILE.fullmatch(entry.name) and entry.name not in keep):
             entry.unlink()
 
 
