@@ -13,6 +13,7 @@ from index_kernels import attend_rows, merge_states
 from .config import RetrievalConfig
 from .dense import exact_ranges
 from .index import KeyIndex, SegmentedIndex
+from .index._lists import vector_bytes
 from .index.segmented import Reading
 from .plan import QueryPlan
 from .store import KVStore, exponential_noise
@@ -188,7 +189,7 @@ def _run_lists(plan: QueryPlan, config: RetrievalConfig, call: Call, index: Segm
     )
     if not call.measure:
         return answer
-    units, per_row, value_bytes = batch * store.num_kv_heads * m, store.row_bytes, 2 * store.value_dim
+    units, per_row, value_bytes = batch * store.num_kv_heads * m, store.row_bytes, vector_bytes(store.value_dim)
     # Keys of summaries are read to choose lists, their values by the tail.
     scored = found.summaries_read * (index.summary_bytes - value_bytes)
     unread = found.summaries_read - found.lists_read

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from .config import RetrievalConfig
-from .index._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST
+from .index._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, vector_bytes
 from .index.segmented import budget
 from .machine import Rates
 
@@ -102,8 +102,8 @@ def index_usage(work: Workload, config: RetrievalConfig, k: int | None, rates: R
     seconds = None if rates is None else rates.seconds(items, size, operations)
     if config.index_name == "segmented":
         read = operations / work.operations(1)
-        # A summary's key is held in float16 with three numbers beside it.
-        return Usage(read, size + int(items) * (2 * work.dim + 12), read / ROWS_PER_LIST, seconds)
+        size += int(items) * (vector_bytes(work.dim) + NUMBERS_BYTES)
+        return Usage(read, size, read / ROWS_PER_LIST, seconds)
     rows = config.rows_retrieved if k is None else k
     return Usage(rows, size + int(items) * 4 * 64, 0.0, seconds)
 
@@ -111,7 +111,7 @@ def index_usage(work: Workload, config: RetrievalConfig, k: int | None, rates: R
 def summary_usage(work: Workload, k: int | None) -> Usage:
     """The summaries of the lists that are not read; their time is part of the list scan's."""
     unread = max(0.0, _summaries(work, k) - budget(work.indexed, k)[0] / ROWS_PER_LIST)
-    return Usage(0.0, int(work.units * work.queries * unread) * 2 * work.value_dim, unread)
+    return Usage(0.0, int(work.units * work.queries * unread) * vector_bytes(work.value_dim), unread)
 
 
 def _summaries(work: Workload, k: int | None) -> float:

@@ -108,16 +108,6 @@ def row_scale(typingctx, row, D):
 
 
 @intrinsic
-def to_f16(typingctx, x):
-    """A float32 as float16 bits (uint16), rounded to nearest."""
-
-    def gen(context, builder, sig, args):
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), gen
-
-
-@intrinsic
 def bits_f32(typingctx, x):
     """An int32 bit pattern as float32."""
 

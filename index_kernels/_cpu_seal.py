@@ -6,9 +6,11 @@
 import numpy as np
 from numba import njit, prange
 
-from ._cpu_common import FAST, F, row_scale, to_f16, to_f32
+from ._cpu_common import FAST, F, row_scale, to_f32
+from .packed import SCALE_BYTES, SMALLEST, STEP
 
 FLAT_SUPERS = 128
+_STEP, _SMALLEST = F(STEP), F(SMALLEST)
 
 
 @njit(fastmath=FAST)
@@ -185,6 +187,19 @@ def _summary(x, y, lo, hi, key, value):
     return v * inv
 
 
+@njit(fastmath=FAST)
+def _pack(numbers, row, scale):
+    """Write numbers [D] as a packed row [D + 4], see packed.py; scale [1] float32 is scratch."""
+    D = numbers.size
+    most = F(0.0)
+    for d in range(D):
+        most = max(most, abs(numbers[d]))
+    scale[0] = max(most * _STEP, _SMALLEST)
+    for d in range(D):
+        row[d] = np.int8(np.rint(numbers[d] / scale[0]))
+    row[D : D + SCALE_BYTES] = scale.view(np.int8)
+
+
 @njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
 def seal_rows(
     keys,
@@ -219,14 +234,13 @@ def seal_rows(
     """Seal the rows bounds[s]..bounds[s + 1] into segment first_segment + s, for every batch row and KV head.
 
     Rows must be in position order; packed ones move with their scales. Permutes keys, values, ids [B, Hkv, cap] in
-    place and appends to the list and super-list arrays; seg_lists, seg_supers [B, Hkv, segments + 1] mark where each
-    segment's begin and end; shape [B, Hkv, segments, D, D], cross [.., D, Dv], trace [..] are sums over residuals
-    (key - centroid). The order of the list arrays: segment by segment, so dropping the newest segments is lowering a
-    count.
+    place and appends to the list and super-list arrays, whose vectors are packed; seg_lists, seg_supers
+    [B, Hkv, segments + 1] mark where each segment's begin and end; shape [B, Hkv, segments, D, D], cross [.., D, Dv],
+    trace [..] are sums over residuals (key - centroid). The order of the list arrays: segment by segment, so dropping
+    the newest segments is lowering a count.
     """
     B, H = keys.shape[:2]
-    D = list_key.shape[3]
-    Dv = list_value.shape[3]
+    D, Dv = cross.shape[3:]
     N = bounds.size - 1
     BH = B * H
     longest = 0
@@ -304,6 +318,7 @@ def seal_rows(
                 y[i, d] = to_f32(rv[p, d]) * unit
         key = np.empty(D, F)
         value = np.empty(Dv, F)
+        scale = np.empty(1, F)
         S = shape[b, h, k]
         C = cross[b, h, k]
         S[:] = F(0.0)
@@ -317,10 +332,8 @@ def seal_rows(
             list_begin[b, h, o] = lo + at
             list_size[b, h, o] = end - at
             list_var[b, h, o] = _summary(x, y, at, end, key, value)
-            for d in range(D):
-                list_key[b, h, o, d] = to_f16(key[d])
-            for d in range(Dv):
-                list_value[b, h, o, d] = to_f16(value[d])
+            _pack(key, list_key[b, h, o], scale)
+            _pack(value, list_value[b, h, o], scale)
             # residual covariance from every eighth list: one matrix per head needs no more
             if j % 8 == 0:
                 for i in range(at, end):
@@ -342,10 +355,8 @@ def seal_rows(
             super_first[b, h, o] = base + first
             super_size[b, h, o] = end - at
             super_var[b, h, o] = _summary(x, y, at, end, key, value)
-            for d in range(D):
-                super_key[b, h, o, d] = to_f16(key[d])
-            for d in range(Dv):
-                super_value[b, h, o, d] = to_f16(value[d])
+            _pack(key, super_key[b, h, o], scale)
+            _pack(value, super_value[b, h, o], scale)
             at = end
             first = last
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 SCALE_BYTES = 4
 # A hair under 1 / 127, so that 127 scales of the largest float32 do not overflow.
-_STEP = 0.999999 / 127
-_SMALLEST = torch.finfo(torch.float32).tiny
+STEP = 0.999999 / 127
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def pack_rows(rows: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def pack_rows(rows: Tensor) -> Tensor:
     that overflows: rows under 1e-36 or so become zeros.
     """
     rows = rows.detach().float().contiguous()
-    scale = rows.abs().amax(dim=-1, keepdim=True).mul_(_STEP).clamp_(min=_SMALLEST)
+    scale = rows.abs().amax(dim=-1, keepdim=True).mul_(STEP).clamp_(min=SMALLEST)
     # The largest number over its scale is 127.0001: it rounds to 127.
     return torch.cat([(rows / scale).round_().to(torch.int8), scale.view(torch.int8)], dim=-1)
 

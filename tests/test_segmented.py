@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
-from dbattn.index.segmented import SEGMENT_ROWS, Reading, default_budget, segment_bounds
+from dbattn.index.segmented import SEGMENT_ROWS, Reading, budget, segment_bounds
 from index_kernels import merge_states
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
@@ -159,7 +159,7 @@ def test_segments_are_a_function_of_the_number_of_rows_and_merge_as_they_grow():
         sizes = [b - a for a, b in pairwise(bounds)]
         assert sizes == sorted(sizes, reverse=True)
         assert set(sizes) <= set(SEGMENT_ROWS)
-    budgets = [default_budget(rows)[0] / rows for rows in (8192, 32768, 131072, 524288)]
+    budgets = [budget(rows, None)[0] / rows for rows in (8192, 32768, 131072, 524288)]
     assert budgets == sorted(budgets, reverse=True)
 
 

@@ -19,6 +19,7 @@ from test_hf import prompt, tiny
 from dbattn import AttentionDB, RetrievalConfig
 from dbattn.hf import wrap
 from dbattn.snapshot import SnapshotError, SnapshotWriter, describe, reader
+from dbattn.snapshot.manifest import VERSION
 
 OPTIONS = {
     "flat": {},
@@ -504,8 +505,8 @@ def test_another_format_version_dimension_or_config_is_refused_saying_which(save
             AttentionDB.open(snapshot, config=changed)
     assert AttentionDB.open(snapshot, config=RetrievalConfig(**{**config.to_dict(), "k": 7})).config.k == 7
     content = (snapshot / "manifest.json").read_bytes()
-    sign(snapshot, lambda data: data.update(format_version=2))
-    with pytest.raises(SnapshotError, match="format_version is 2, expected 1"):
+    sign(snapshot, lambda data: data.update(format_version=VERSION + 1))
+    with pytest.raises(SnapshotError, match=f"format_version is {VERSION + 1}, expected {VERSION}"):
         AttentionDB.open(snapshot)
     (snapshot / "manifest.json").write_bytes(content)
     sign(snapshot, lambda data: data["layers"][0].update(head_dim=32))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..config import RetrievalConfig
 from ..index import BLOCK
-from ..index._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST
+from ..index._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, vector_bytes
 from ..index.ivf import MIN_ROWS, _lists_for, _rows_to_train
 from ..index.segmented import segment_bounds
 from ..plan import QueryPlan, choose_plan
@@ -116,10 +116,10 @@ def index_bytes(config: RetrievalConfig, rows: int, shape: ModelShape) -> int:
         return 0
     match config.index_name:
         case "segmented":
-            # Lists and super-lists with two float16 vectors and three numbers each, positions, matrices of moments.
+            # Lists and super-lists with two vectors and three numbers each, positions, matrices of moments.
             summaries = rows / ROWS_PER_LIST + rows / ROWS_PER_SUPER_LIST
             moments = 2 * dim * dim * (2 + 4 * (len(segment_bounds(rows)) - 1))
-            return int(summaries * (4 * dim + 12)) + 4 * rows + moments
+            return int(summaries * (2 * vector_bytes(dim) + NUMBERS_BYTES)) + 4 * rows + moments
         case "ivf":
             lists = _lists_for(_rows_to_train(rows))
             return (rows + 2 * lists) * 4 * augmented + 8 * rows + 8 * lists * augmented

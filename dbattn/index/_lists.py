@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from index_kernels import Summaries
+from index_kernels.packed import SCALE_BYTES, floats
 
 from .base import Arrays, expect, expect_no_more
 
 ROWS_PER_LIST = 16
 ROWS_PER_SUPER_LIST = 256
-
+# Size, first row and variance of a list.
+NUMBERS_BYTES = 12
 
 _SUMMARY = ("variance", "key", "value")
 _MOMENTS = ("shape", "cross", "trace")
@@ -34,29 +36,34 @@ def _new_workspace(batch: int, kv_heads: int, group: int, supers: int, lists: in
     return scratch, np.zeros((batch, 8), np.int64)
 
 
+def vector_bytes(dim: int) -> int:
+    """Bytes of a summary's mean key or mean value: a packed row."""
+    return dim + SCALE_BYTES
+
+
 class Lists:
-    """The arrays of all lists, super-lists and segments, ``[B, Hkv, capacity, ...]``; vectors as float16 bits."""
+    """The arrays of all lists, super-lists and segments, ``[B, Hkv, capacity, ...]``; their vectors are packed rows."""
 
     def __init__(self, batch: int, heads: int, dim: int, value_dim: int) -> None:
         self.count = np.zeros((batch, heads), np.int64)
         self.super_count = np.zeros((batch, heads), np.int64)
         self.shape = np.zeros((batch, heads, dim, dim), np.uint16)
         self.cross = np.zeros((batch, heads, dim, value_dim), np.uint16)
-        self.summary_bytes = 2 * (dim + value_dim) + 12
-        small, bits, real = np.int32, np.uint16, np.float32
+        self.summary_bytes = vector_bytes(dim) + vector_bytes(value_dim) + NUMBERS_BYTES
+        small, packed, real = np.int32, np.int8, np.float32
         # name: (dtype, what its third axis counts, spare places, trailing axes)
         self._layout: dict[str, tuple[Any, str, int, tuple[int, ...]]] = {
             "positions": (small, "rows", 0, ()),
             "begin": (small, "lists", 0, ()),
             "size": (small, "lists", 0, ()),
             "variance": (real, "lists", 0, ()),
-            "key": (bits, "lists", 0, (dim,)),
-            "value": (bits, "lists", 0, (value_dim,)),
+            "key": (packed, "lists", 0, (vector_bytes(dim),)),
+            "value": (packed, "lists", 0, (vector_bytes(value_dim),)),
             "super_first": (small, "supers", 1, ()),
             "super_size": (small, "supers", 0, ()),
             "super_variance": (real, "supers", 0, ()),
-            "super_key": (bits, "supers", 0, (dim,)),
-            "super_value": (bits, "supers", 0, (value_dim,)),
+            "super_key": (packed, "supers", 0, (vector_bytes(dim),)),
+            "super_value": (packed, "supers", 0, (vector_bytes(value_dim),)),
             "segment_lists": (np.int64, "segments", 1, ()),
             "segment_supers": (np.int64, "segments", 1, ()),
             "segment_shape": (real, "segments", 0, (dim, dim)),
@@ -113,7 +120,7 @@ class Lists:
             for at in np.ndindex(*bounds.shape[:2]):
                 begin, end = bounds[at]
                 taken[at][: end - begin] = array[at][begin:end]
-            return taken.view(np.float16) if taken.dtype == np.uint16 else taken
+            return taken
 
         # Where lists begin and how many rows a super-list has follow from these.
         return {
@@ -144,7 +151,7 @@ class Lists:
             f"{owner}{name}": expect(
                 state,
                 f"{owner or 'list_'}{name}",
-                np.float16 if self._layout[name][0] is np.uint16 else self._layout[name][0],
+                self._layout[name][0],
                 *grid, count, *self._layout[name][3],
             )
             for owner, count in (("", list_rows.shape[2]), ("super_", super_lists.shape[2]))
@@ -192,8 +199,7 @@ class Lists:
         self.keep_segments(number + 1)
 
     def _put(self, name: str, b: int, h: int, at: int, rows: np.ndarray[Any, Any]) -> None:
-        own = getattr(self, name)
-        own[b, h, at : at + len(rows)] = rows.view(np.uint16) if own.dtype == np.uint16 else rows
+        getattr(self, name)[b, h, at : at + len(rows)] = rows
 
     def select(self, batch: np.ndarray[Any, Any]) -> "Lists":
         """The lists of the given batch rows."""
@@ -231,19 +237,18 @@ class Lists:
         """The lists as float32 tensors on a device."""
 
         def tensor(array: np.ndarray[Any, Any]) -> Tensor:
-            values = array.view(np.float16) if array.dtype == np.uint16 else array
-            return torch.from_numpy(values).to(device)
+            return torch.from_numpy(array).to(device)
 
         most = int(self.count.max())
         used = torch.arange(most) < torch.from_numpy(self.count)[..., None]
         return Summaries(
             begin=tensor(self.begin[:, :, :most]).long(),
             size=tensor(self.size[:, :, :most]).long() * used.to(device),
-            key=tensor(self.key[:, :, :most]).float(),
-            value=tensor(self.value[:, :, :most]).float(),
+            key=floats(tensor(self.key[:, :, :most])),
+            value=floats(tensor(self.value[:, :, :most])),
             variance=tensor(self.variance[:, :, :most]),
-            shape=tensor(self.shape).float(),
-            cross=tensor(self.cross).float(),
+            shape=tensor(self.shape.view(np.float16)).float(),
+            cross=tensor(self.cross.view(np.float16)).float(),
         )
 
     def nbytes(self, rows: int, segments: int) -> int:

@@ -40,25 +40,16 @@ ITERATIONS = 6
 # Upper levels of the clustering are trained on every fourth row.
 TRAINING_STRIDE = 4
 # Rows of a segment, large to small; two of one size merge into one of the next, as in an LSM tree.
-SEGMENT_ROWS = tuple(512 << i for i in range(8, -1, -1))
+SEGMENT_ROWS = tuple(128 << i for i in range(10, -1, -1))
 # How much of the variance of a list's logits its summary's weight and value are corrected by. A Gaussian would ask
 # for 0.5 and 1; real residuals have lighter tails, and the unread lists are those whose spread matters least.
 ALPHA, BETA = 0.38, 0.7
-# (sealed rows, rows read per KV head, rows under opened super-lists), from a sweep on SmolLM2's rows for a mean error
-# of 0.015 (8K) to 0.035 (524K) at the least time; time grows faster with rows opened than with rows read. Below 32K
-# a call's fixed cost rules: rows cost next to nothing there, and a needle whose list looks like others needs them.
-BUDGETS = np.array(
-    [
-        (2048, 640, 2048),
-        (7680, 480, 7680),
-        (16384, 480, 4096),
-        (32256, 520, 4600),
-        (130560, 900, 12000),
-        (523272, 2000, 24000),
-    ]
-)
-# Below this many sealed rows every list is scored: opening super-lists first would not pay.
-ONE_LEVEL_ROWS = 12288
+# (sealed rows, rows read per KV head), from a sweep on SmolLM2's rows for a mean error of 0.015 (8K) to 0.035 (524K).
+# Below 32K a call's fixed cost rules: rows cost next to nothing there, and a needle whose list looks like others needs
+# them.
+BUDGETS = np.array([(2048, 640), (7680, 480), (16384, 480), (32256, 520), (130560, 900), (523272, 2000)])
+# Rows under opened super-lists for each row read: opening costs a sixteenth of reading.
+OPENED_PER_READ = 16
 
 
 def segment_bounds(rows: int) -> list[int]:
@@ -74,20 +65,20 @@ def segment_bounds(rows: int) -> list[int]:
 
 
 @lru_cache
-def default_budget(sealed: int) -> tuple[int, int]:
-    """(rows read, rows opened) per KV head for ``sealed`` rows: BUDGETS interpolated on log-log scales."""
-    x, y = np.log(BUDGETS[:, 0]), np.log(BUDGETS[:, 1:])
+def default_rows_read(sealed: int) -> int:
+    """Rows read per KV head for ``sealed`` rows: BUDGETS interpolated on log-log scales."""
+    x, y = np.log(BUDGETS).T
     at = np.log(max(sealed, SEGMENT_ROWS[-1]))
     i = int(np.clip(np.searchsorted(x, at), 1, len(x) - 1))
-    read, opened = np.exp(y[i - 1] + (at - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1]))
-    return int(read), sealed if sealed < ONE_LEVEL_ROWS else int(opened)
+    return int(np.exp(y[i - 1] + (at - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1])))
 
 
 def budget(sealed: int, k: int | None) -> tuple[int, int]:
     """(rows read, rows opened) per KV head where ``k`` rows are asked for, or the default for ``sealed`` rows."""
-    read, opened = default_budget(sealed)
-    # Opening costs a sixteenth of reading; four rows opened for each read keep the choice honest.
-    return (read, opened) if k is None else (k, max(opened, 4 * k))
+    read = default_rows_read(sealed) if k is None else k
+    opened = OPENED_PER_READ * read
+    # Scoring every list, in the order they stand, costs no more than opening half of the super-lists.
+    return read, sealed if 2 * opened > sealed else opened
 
 
 @dataclass(frozen=True)
@@ -399,7 +390,7 @@ class SegmentedIndex(KeyIndex):
 
     @property
     def summary_bytes(self) -> int:
-        """Bytes of one list's summary."""
+        """Bytes of one list's summary, its mean value included."""
         assert self._lists is not None
         return self._lists.summary_bytes
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import RetrievalConfig
 from .folder import MANIFEST, SnapshotError
 
-FORMAT, VERSION = "dbattn snapshot", 1
+FORMAT, VERSION = "dbattn snapshot", 2
 MANIFEST_LIMIT = 16 << 20
 KINDS = ("rows", "segment", "index", "tokens")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
