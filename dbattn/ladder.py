@@ -23,8 +23,8 @@ from .execute import Answer, Call, run_plan
 from .plan import QueryPlan, Source
 from .usage import Usage
 
-# Error over estimate before any audit has been heard, per tail; from SmolLM2's rows.
-PRIOR = {"centroid": 30.0, "none": 1.0, "sample": 2.0}
+# Error over estimate until enough audits have been heard, per tail; from SmolLM2's rows.
+PRIOR = {"centroid": 60.0, "none": 1.0, "sample": 2.0}
 # Retrieving calls that are all audited before audit_rate takes over.
 AUDITS_TO_LEARN = 8
 # Audits remembered, and the share of them that the estimate must cover.
@@ -151,7 +151,11 @@ class Ladder:
         kept = [ratio for ratio in self._ratios.get(answer.tail, ()) if ratio.shape[0] == heads]
         if not kept:
             return torch.full((heads, 1), PRIOR[answer.tail], device=answer.out.device)
-        return torch.stack(kept).quantile(COVERED, dim=0, interpolation="higher")[:, None].to(answer.out.device)
+        factor = torch.stack(kept).quantile(COVERED, dim=0, interpolation="higher")
+        if len(kept) < AUDITS_TO_LEARN:
+            # A few audits do not yet speak against the prior.
+            factor = factor.clamp(min=PRIOR[answer.tail])
+        return factor[:, None].to(answer.out.device)
 
     def _note(self, need: float, learn: bool) -> None:
         if learn:

@@ -156,13 +156,23 @@ def test_ingest_then_ask_info_explain_and_compare(book, model_folder, tmp_path, 
     assert said.count("segmented") == 2
 
 
+def test_compare_passes_words_on_to_the_arena(tmp_path):
+    """As a command of its own, from any folder."""
+    call = "import sys; from dbattn.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", call, "compare", "--arena", "--operators", "nonsense"]
+    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 2
+    assert "invalid choice: 'nonsense'" in found.stderr
+    assert "RetroInfer" in found.stderr
+
+
 def test_compare_reads_captures_and_plots(tmp_path, capsys):
     options = ["--index", "segmented,flat", "--k", "128", "--queries", "4", "--layers", "8"]
     plot, data = tmp_path / "c.png", tmp_path / "c.json"
     assert main(["compare", "--capture", str(CAPTURE), *options, "--png", str(plot), "--json", str(data)]) == 0
     dense, segmented, flat = json.loads(data.read_text())["results"]
     assert dense["rows_read"] > 3800
-    assert segmented["relative_error"] < 0.1 < 0.9 < segmented["attention_mass"]
+    assert segmented["relative_error"] < 0.1 < 0.85 < segmented["attention_mass"]
     assert segmented["bytes_read"] < dense["bytes_read"] / 4
     assert flat["recall"] == pytest.approx(1)
     assert plot.read_bytes().startswith(b"\x89PNG")

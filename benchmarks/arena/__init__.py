@@ -61,6 +61,9 @@ _ENTRIES = (
     Entry("RetroInfer", "selection", RetroInfer, "lists of 16 read, the next 23 % by their summaries"),
     Entry("three stages", "selection", ThreeStages, "lists, 4-bit codes, an exact weighted sample; summaries"),
     Entry(DEFAULT, "dbattn", partial(Database, "segmented", "centroid"), "segmented, centroid tail: the default"),
+    Entry(
+        "dbattn, int8 rows", "dbattn", partial(Database, "segmented", "centroid", "int8"), "the default, rows in 8 bits"
+    ),
     Entry("dbattn segmented, none", "dbattn", partial(Database, "segmented", "none"), "the same without its tail"),
     *(
         Entry(f"dbattn {index}, {tail}", "dbattn", partial(Database, index, tail), f"{what}; {rest}")

@@ -5,8 +5,8 @@
 - a row is its key and its value in the captures' element size (float32); a row that only lends its key counts half;
 - a row read for one query head is read once for the whole group of its KV head;
 - summaries (centroids, page bounds, means, pooled rows) count two bytes an element, since all of them are rounded to
-  half precision here, as dbattn's are; running sums (kernel methods) count four; codes count their bits; a list of row
-  ids counts four bytes an id;
+  half precision here (dbattn's are 8 bits with a scale each, and counted so); running sums (kernel methods) count four;
+  codes count their bits; a list of row ids counts four bytes an id;
 - random matrices (rotations, hash planes, features) count nothing: like weights they are shared by all stores.
 
 dbattn is measured by its own accounting (``AttentionDB.explain``), which is stricter in one point: flat, ivf and hnsw

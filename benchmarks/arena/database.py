@@ -1,6 +1,7 @@
 """dbattn itself, through its own AttentionDB and with its own accounting of bytes."""
 
 import time
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,18 +12,19 @@ from ._contract import Answer, Operator, distinct, ids_of
 
 
 class Database(Operator):
-    """One index with one tail; the setting is the budget k, and 0 the one that dbattn takes where nobody chooses.
+    """One index with one tail over rows of one type.
 
-    flat, ivf and hnsw read far more to choose rows than the rows themselves, as exact search does, so a budget is
-    compared with the rows alone, and what they really read is counted beside.
+    The setting is the budget k, and 0 the one that dbattn takes where nobody chooses. flat, ivf and hnsw read far more
+    to choose rows than the rows themselves, as exact search does, so a budget is compared with the rows alone, and what
+    they really read is counted beside.
     """
 
     paper = "this project"
     implementation = "kernel"
 
-    def __init__(self, index: str, tail: str) -> None:
+    def __init__(self, index: str, tail: str, storage: str | None = None) -> None:
         super().__init__()
-        self._config = config_of(index, None, tail)
+        self._config = replace(config_of(index, None, tail), storage=storage)
         self._db: AttentionDB | None = None
         self._segmented = index == "segmented"
         self.patience = 1.0 if self._segmented else 1.25

@@ -1,6 +1,7 @@
 """dbattn compare: queries that a model really asked, answered by several indexes and budgets, beside dense."""
 
 import statistics
+import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -109,10 +110,11 @@ def run_compare(
 
 def _run_arena(arguments: list[str]) -> None:
     """The arena is part of the benchmarks, which only a source checkout has."""
-    if find_spec("benchmarks") is None or find_spec("benchmarks.arena") is None:
-        raise ImportError("--arena needs the benchmarks of a source checkout: run it from there, or drop it")
-    if code := import_module("benchmarks.arena").main(arguments):
-        raise SystemExit(code)
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "benchmarks" / "arena" / "__main__.py").is_file():
+        raise ImportError("--arena needs the benchmarks of a source checkout: install dbattn from one, or drop it")
+    sys.path.insert(0, str(checkout))
+    import_module("benchmarks.arena.__main__").main(arguments)
 
 
 def _asked(
