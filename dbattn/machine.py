@@ -16,7 +16,7 @@ from index_kernels import dense_decode, read_bandwidth
 
 from .files import cache_folder, write_json
 
-VERSION = 2
+VERSION = 3
 HEADS, GROUP, DIM = 2, 3, 64
 # Rows of the stores that are timed, and rows retrieved from them.
 SMALL, LARGE, FEW, MANY = 2048, 12288, 16, 1024
