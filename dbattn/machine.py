@@ -18,8 +18,8 @@ from .files import cache_folder, write_json
 
 VERSION = 3
 HEADS, GROUP, DIM = 2, 3, 64
-# Rows of the stores that are timed, and rows retrieved from them.
-SMALL, LARGE, FEW, MANY = 2048, 12288, 16, 1024
+# Rows of the stores that are timed, and rows retrieved from them: enough that all lists of segmented are scored.
+SMALL, LARGE, FEW, MANY = 2048, 12288, 400, 2000
 # Read between timed calls: twice the largest cache of common machines.
 FLUSH_BYTES = 64 << 20
 # Times this many as long as the built-in rates say are not the machine's: other processes keep it busy.
@@ -97,9 +97,10 @@ def rates(engine: str, threads: int) -> Rates:
 @torch.no_grad()
 def _measure_dense() -> Rates:
     """Two scans that differ in their query heads alone, and the bandwidth of memory."""
-    keys, byte = _random(HEADS, SMALL), 1.0 / read_bandwidth()
+    keys, other, byte = _random(HEADS, SMALL), _random(HEADS, SMALL // 2), 1.0 / read_bandwidth()
     few, many = (
-        _seconds(partial(dense_decode, query, keys, keys)) for query in (_random(HEADS, 1), _random(9 * HEADS, 1))
+        _seconds(partial(dense_decode, query, keys, keys), partial(dense_decode, query, other, other))
+        for query in (_random(HEADS, 1), _random(9 * HEADS, 1))
     )
     operations = HEADS * SMALL * 2 * DIM
     operation = max(0.0, many - few) / (8 * operations)
@@ -117,11 +118,16 @@ def _measure_index(engine: str) -> Rates:
     dense = rates("dense", torch.get_num_threads())
     query = _random(GROUP * HEADS, 1)
     points = []
-    for rows, k in ((SMALL, FEW), (LARGE, FEW), (LARGE, MANY)):
-        config = RetrievalConfig(index=engine, k=k, dense_below=0, audit_rate=0.0)
+
+    def database(rows: int, config: RetrievalConfig) -> AttentionDB:
         db = AttentionDB(HEADS, DIM, config=config)
         db.insert(_random(HEADS, rows), _random(HEADS, rows))
-        took = _seconds(partial(db.attend, query))
+        return db
+
+    for rows, k in ((SMALL, FEW), (LARGE, FEW), (LARGE, MANY)):
+        config = RetrievalConfig(index=engine, k=k, dense_below=0, audit_rate=0.0)
+        db, other = database(rows, config), database(SMALL // 2, config)
+        took = _seconds(partial(db.attend, query), partial(other.attend, query))
         work = Query.checked(query, db.store, db.index, config, db.stats, None, None).workload
         items, size, operations = index_work(work, config, k)
         exact = scan_usage(work, work.rows - work.indexed + config.n_sink, dense).seconds or 0.0
@@ -137,12 +143,16 @@ def _random(heads: int, rows: int) -> torch.Tensor:
     return torch.randn(1, heads, rows, DIM, generator=torch.Generator().manual_seed(rows))
 
 
-def _seconds(run: Callable[[], object], calls: int = 15) -> float:
-    """Seconds of a call whose rows and code are in no cache, as between the layers of a model: median."""
+def _seconds(run: Callable[[], object], other: Callable[[], object], calls: int = 25) -> float:
+    """Seconds of a call whose rows are in no cache but whose code is, as between the layers of a model: median.
+
+    ``other`` does the same over other rows.
+    """
     run()
-    others, times = torch.ones(FLUSH_BYTES // 4), []
+    flush, times = torch.ones(FLUSH_BYTES // 4), []
     for _ in range(calls):
-        others.sum()
+        flush.sum()
+        other()
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
