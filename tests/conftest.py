@@ -25,22 +25,27 @@ def _rates(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
-    """A llama of random weights with a tokenizer trained on the default haystack."""
+def tokenizer():
+    """A tokenizer of 1,000 words, trained on the default haystack."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     from dbattn.haystack import read_haystack
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=["<unk>", "<eos>"])
-    tokenizer.train_from_iterator([read_haystack()], trainer)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
-    ).save_pretrained(folder)
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel()
+    words.decoder = decoders.ByteLevel()
+    words.train_from_iterator(
+        [read_haystack()], trainers.BpeTrainer(vocab_size=1000, special_tokens=["<unk>", "<eos>"])
+    )
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<eos>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def tiny_llama(**changes):
+    """A llama of random weights for that tokenizer."""
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=1000,
@@ -50,6 +55,15 @@ def model_folder(tmp_path_factory):
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=4096,
+        **changes,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A tiny model and its tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer.save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
     return folder

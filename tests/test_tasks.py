@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from conftest import tiny_llama
 from transformers import AttentionInterface
 
 from dbattn import RetrievalConfig
@@ -35,31 +35,9 @@ READS_ALL = RetrievalConfig(k=10**6, dense_below=0, max_queries=256)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel()
-    made.decoder = decoders.ByteLevel()
-    made.train_from_iterator([HAYSTACK], trainers.BpeTrainer(vocab_size=1000, special_tokens=["<unk>", "<eos>"]))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
-    )
-
-
-@pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=1000,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        # Large weights: what is said must depend on what is attended to.
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    # Large weights: what is said must depend on what is attended to.
+    return tiny_llama(initializer_range=0.3)
 
 
 @pytest.mark.parametrize(("name", "tokens"), DRAWN)

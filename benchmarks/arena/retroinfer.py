@@ -1,5 +1,7 @@
 """RetroInfer: clusters read exactly, clusters estimated, clusters dropped."""
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,16 @@ class ListOperator(Operator):
         """See Operator: all lists."""
         return max(1, self.lists.size.shape[1])
 
-    def centroid_logits(self, query: Tensor) -> Tensor:
-        """``[Hkv, G, L]``, -inf for an empty list."""
-        return self.logits(query, self.lists.key).masked_fill(self.lists.size[:, None] == 0, float("-inf"))
+    def answer(self, query: Tensor, setting: int) -> Answer:
+        """See Operator."""
+        if not self.lists.size.shape[1]:
+            return self.read(query, self.lists.size)
+        logits = self.logits(query, self.lists.key).masked_fill(self.lists.size[:, None] == 0, float("-inf"))
+        return self.answer_from(query, setting, logits, self.rank(query, logits).argsort(dim=1, descending=True))
+
+    @abstractmethod
+    def answer_from(self, query: Tensor, setting: int, logits: Tensor, order: Tensor) -> Answer:
+        """Answer with the centroids' ``logits [Hkv, G, L]`` (-inf: an empty list) and lists in ``order [Hkv, L]``."""
 
     def summary_state(self, logits: Tensor, which: Tensor) -> State:
         """The lists ``which [Hkv, p]`` by their summaries: each as its size in rows of its centroid and mean value.
@@ -59,13 +68,9 @@ class RetroInfer(ListOperator):
     )
     ESTIMATED = 0.232
 
-    def answer(self, query: Tensor, setting: int) -> Answer:
-        """See Operator."""
+    def answer_from(self, query: Tensor, setting: int, logits: Tensor, order: Tensor) -> Answer:
+        """See ListOperator."""
         lists = self.lists
-        if not lists.size.shape[1]:
-            return self.read(query, lists.size)
-        logits = self.centroid_logits(query)
-        order = self.rank(query, logits).argsort(dim=1, descending=True)
         estimated = order[:, setting : setting + round(self.ESTIMATED * order.shape[1])]
         # Every centroid is scored; size and mean value are read of the estimated ones.
         overhead = lists.key.numel() * HALF + estimated.numel() * (FULL + HALF * lists.value.shape[2])

@@ -47,13 +47,9 @@ class ThreeStages(ListOperator):
         """See Operator: every row."""
         return max(1, self.lists.stop - self.lists.first)
 
-    def answer(self, query: Tensor, setting: int) -> Answer:
-        """See Operator."""
+    def answer_from(self, query: Tensor, setting: int, logits: Tensor, order: Tensor) -> Answer:
+        """See ListOperator."""
         lists = self.lists
-        if not lists.size.shape[1]:
-            return self.read(query, lists.size)
-        logits = self.centroid_logits(query)
-        order = self.rank(query, logits).argsort(dim=1, descending=True)
         probed = min(order.shape[1], -(-setting * self.CODED_PER_READ // ROWS_PER_LIST))
         rows = lists.members(order[:, :probed])
         left = order[:, probed:]
