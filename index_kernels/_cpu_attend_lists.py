@@ -191,18 +191,9 @@ def _add_tail(weight, b, h, lo, hi, values, value_lo, floor, acc, lanes):
         if most >= F(1.0):
             read += n
             add_rows(
-                weight,
-                b * wb + h * wh + i,
-                wg,
-                values,
-                b * vb + h * vh + (value_lo + i - lo) * vt,
-                vt,
-                n,
-                acc,
-                heads,
-                cv,
-                width,
-            )
+                weight, b * wb + h * wh + i, wg, values, b * vb + h * vh + (value_lo + i - lo) * vt, vt, n, acc,
+                heads, cv, width,
+            )  # fmt: skip
         i += n
     return read
 
@@ -221,65 +212,12 @@ def _lse(top, total, first, last, b, i):
 
 @njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
 def attend_lists(
-    query,
-    keys,
-    kb,
-    kh,
-    kt,
-    values,
-    vb,
-    vh,
-    vt,
-    start,
-    n_sink,
-    sealed,
-    length,
-    list_begin,
-    list_size,
-    list_var,
-    list_key,
-    list_value,
-    n_lists,
-    super_first,
-    super_size,
-    super_var,
-    super_key,
-    super_value,
-    n_supers,
-    shape,
-    cross,
-    scale,
-    softcap,
-    alpha,
-    beta,
-    open_rows,
-    budget,
-    tail,
-    parts,
-    heads,
-    ck,
-    cv,
-    width,
-    s_logit,
-    s_rank,
-    s_taken,
-    s_chosen,
-    s_count,
-    s_offset,
-    c_id,
-    c_size,
-    c_var,
-    c_logit,
-    c_rank,
-    c_taken,
-    c_chosen,
-    c_count,
-    c_total,
-    out,
-    lse,
-    lse_by_source,
-    stats,
-):
+    query, keys, kb, kh, kt, values, vb, vh, vt, start, n_sink, sealed, length, list_begin, list_size, list_var,
+    list_key, list_value, n_lists, super_first, super_size, super_var, super_key, super_value, n_supers, shape,
+    cross, scale, softcap, alpha, beta, open_rows, budget, tail, parts, heads, ck, cv, width, s_logit, s_rank,
+    s_taken, s_chosen, s_count, s_offset, c_id, c_size, c_var, c_logit, c_rank, c_taken, c_chosen, c_count, c_total,
+    out, lse, lse_by_source, stats,
+):  # fmt: skip
     """One new query position over a segmented store, all sources in one call: out [B, Hq, Dv], lse [B, Hq].
 
     Sources: sinks start[b]..+n_sink and hot rows sealed..length exactly; super-lists, opened best first up to
@@ -338,41 +276,17 @@ def attend_lists(
         if part == 0:
             n = min(n_sink, length - start[b])
             scan_range(
-                q,
-                keys,
-                values,
-                b * kb + h * kh + start[b] * kt,
-                b * vb + h * vh + start[b] * vt,
-                kt,
-                vt,
-                n,
-                softcap,
-                logits,
-                a,
-                m,
-                s,
-                lanes,
-            )
+                q, keys, values, b * kb + h * kh + start[b] * kt, b * vb + h * vh + start[b] * vt, kt, vt, n,
+                softcap, logits, a, m, s, lanes,
+            )  # fmt: skip
         first = max(sealed, start[b] + n_sink)
         n = max(0, length - first)
         lo = first + n * part // parts
         hi = first + n * (part + 1) // parts
         scan_range(
-            q,
-            keys,
-            values,
-            b * kb + h * kh + lo * kt,
-            b * vb + h * vh + lo * vt,
-            kt,
-            vt,
-            hi - lo,
-            softcap,
-            logits,
-            a,
-            m,
-            s,
-            lanes,
-        )
+            q, keys, values, b * kb + h * kh + lo * kt, b * vb + h * vh + lo * vt, kt, vt, hi - lo, softcap, logits,
+            a, m, s, lanes,
+        )  # fmt: skip
         store_state(part, b, h, a, m, s, top, total, acc)
         mark = cycles()
         spent[w, 0] += mark - began
@@ -381,38 +295,18 @@ def attend_lists(
             lo = n * part // parts
             hi = n * (part + 1) // parts
             score_rows(
-                q,
-                0,
-                super_key,
-                b * ub + h * uh + lo * ut,
-                ut,
-                hi - lo,
-                s_logit,
-                b * sb + h * sh + lo,
-                sg,
-                heads,
-                ck,
-                width,
-            )
+                q, 0, super_key, b * ub + h * uh + lo * ut, ut, hi - lo, s_logit, b * sb + h * sh + lo, sg, heads,
+                ck, width,
+            )  # fmt: skip
             _correct(s_logit, super_var, spread, b, h, lo, hi, alpha, softcap)
         else:
             n = n_lists[b, h]
             lo = n * part // parts
             hi = n * (part + 1) // parts
             score_rows(
-                q,
-                0,
-                list_key,
-                b * lb + h * lh + lo * lt,
-                lt,
-                hi - lo,
-                c_logit,
-                b * cb + h * ch + lo,
-                cg,
-                heads,
-                ck,
-                width,
-            )
+                q, 0, list_key, b * lb + h * lh + lo * lt, lt, hi - lo, c_logit, b * cb + h * ch + lo, cg, heads,
+                ck, width,
+            )  # fmt: skip
             for i in range(lo, hi):
                 c_id[b, h, i] = i
                 c_size[b, h, i] = list_size[b, h, i]
@@ -471,19 +365,9 @@ def attend_lists(
                     lo = np.int64(super_first[b, h, i])
                     n = super_first[b, h, i + 1] - lo
                     score_rows(
-                        q,
-                        0,
-                        list_key,
-                        b * lb + h * lh + lo * lt,
-                        lt,
-                        n,
-                        c_logit,
-                        b * cb + h * ch + o,
-                        cg,
-                        heads,
-                        ck,
-                        width,
-                    )
+                        q, 0, list_key, b * lb + h * lh + lo * lt, lt, n, c_logit, b * cb + h * ch + o, cg, heads,
+                        ck, width,
+                    )  # fmt: skip
                     for j in range(n):
                         c_id[b, h, o + j] = lo + j
                         c_size[b, h, o + j] = list_size[b, h, lo + j]

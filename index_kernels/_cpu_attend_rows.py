@@ -35,19 +35,10 @@ def attend_rows(
     out = torch.empty((*query.shape[:3], row_dim(values)))
     lse = torch.empty(query.shape[:3])
     _attend_rows(
-        query.detach().float().contiguous().numpy(),
-        *flat_rows(keys),
-        *flat_rows(values),
-        query.shape[1] // keys.shape[1],
-        begin,
-        size,
-        weights.numpy(),
-        F(scale),
-        F(softcap or 0.0),
-        *lanes(1, query.shape[3], out.shape[3]),
-        out.numpy(),
-        lse.numpy(),
-    )
+        query.detach().float().contiguous().numpy(), *flat_rows(keys), *flat_rows(values), query.shape[1] //
+        keys.shape[1], begin, size, weights.numpy(), F(scale), F(softcap or 0.0), *lanes(1, query.shape[3],
+        out.shape[3]), out.numpy(), lse.numpy(),
+    )  # fmt: skip
     return out, lse
 
 

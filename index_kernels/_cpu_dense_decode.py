@@ -33,19 +33,10 @@ def dense_decode(
     lse = torch.empty(query.shape[:3])
     group = query.shape[1] // keys.shape[1]
     _dense_decode(
-        numpy_queries(query),
-        *flat_rows(keys),
-        *flat_rows(values),
-        keys.shape[1],
-        start.numpy(),
-        keys.shape[2],
-        F(scale),
-        F(softcap or 0.0),
-        use_torchs_threads(),
-        *lanes(group, query.shape[3], out.shape[3]),
-        out.numpy()[:, :, 0],
-        lse.numpy()[:, :, 0],
-    )
+        numpy_queries(query), *flat_rows(keys), *flat_rows(values), keys.shape[1], start.numpy(), keys.shape[2],
+        F(scale), F(softcap or 0.0), use_torchs_threads(), *lanes(group, query.shape[3], out.shape[3]),
+        out.numpy()[:, :, 0], lse.numpy()[:, :, 0],
+    )  # fmt: skip
     return out, lse
 
 
@@ -80,20 +71,8 @@ def _dense_decode(
         s = np.zeros(G, F)
         load_query(query, b, h, scale, q)
         scan_range(
-            q,
-            keys,
-            values,
-            b * kb + h * kh + lo * kt,
-            b * vb + h * vh + lo * vt,
-            kt,
-            vt,
-            hi - lo,
-            softcap,
-            logits,
-            a,
-            m,
-            s,
-            lanes,
-        )
+            q, keys, values, b * kb + h * kh + lo * kt, b * vb + h * vh + lo * vt, kt, vt, hi - lo, softcap, logits,
+            a, m, s, lanes,
+        )  # fmt: skip
         store_state(part, b, h, a, m, s, top, total, acc)
     merge_parts(top, total, acc, parts, out, lse)

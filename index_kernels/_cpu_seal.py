@@ -202,35 +202,10 @@ def _pack(numbers, row, scale):
 
 @njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
 def seal_rows(
-    keys,
-    values,
-    ids,
-    start,
-    n_sink,
-    bounds,
-    rows_per_super,
-    rows_per_list,
-    iterations,
-    stride,
-    list_begin,
-    list_size,
-    list_var,
-    list_key,
-    list_value,
-    n_lists,
-    super_first,
-    super_size,
-    super_var,
-    super_key,
-    super_value,
-    n_supers,
-    seg_lists,
-    seg_supers,
-    shape,
-    cross,
-    trace,
-    first_segment,
-):
+    keys, values, ids, start, n_sink, bounds, rows_per_super, rows_per_list, iterations, stride, list_begin,
+    list_size, list_var, list_key, list_value, n_lists, super_first, super_size, super_var, super_key, super_value,
+    n_supers, seg_lists, seg_supers, shape, cross, trace, first_segment,
+):  # fmt: skip
     """Seal the rows bounds[s]..bounds[s + 1] into segment first_segment + s, for every batch row and KV head.
 
     Rows must be in position order; packed ones move with their scales. Permutes keys, values, ids [B, Hkv, cap] in
@@ -274,15 +249,9 @@ def seal_rows(
                 for d in range(D):
                     x[i, d] -= mean[d]
             lists[s, w % BH], supers[s, w % BH] = _cluster(
-                x,
-                rows_per_super,
-                rows_per_list,
-                iterations,
-                stride,
-                perm[s, w % BH],
-                ends[s, w % BH],
+                x, rows_per_super, rows_per_list, iterations, stride, perm[s, w % BH], ends[s, w % BH],
                 super_ends[s, w % BH],
-            )
+            )  # fmt: skip
     for b in range(B):
         for h in range(H):
             for s in range(N):
