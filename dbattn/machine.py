@@ -119,18 +119,19 @@ def _measure_index(engine: str) -> Rates:
     query = _random(GROUP * HEADS, 1)
     points = []
 
-    def database(rows: int, config: RetrievalConfig) -> AttentionDB:
+    def database(rows: int, k: int) -> AttentionDB:
+        config = RetrievalConfig(index=engine, k=k, dense_below=0, audit_rate=0.0)
         db = AttentionDB(HEADS, DIM, config=config)
         db.insert(_random(HEADS, rows), _random(HEADS, rows))
         return db
 
+    other = database(SMALL // 2, FEW)
     for rows, k in ((SMALL, FEW), (LARGE, FEW), (LARGE, MANY)):
-        config = RetrievalConfig(index=engine, k=k, dense_below=0, audit_rate=0.0)
-        db, other = database(rows, config), database(SMALL // 2, config)
+        db = database(rows, k)
         took = _seconds(partial(db.attend, query), partial(other.attend, query))
-        work = Query.checked(query, db.store, db.index, config, db.stats, None, None).workload
-        items, size, operations = index_work(work, config, k)
-        exact = scan_usage(work, work.rows - work.indexed + config.n_sink, dense).seconds or 0.0
+        work = Query.checked(query, db.store, db.index, db.config, db.stats, None, None).workload
+        items, size, operations = index_work(work, db.config, k)
+        exact = scan_usage(work, work.rows - work.indexed + db.config.n_sink, dense).seconds or 0.0
         points.append((took - exact - dense.operation * operations, items, size))
     (short, items_short, size_short), (long, items_long, size_long), (wide, _, size_wide) = points
     byte = max(0.0, (wide - long) / (size_wide - size_long))

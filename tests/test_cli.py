@@ -167,12 +167,12 @@ def test_compare_passes_words_on_to_the_arena(tmp_path):
 
 
 def test_compare_reads_captures_and_plots(tmp_path, capsys):
-    options = ["--index", "segmented,flat", "--k", "128", "--queries", "4", "--layers", "8"]
+    options = ["--index", "segmented,flat", "--k", "256", "--queries", "4", "--layers", "8"]
     plot, data = tmp_path / "c.png", tmp_path / "c.json"
     assert main(["compare", "--capture", str(CAPTURE), *options, "--png", str(plot), "--json", str(data)]) == 0
     dense, segmented, flat = json.loads(data.read_text())["results"]
     assert dense["rows_read"] > 3800
-    assert segmented["relative_error"] < 0.1 < 0.85 < segmented["attention_mass"]
+    assert segmented["relative_error"] < 0.1 < 0.9 < segmented["attention_mass"]
     assert segmented["bytes_read"] < dense["bytes_read"] / 4
     assert flat["recall"] == pytest.approx(1)
     assert plot.read_bytes().startswith(b"\x89PNG")
