@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from ..attention import AttentionDB
 from ..audit import AuditReport, RunningStats
 from ..config import RetrievalConfig
+from .adapters import Adapters, in_words
 from .stored_rows import plain, rows_as
 
 # Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
@@ -31,6 +32,9 @@ class Session:
         # The layers of the context that every new cache begins with, by layer number; and its token ids.
         self.context: dict[int, AttentionDB] = {}
         self.token_ids: Tensor | None = None
+        # The adapters that act in the model now; and those that the context was saved with.
+        self.adapters: Callable[[], Adapters] = tuple
+        self.context_adapters: Adapters = ()
         self._newest: weakref.ref[DynamicCache] | None = None
 
     @property
@@ -59,6 +63,21 @@ class Session:
         self._newest = weakref.ref(cache)
         if (first := self._first(cache)) is not None:
             first.note_tokens(token_ids)
+            first.note_adapters(self.adapters())
+
+    def check_adapters(self, cache: DynamicCache) -> None:
+        """Refuse rows that the model, with the adapters of now, would not write.
+
+        Raises:
+            ValueError: some of the cache's rows were written under other adapters; says which.
+        """
+        now, first = self.adapters(), self._first(cache)
+        for adapters in () if first is None else first.adapters_of_rows():
+            if adapters != now:
+                raise ValueError(
+                    f"rows of this cache were written with {in_words(adapters)} active, the model now has "
+                    f"{in_words(now)}: make that active again, or read the text anew"
+                )
 
     def tokens_of(self, cache: DynamicCache) -> Tensor | None:
         """Token ids ``[B, n]`` of a cache's rows, as far as they are known."""
@@ -66,11 +85,22 @@ class Session:
         return None if first is None else first.token_ids
 
     def fill(self, cache: DynamicCache) -> None:
-        """Give an empty cache of ours the context's rows, a copy of them."""
+        """Give an empty cache of ours the context's rows, a copy of them.
+
+        Raises:
+            ValueError: the model's adapters have changed since the context was opened.
+        """
+        if self.context and (now := self.adapters()) != self.context_adapters:
+            raise ValueError(
+                f"the context was read with {in_words(self.context_adapters)} active, the model now has "
+                f"{in_words(now)}: make that active again, or wrap the model anew with another context"
+            )
         for number, db in self.context.items():
             cache.layers[number].hold(copy.deepcopy(db))
         if self.token_ids is not None and (first := self._first(cache)) is not None:
             first.token_ids = self.token_ids
+        if self.context and (first := self._first(cache)) is not None:
+            first.adapters = [(0, self.context_adapters)]
 
     def _first(self, cache: DynamicCache) -> "DatabaseLayer | None":
         return next((layer for layer in cache.layers if isinstance(layer, DatabaseLayer)), None)
@@ -81,7 +111,7 @@ class Session:
             return ours
         theirs = layer.db if isinstance(layer, DatabaseLayer) else None
         if isinstance(layer, DatabaseLayer):
-            ours.token_ids = layer.token_ids
+            ours.token_ids, ours.adapters = layer.token_ids, layer.adapters
         if theirs is not None:
             theirs.release()
         ours.update(plain(layer.keys), plain(layer.values))
@@ -105,6 +135,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.db: AttentionDB | None = None
         # Of the rows stored, [B, n]; kept by the first layer for all. Shorter where some are not known.
         self.token_ids: Tensor | None = None
+        # The adapters that rows were written under, each with the first of its rows; kept by the first layer.
+        self.adapters: list[tuple[int, Adapters]] = []
 
     # transformers leaves these untyped; None until the first rows.
     keys: Any
@@ -138,6 +170,17 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         added = token_ids.detach().cpu()
         self.token_ids = added.clone() if known is None or not rows else torch.cat([known, added], dim=1)
 
+    def note_adapters(self, adapters: Adapters) -> None:
+        """Remember the adapters that act while the next rows are written."""
+        rows = self.get_seq_length()
+        self.adapters = [each for each in self.adapters if each[0] < rows]
+        if not self.adapters or self.adapters[-1][1] != adapters:
+            self.adapters.append((rows, adapters))
+
+    def adapters_of_rows(self) -> list[Adapters]:
+        """The adapters that the rows stored were written under."""
+        return [adapters for first, adapters in self.adapters if first < self.get_seq_length()]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append rows ``[B, Hkv, n, D]``; the index follows when attention knows the padding."""
         if self.db is None:
@@ -165,6 +208,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     def reset(self) -> None:
         """Forget everything."""
         self.db = self.keys = self.values = self.token_ids = None
+        self.adapters = []
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -4,6 +4,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,9 +21,11 @@ from ..plan import QueryPlan, sum_plans
 from ..report import Report
 from ..snapshot import SaveReport, Snapshot, SnapshotError, SnapshotWriter, save
 from ..trace import Trace
+from .adapters import active_adapters
 from .cache import DatabaseLayer, Session, Watcher
 from .fingerprint import difference, fingerprint
 from .function import NAME, register, unregister
+from .offload import device_of
 from .travel import residual_stream, stream_errors
 
 
@@ -77,10 +80,12 @@ class Handle:
         snapshot = None if context is None else self._open(context, len(layers))
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
         self._session = Session(self.config, [RunningStats() for _ in layers])
+        self._session.adapters = partial(active_adapters, self._decoder)
         if snapshot is not None:
+            self._session.context_adapters = self._session.adapters()
             self._session.token_ids = snapshot.token_ids
             for number in range(len(layers)):
-                db = AttentionDB.of_snapshot(snapshot, number, self.config, model.device)
+                db = AttentionDB.of_snapshot(snapshot, number, self.config, device_of(model))
                 self._session.context[number] = db
         for stats, layer in zip(self._session.stats, layers, strict=True):
             if type(layer) is not DynamicLayer:
@@ -107,7 +112,7 @@ class Handle:
     def context(self) -> Tensor | None:
         """Token ids ``[B, n]`` of the context that new caches begin with, for ``generate``; None without one."""
         ids = self._session.token_ids
-        return None if ids is None else ids.to(self.model.device)
+        return None if ids is None else ids.to(device_of(self.model))
 
     def new_cache(self) -> DynamicCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
@@ -136,8 +141,9 @@ class Handle:
                 given embeddings or the cache came with rows in it.
 
         Raises:
-            ValueError: no cache, an empty one, one with a layer that is not a database (sliding window), or token ids
-                that are missing or of another length.
+            ValueError: no cache, an empty one, one with a layer that is not a database (sliding window), one whose rows
+                were written under other adapters than are active now, or token ids that are missing or of another
+                length.
             SnapshotError (a ValueError): another writer holds the folder, or it holds something else.
         """
         cache = self._session.newest if cache is None else cache
@@ -158,6 +164,7 @@ class Handle:
             if token_ids is None or token_ids.shape[1] < rows:
                 raise ValueError(f"the token ids of the cache's {rows} rows are not known: pass token_ids")
             token_ids = token_ids[:, :rows]
+        self._session.check_adapters(cache)
         return save(target, databases, self.config, model=fingerprint(self._decoder), token_ids=token_ids)
 
     def report(self) -> Report:

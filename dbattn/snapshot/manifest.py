@@ -65,16 +65,29 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Whose rows they are: the decoder's class, its settings, and a SHA-256 over samples of its weights."""
+    """Whose rows they are.
+
+    Attributes:
+        name: the decoder's class.
+        settings: its configuration.
+        weights: SHA-256 over samples of its weights, hex.
+        state: what else it computes with, by name: active adapters, attributes and buffers of its modules. None in
+            snapshots of before this was kept.
+    """
 
     name: str
     settings: dict[str, Any]
     weights: str
+    state: dict[str, Any] | None = None
 
     @property
     def fingerprint(self) -> str:
         """All of it as one short hex string."""
-        return hashlib.sha256(_dump(asdict(self)).encode()).hexdigest()[:16]
+        return hashlib.sha256(_dump(self.to_dict()).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {name: value for name, value in asdict(self).items() if name != "state" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class SnapshotInfo:
             "format_version": self.format_version,
             "rows": self.rows,
             "config": self.config.to_dict(),
-            "model": None if self.model is None else asdict(self.model),
+            "model": None if self.model is None else self.model.to_dict(),
             "layers": [asdict(layer) for layer in self.layers],
             "files": [{"name": file.name, **asdict(file)} for file in self.files],
         }
@@ -204,11 +217,13 @@ def _short(value: Any) -> str:
 
 
 def _model(data: Any) -> ModelInfo:
-    fields = _Fields(data, "model", "name settings weights")
-    settings = data["settings"]
-    if not isinstance(settings, dict):
-        raise ValueError(f"model.settings is {_short(settings)}, expected an object")
-    return ModelInfo(fields.text("name", r"\w{1,200}"), settings, fields.text("weights", "[0-9a-f]{64}"))
+    has_state = isinstance(data, dict) and "state" in data
+    fields = _Fields(data, "model", "name settings weights" + " state" * has_state)
+    for name in ("settings", *(["state"] if has_state else [])):
+        if not isinstance(data[name], dict):
+            raise ValueError(f"model.{name} is {_short(data[name])}, expected an object")
+    name, weights = fields.text("name", r"\w{1,200}"), fields.text("weights", "[0-9a-f]{64}")
+    return ModelInfo(name, data["settings"], weights, data.get("state"))
 
 
 def _layer(data: Any, where: str) -> LayerInfo:
