@@ -550,3 +550,69 @@ def test_error_is_followed_through_the_residual_stream():
         model(ids, past_key_values=cache)
         handle.follow_error(ids[:, :2], cache)
         assert all(layer.stream_error < 1e-5 for layer in handle.report().layers)
+
+
+def falcon_h1():
+    torch.manual_seed(0)
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    return transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**SIZES, **mamba, head_dim=12)).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_layers_that_hold_full_and_linear_attention_retrieve(options):
+    model, inputs = falcon_h1(), prompt()
+    expected = generate(model, inputs, **options)
+    with wrap(model, EXACT):
+        assert_same(generate(model, inputs, **options), expected)
+    with wrap(model, RETRIEVING) as handle:
+        generate(model, inputs, **options)
+        assert all(layer.retrieving >= 14 and layer.rows_retrieved > 20 for layer in handle.report().layers)
+    assert_same(generate(model, inputs, **options), expected, tolerance=0)
+
+
+def test_a_hybrid_cache_filled_before_wrapping_keeps_its_linear_state_and_is_not_saved(tmp_path):
+    model, ids = falcon_h1(), prompt(batch=1, padding=())["input_ids"]
+    with torch.inference_mode():
+        cache = model(ids).past_key_values
+        twin = copy.deepcopy(cache)
+        step = {"input_ids": torch.tensor([[5]])}
+        expected = model(**step, past_key_values=cache).logits
+        with wrap(model, EXACT) as handle:
+            assert_close(model(**step, past_key_values=twin).logits, expected)
+            with pytest.raises(ValueError, match="layer 0 keeps a state of linear attention beside its rows"):
+                handle.save(tmp_path / "a", twin)
+        twin.reset()
+        assert_close(model(ids, past_key_values=twin).logits, model(ids).logits)
+
+
+def test_a_peft_model_is_wrapped_with_its_adapters():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, inputs = peft.get_peft_model(tiny(), lora).eval(), prompt()
+    expected = generate(model, inputs)
+    with wrap(model, EXACT):
+        assert_same(generate(model, inputs), expected)
+    with wrap(model, RETRIEVING) as handle:
+        generate(model, inputs)
+        assert all(layer.retrieving == 15 for layer in handle.report().layers)
+        ids = torch.randint(2, 126, (1, 20))
+        cache = handle.new_cache()
+        with torch.inference_mode():
+            model(input_ids=ids, past_key_values=cache)
+            handle.follow_error(ids[:, :1], cache)
+    assert_same(generate(model, inputs), expected, tolerance=0)
+
+
+def test_refusals_say_what_layers_do_in_place_of_attending_to_all_rows():
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, state_size=4))
+    with pytest.raises(UnsupportedModelError, match="linear attention, which keeps a state in place of rows"):
+        wrap(mamba)
+    with pytest.raises(UnsupportedModelError, match="a window or chunk of the newest rows"):
+        wrap(tiny("mistral", sliding_window=8))
+    indexed = tiny()
+    indexed.config.layer_types = ["indexed_attention"] * 2
+    with pytest.raises(UnsupportedModelError, match="a learnt indexer of the model's own, which chooses the rows"):
+        wrap(indexed)
+    with pytest.raises(UnsupportedModelError, match="if it holds one, wrap that"):
+        wrap(torch.nn.Sequential(tiny()))

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from ..attention import AttentionDB
 from ..audit import AuditReport, RunningStats
@@ -16,6 +16,8 @@ from ..config import RetrievalConfig
 from .adapters import Adapters, in_words
 from .stored_rows import plain, rows_as
 
+# Cache layers of transformers that keep every row; the second kind keeps a state of linear attention beside them.
+SERVED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 # Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
 Watcher = Callable[[int, AttentionDB, Tensor, float, float | None], None]
 
@@ -54,7 +56,7 @@ class Session:
             cache.layers.extend(DynamicLayer() for _ in range(missing))
             cache.layer_class_to_replicate = None
         for i, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer or (isinstance(layer, DatabaseLayer) and layer.session is not self):
+            if type(layer) in SERVED or (isinstance(layer, DatabaseLayer) and layer.session is not self):
                 # Assigned when it is complete: rows that are refused stay where they were.
                 cache.layers[i] = self._with_rows_of(layer, i)
 
@@ -106,7 +108,8 @@ class Session:
         return next((layer for layer in cache.layers if isinstance(layer, DatabaseLayer)), None)
 
     def _with_rows_of(self, layer: DynamicLayer, layer_index: int) -> "DatabaseLayer":
-        ours = DatabaseLayer(self, layer_index)
+        hybrid = isinstance(layer, LinearAttentionAndFullAttentionLayer)
+        ours = HybridDatabaseLayer(self, layer_index, layer) if hybrid else DatabaseLayer(self, layer_index)
         if not layer.get_seq_length():
             return ours
         theirs = layer.db if isinstance(layer, DatabaseLayer) else None
@@ -240,3 +243,31 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
             self.keys = self.values = None
         else:
             self.keys, self.values = (rows_as(rows, self.dtype) for rows in store.rows)
+
+
+class HybridDatabaseLayer(LinearAttentionAndFullAttentionLayer, DatabaseLayer):  # type: ignore[misc]  # as above
+    """A DatabaseLayer with a state of linear attention beside its rows; transformers goes on keeping that."""
+
+    def __init__(self, session: Session, layer_index: int, taken_over: LinearAttentionLayer) -> None:
+        DatabaseLayer.__init__(self, session, layer_index)
+        for name in vars(LinearAttentionLayer()):
+            setattr(self, name, getattr(taken_over, name))
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Two tensors by position are the first rows; what comes by name is a first state."""
+        (DatabaseLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest rows, and put the state back, where transformers can."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        DatabaseLayer.crop(self, tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        LinearAttentionLayer.reset(self)
+        DatabaseLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        DatabaseLayer.reorder_cache(self, beam_idx)

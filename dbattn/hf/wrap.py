@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from index_kernels.ops import FLOATS
 
@@ -22,7 +22,7 @@ from ..report import Report
 from ..snapshot import SaveReport, Snapshot, SnapshotError, SnapshotWriter, save
 from ..trace import Trace
 from .adapters import active_adapters
-from .cache import DatabaseLayer, Session, Watcher
+from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer, Session, Watcher
 from .fingerprint import difference, fingerprint
 from .function import NAME, register, unregister
 from .offload import device_of
@@ -88,7 +88,7 @@ class Handle:
                 db = AttentionDB.of_snapshot(snapshot, number, self.config, device_of(model))
                 self._session.context[number] = db
         for stats, layer in zip(self._session.stats, layers, strict=True):
-            if type(layer) is not DynamicLayer:
+            if type(layer) not in SERVED:
                 stats.dense_reasons[f"left to transformers ({type(layer).__name__})"] = 0
         self._signature = inspect.signature(self._decoder.forward)
         # What can fail comes first, so that a failure leaves nothing behind.
@@ -154,6 +154,11 @@ class Handle:
             if not isinstance(layer, DatabaseLayer):
                 raise ValueError(
                     f"layer {number} is a {type(layer).__name__} of transformers, which cannot be saved: "
+                    "expected only layers that attend to all rows"
+                )
+            if isinstance(layer, HybridDatabaseLayer):
+                raise ValueError(
+                    f"layer {number} keeps a state of linear attention beside its rows, which cannot be saved: "
                     "expected only layers that attend to all rows"
                 )
             if layer.db is None or not len(layer.db):
@@ -293,11 +298,15 @@ class Handle:
         return args, kwargs
 
 
-def _find_decoder(model: PreTrainedModel) -> Any:
+def _find_decoder(model: Any) -> Any:
     """The text decoder of a model that can be served; anything else raises and says why."""
     name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # of a PeftModel, whose adapters are inside it
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{name} cannot be wrapped: expected a transformers PreTrainedModel")
+        raise UnsupportedModelError(
+            f"{name} cannot be wrapped: expected a transformers PreTrainedModel (if it holds one, wrap that)"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{name} cannot be wrapped: an encoder-decoder's cross-attention has no causal rows"
@@ -313,9 +322,22 @@ def _find_decoder(model: PreTrainedModel) -> Any:
             f"{name} cannot be wrapped: it is {model.dtype}, expected float32, float16 or bfloat16"
         )
     layers = DynamicCache(config=model.config).layers
-    if not any(type(layer) is DynamicLayer for layer in layers):
-        kinds = sorted({type(layer).__name__ for layer in layers})
+    if not any(type(layer) in SERVED for layer in layers):
+        kinds = ", ".join(sorted({_kind(layer) for layer in layers}))
         raise UnsupportedModelError(
-            f"{name} cannot be wrapped: no layer attends to all rows (its cache layers are {', '.join(kinds)})"
+            f"{name} cannot be wrapped: no layer attends to all rows, so there is nothing to retrieve. "
+            f"Its layers: {kinds}"
         )
     return decoders[0].base_model
+
+
+def _kind(layer: Any) -> str:
+    """What a cache layer that is not served does instead, and its class."""
+    kinds = []
+    if isinstance(layer, LinearAttentionLayer):
+        kinds.append("linear attention, which keeps a state in place of rows")
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        kinds.append("a window or chunk of the newest rows")
+    if isinstance(layer, DynamicIndexedLayer):
+        kinds.append("a learnt indexer of the model's own, which chooses the rows already")
+    return f"{' and '.join(kinds) or 'another cache'} ({type(layer).__name__})"
