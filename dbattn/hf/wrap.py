@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -328,7 +330,31 @@ def _find_decoder(model: Any) -> Any:
             f"{name} cannot be wrapped: no layer attends to all rows, so there is nothing to retrieve. "
             f"Its layers: {kinds}"
         )
-    return decoders[0].base_model
+    # Some heads call the innermost part past the base model: where it exists, it meets the cache.
+    inner = [part for part in decoders if "past_key_values" in inspect.signature(part.forward).parameters]
+    decoder = inner[-1] if inner else decoders[0].base_model
+    by_itself = next((kind.__name__ for kind in {type(part) for part in decoder.modules()} if _attends(kind)), None)
+    if by_itself is not None:
+        raise UnsupportedModelError(
+            f"{name} cannot be wrapped: its {by_itself} does not use transformers' AttentionInterface"
+        )
+    for kind in vars(sys.modules[type(decoder).__module__]).values():
+        own = isinstance(kind, type) and issubclass(kind, DynamicCache) and kind.__module__ == type(decoder).__module__
+        if own:
+            raise UnsupportedModelError(f"{name} cannot be wrapped: it asks for a cache of its own, a {kind.__name__}")
+    return decoder
+
+
+def _attends(kind: type[nn.Module]) -> bool:
+    """Whether a class reads a cache's rows without the AttentionInterface: the mask of dbattn would be taken wrongly.
+
+    transformers' own check is by file, where a vision tower that uses the interface speaks for the text's attention.
+    """
+    try:
+        source = inspect.getsource(inspect.unwrap(kind.forward))
+    except (OSError, TypeError):
+        return False
+    return bool(re.search(r"past_key_values?\.update\(", source)) and "attention_interface" not in source.lower()
 
 
 def _kind(layer: Any) -> str:
@@ -336,7 +362,7 @@ def _kind(layer: Any) -> str:
     kinds = []
     if isinstance(layer, LinearAttentionLayer):
         kinds.append("linear attention, which keeps a state in place of rows")
-    if isinstance(layer, DynamicSlidingWindowLayer):
+    if type(layer) is DynamicSlidingWindowLayer:
         kinds.append("a window or chunk of the newest rows")
     if isinstance(layer, DynamicIndexedLayer):
         kinds.append("a learnt indexer of the model's own, which chooses the rows already")
