@@ -323,7 +323,12 @@ def _find_decoder(model: Any) -> Any:
         raise UnsupportedModelError(
             f"{name} cannot be wrapped: it is {model.dtype}, expected float32, float16 or bfloat16"
         )
-    layers = DynamicCache(config=model.config).layers
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be wrapped: transformers makes no cache from its configuration ({error})"
+        ) from None
     if not any(type(layer) in SERVED for layer in layers):
         kinds = ", ".join(sorted({_kind(layer) for layer in layers}))
         raise UnsupportedModelError(
