@@ -136,7 +136,8 @@ class AttentionDB:
         plan, stats = asked.plan(retrieve=retrieve), self.stats
         stats.rows_stored = len(self)
         if plan.is_dense:
-            stats.dense_reasons[plan.reason] += 1
+            rows, size = (0.0, 0) if asked.is_prompt else (asked.rows_visible, asked.bytes_dense)
+            stats.add_dense(plan.reason, rows, size, prompt=asked.is_prompt)
             if sink_logits is None and extra is None and not return_lse:
                 return asked.dense()
             out, lse = asked.dense_state()
@@ -144,7 +145,7 @@ class AttentionDB:
             audit = audit or stats.audit_is_due(self.config)
             answer = asked.answer(plan, measure=audit, learn=True)
             out, lse = answer.out, answer.lse
-            stats.add_answer(answer.rows_retrieved, answer.rows_read)
+            stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, asked.bytes_dense)
             if stats.index.get("rows") != len(self.index):
                 stats.index = self.index.describe()
             if audit:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,8 @@ class AuditReport:
         rows_stored: rows a dense scan reads.
         bytes_read: bytes the call read, keys scored by the index included.
         bytes_dense: bytes a dense scan reads.
+        seconds, seconds_dense: what the call and the dense scan took; None on a device that works asynchronously, and
+            where the call was answered densely anyway.
     """
 
     recall_by_query: Tensor
@@ -42,6 +45,8 @@ class AuditReport:
     rows_stored: int
     bytes_read: int
     bytes_dense: int
+    seconds: float | None = None
+    seconds_dense: float | None = None
 
     @property
     def recall(self) -> float:
@@ -59,14 +64,29 @@ class AuditReport:
         return float(self.relative_error_by_query.nanmean())
 
     def __str__(self) -> str:
-        errors = self.relative_error_by_query.flatten().float()
-        worst = float(errors.nanquantile(0.95))
+        recall, mass, error, worst = (
+            figure(value, 1)
+            for value in (self.recall, self.attention_mass, self.relative_error, percentile95([self]) or 0.0)
+        )
         return (
-            f"recall {self.recall:.3f}, attention mass {self.attention_mass:.3f}, "
-            f"relative error {self.relative_error:.4f} (95th percentile {worst:.4f}), "
+            f"recall {recall}, attention mass {mass}, relative error {error} (95th percentile {worst}), "
             f"{self.rows_read:.0f} of {self.rows_stored} rows read, "
             f"{self.bytes_read:,} of {self.bytes_dense:,} bytes"
         )
+
+
+def figure(value: float | None, audits: int) -> str:
+    """A figure for a reader: two digits where one audit is behind it, else three; "-" for None."""
+    return "-" if value is None else format(value, "#.2g" if audits <= 1 else "#.3g").removesuffix(".")
+
+
+def percentile95(audits: Sequence[AuditReport]) -> float | None:
+    """The relative error that 95 % of the audited queries (one per head and position) keep; None without any."""
+    parts = [audit.relative_error_by_query.flatten().float().cpu() for audit in audits]
+    errors = torch.cat(parts) if parts else torch.empty(0)
+    errors = errors[~errors.isnan()]
+    # Not torch.quantile, which takes 16 million elements at most.
+    return float(errors.kthvalue(math.ceil(0.95 * len(errors))).values) if len(errors) else None
 
 
 def compare_with_dense(
@@ -138,12 +158,21 @@ class HeadStats:
 class RunningStats:
     """What the calls of one store did; audits join when they happen.
 
+    A call with more positions than ``max_queries`` reads a prompt; all others are decode calls. Retrieving calls are
+    decode calls.
+
     Attributes:
         retrieving: calls that read less than all rows.
         rows_retrieved: rows the index retrieved, summed over retrieving calls (mean per query head and position).
         rows_read: rows read, sinks and hot rows included, summed likewise.
         rows_stored: rows in the store at the last call.
-        dense_reasons: why calls were answered densely, with how often.
+        dense_reasons: why calls were answered densely, with how often; prompts included. What is counted here alone,
+            and not by ``add_dense``, is taken for a decode call that read all rows.
+        prompt_reasons: the part of them that read a prompt.
+        dense_counted: decode calls answered densely that ``add_dense`` counted.
+        rows_dense: rows that those read, summed (mean per query).
+        bytes_read: bytes that decode calls read, dense ones included.
+        bytes_dense: bytes that dense scans would have read for the same calls.
         index: what the index had built at the last retrieving call.
         audits: reports of the latest audited calls.
         heads: sums over all audited calls, per query head (None until the first).
@@ -160,6 +189,11 @@ class RunningStats:
     rows_read: float = 0.0
     rows_stored: int = 0
     dense_reasons: Counter[str] = field(default_factory=Counter)
+    prompt_reasons: Counter[str] = field(default_factory=Counter)
+    dense_counted: int = 0
+    rows_dense: float = 0.0
+    bytes_read: int = 0
+    bytes_dense: int = 0
     index: dict[str, Any] = field(default_factory=dict)
     audits: list[AuditReport] = field(default_factory=list)
     heads: HeadStats | None = None
@@ -174,11 +208,30 @@ class RunningStats:
         learning = config.max_error is not None and calls < AUDITS_TO_LEARN
         return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(calls * rate))
 
-    def add_answer(self, rows_retrieved: float, rows_read: float) -> None:
+    def add_answer(self, rows_retrieved: float, rows_read: float, bytes_read: int, bytes_dense: int) -> None:
         """Count a retrieving call."""
         self.retrieving += 1
         self.rows_retrieved += rows_retrieved
         self.rows_read += rows_read
+        self.bytes_read += bytes_read
+        self.bytes_dense += bytes_dense
+
+    def add_dense(self, reason: str, rows: float, size: int, *, prompt: bool) -> None:
+        """Count a call answered densely, which read ``rows`` rows a query and ``size`` bytes in all."""
+        self.dense_reasons[reason] += 1
+        if prompt:
+            self.prompt_reasons[reason] += 1
+            return
+        self.dense_counted += 1
+        self.rows_dense += rows
+        self.bytes_read += size
+        self.bytes_dense += size
+
+    def restart(self) -> None:
+        """Count from here on; what was learnt and what the index had built stay."""
+        never = Counter({reason: 0 for reason, count in self.dense_reasons.items() if not count})
+        fresh = RunningStats(rows_stored=self.rows_stored, dense_reasons=never, index=self.index, ladder=self.ladder)
+        vars(self).update(vars(fresh))
 
     def add_stream_error(self, error: float) -> None:
         """Keep an error of the residual stream, and no more than the latest thousand."""

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .audit import AuditReport
+from .audit import AuditReport, figure
 from .config import DENSE_BELOW, RetrievalConfig
 from .console import reading_progress, table_console
 from .files import check_output, write_json
 from .haystack import Needle, hide, make_needles, read_haystack
 from .prompt import CHUNK, QUESTION_TOKENS, answer_tokens, context_ids, context_limit, question_ids
+from .report import counted, restart_report
 
 if TYPE_CHECKING:
     from .hf import Handle
@@ -26,7 +27,13 @@ ANSWER_TOKENS = 12
 
 @dataclass
 class Answer:
-    """One question answered both ways; figures are means over layers of the retrieving pass."""
+    """One question answered both ways.
+
+    Attributes:
+        figures: means over the audited calls of the retrieving pass; ``rows_read`` over all of its calls.
+        audits: audited calls behind them.
+        scanned: calls of that pass that were answered densely, by reason.
+    """
 
     needle: Needle
     dense: str
@@ -34,6 +41,8 @@ class Answer:
     figures: dict[str, float]
     ms_dense: list[float]
     ms_retrieval: list[float]
+    audits: int = 0
+    scanned: dict[str, int] = field(default_factory=dict)
 
 
 def run_demo(
@@ -121,6 +130,7 @@ def summary(answers: list[Answer]) -> dict[str, Any]:
         "rows_retrieved": mean("rows_retrieved"),
         "rows_read": mean("rows_read"),
         "rows_stored": mean("rows_stored"),
+        "dense_calls": dict(_scanned(answers)),
         "ms_per_token": {
             "dense": _median([ms for a in answers for ms in a.ms_dense]),
             "retrieval": _median([ms for a in answers for ms in a.ms_retrieval]),
@@ -146,24 +156,27 @@ def _ask(lm: Any, tokenizer: Any, handle: "Handle", cache: Any, needle: Needle) 
     question = question_ids(needle.question, tokenizer, needle.answer_start)
     with handle.dense():
         dense, ms_dense = _generate(lm, question, cache, tokenizer.eos_token_id)
-    before = _dense_reasons(handle)
     retrieved, ms_retrieval = _generate(lm, question, cache, tokenizer.eos_token_id)
+    restart_report(cache)
     with handle.audit() as audits:
         _generate(lm, question, cache, tokenizer.eos_token_id)
+    summary = handle.report().summary
     if not audits:
-        raise ValueError(f"nothing was retrieved: {'; '.join(_dense_reasons(handle) - before)}")
+        raise ValueError(f"nothing was retrieved: {'; '.join(summary.dense | summary.prompts)}")
     return Answer(
         needle,
         tokenizer.decode(dense, skip_special_tokens=True).strip(),
         tokenizer.decode(retrieved, skip_special_tokens=True).strip(),
-        _figures(audits),
+        _figures(audits) | {"rows_read": summary.rows_read or 0.0},
         ms_dense,
         ms_retrieval,
+        len(audits),
+        summary.dense,
     )
 
 
-def _dense_reasons(handle: "Handle") -> Counter[str]:
-    return sum((Counter(layer.dense) for layer in handle.report().layers), Counter())
+def _scanned(answers: list[Answer]) -> Counter[str]:
+    return sum((Counter(answer.scanned) for answer in answers), Counter())
 
 
 def _figures(audits: list[AuditReport]) -> dict[str, float]:
@@ -188,6 +201,8 @@ def _generate(lm: Any, question: torch.Tensor, cache: Any, eos: int | None) -> t
 
 def _table(answers: list[Answer], config: RetrievalConfig) -> Table:
     table = Table(title=f"index={config.index_name}, k={config.k}: dense against retrieval")
+    if scanned := _scanned(answers):
+        table.caption = f"calls answered densely, which read all rows: {counted(scanned)}"
     for name in ("depth", "dense says", "retrieval says"):
         table.add_column(name)
     for name in ("rows read / stored", "recall@k", "mass", "rel. error", "ms/token dense", "ms/token retrieval"):
@@ -200,9 +215,7 @@ def _table(answers: list[Answer], config: RetrievalConfig) -> Table:
             f"{marks[0]} {a.dense}",
             f"{marks[1]} {a.retrieval}",
             f"{figures['rows_read']:.0f} / {figures['rows_stored']:.0f}",
-            f"{figures['recall']:.3f}",
-            f"{figures['attention_mass']:.3f}",
-            f"{figures['relative_error']:.4f}",
+            *(figure(figures[name], a.audits) for name in ("recall", "attention_mass", "relative_error")),
             *("-" if ms is None else f"{ms:.1f}" for ms in (_median(a.ms_dense), _median(a.ms_retrieval))),
         )
     return table

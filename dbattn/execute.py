@@ -45,11 +45,13 @@ class Answer:
         exact_lse: ``[B, Hq, m]`` over the rows that were read.
         rows_retrieved: rows the index retrieved, per query head and position, mean.
         rows_read: rows read, sinks and hot rows included, likewise.
+        bytes_read: bytes read by the whole call, what is scored to choose rows included.
         plan: the plan; with what each source read where the answer was measured.
         tail: what answered for the rows not read.
         slots: places of the rows that the index retrieved, ``[B, Hq, m, n]``, -1 = none; None if not measured.
         deviation: ``[B, Hq, m]``, what the error over the output's norm is estimated from; None without max_error.
         tried: the answer before some KV heads were answered densely after all; None without max_error.
+        seconds: what the whole call took; None if not measured, or on a device that works asynchronously.
     """
 
     out: Tensor
@@ -57,11 +59,13 @@ class Answer:
     exact_lse: Tensor
     rows_retrieved: float
     rows_read: float
+    bytes_read: int
     plan: QueryPlan
     tail: str
     slots: Tensor | None = None
     deviation: Tensor | None = None
     tried: "Answer | None" = None
+    seconds: float | None = None
 
 
 def run_plan(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
@@ -93,12 +97,16 @@ def _run_search(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
     ended = time.perf_counter()
     exact_rows = (ranges[..., 1] - ranges[..., 0]).clamp(min=0).sum(dim=-1).float()
     scan_rows = (slots >= 0).sum(dim=-1).float()
+    # Heads of a group and queries of a call share the rows of their ranges; each reads its own retrieved rows.
+    shared = int(query.shape[0] * keys.shape[1] * float(exact_rows.max())) * store.row_bytes
+    retrieved = int(scan_rows.sum()) * store.row_bytes + found.bytes_read
     answer = Answer(
         out,
         lse,
         exact_lse=lse,
         rows_retrieved=float(scan_rows.mean()),
         rows_read=float(scan_rows.mean() + exact_rows.mean()),
+        bytes_read=shared + retrieved,
         plan=plan,
         tail=config.tail_name,
     )
@@ -111,11 +119,8 @@ def _run_search(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
     if log_weights is not None:
         read = attend_rows(query, keys, values, ids=slots, scale=scale, softcap=softcap)
         exact_lse = torch.logaddexp(exact[1], read[1])
-    # Heads of a group and queries of a call share the rows of their ranges; each reads its own retrieved rows.
-    shared = int(query.shape[0] * keys.shape[1] * float(exact_rows.max()))
-    retrieved = int(scan_rows.sum()) * store.row_bytes + found.bytes_read
     usages = (
-        Usage(float(exact_rows.mean()), shared * store.row_bytes, 0.0, scanned - began),
+        Usage(float(exact_rows.mean()), shared, 0.0, scanned - began),
         Usage(float(scan_rows.mean()), retrieved, 0.0, ended - scanned),
     )
     mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
@@ -176,12 +181,18 @@ def _run_lists(plan: QueryPlan, config: RetrievalConfig, call: Call, index: Segm
     )
     batch, _, m, _ = query.shape
     hot = config.n_sink + len(store) - (m - 1) / 2 - plan.hot
+    units, per_row, value_bytes = batch * store.num_kv_heads * m, store.row_bytes, vector_bytes(store.value_dim)
+    # Keys of summaries are read to choose lists, their values by the tail.
+    scanned = int(units * hot) * per_row
+    listed = int(units * found.rows_read) * per_row + found.summaries_read * (index.summary_bytes - value_bytes)
+    summarised = found.values_read * value_bytes
     answer = Answer(
         found.out,
         found.lse,
         exact_lse=found.lse,
         rows_retrieved=found.rows_read,
         rows_read=found.rows_read + hot,
+        bytes_read=scanned + listed + summarised,
         plan=plan,
         tail=config.tail_name,
         slots=found.slots,
@@ -189,19 +200,11 @@ def _run_lists(plan: QueryPlan, config: RetrievalConfig, call: Call, index: Segm
     )
     if not call.measure:
         return answer
-    units, per_row, value_bytes = batch * store.num_kv_heads * m, store.row_bytes, vector_bytes(store.value_dim)
-    # Keys of summaries are read to choose lists, their values by the tail.
-    scored = found.summaries_read * (index.summary_bytes - value_bytes)
     unread = found.summaries_read - found.lists_read
     usages = [
-        Usage(hot, int(units * hot) * per_row, 0.0, found.seconds[0]),
-        Usage(
-            found.rows_read,
-            int(units * found.rows_read) * per_row + scored,
-            found.lists_read / units,
-            found.seconds[1],
-        ),
-        Usage(0.0, found.values_read * value_bytes, unread / units, found.seconds[2]),
+        Usage(hot, scanned, 0.0, found.seconds[0]),
+        Usage(found.rows_read, listed, found.lists_read / units, found.seconds[1]),
+        Usage(0.0, summarised, unread / units, found.seconds[2]),
     ]
     mass = torch.exp(found.lse_by_source - found.lse).nanmean(dim=(1, 2, 3)).tolist()
     exact_lse = torch.logaddexp(found.lse_by_source[0], found.lse_by_source[1])

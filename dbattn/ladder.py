@@ -166,6 +166,7 @@ def finish_climb(climb: Climb, call: Call) -> Answer:
     """The answer with its dense KV heads put in, and all that was read on the way."""
     answer, query, store = climb.answer, call.query, call.store
     rows_read = answer.rows_read + sum(tried.rows_read for _, tried in climb.given_up)
+    bytes_read = answer.bytes_read + sum(tried.bytes_read for _, tried in climb.given_up)
     plan = replace(answer.plan, reason=f"{answer.plan.reason}; max_error: {climb.name}")
     sources, seconds = list(plan.sources), plan.seconds or 0.0
     for rung, tried in climb.given_up if call.measure else ():
@@ -200,13 +201,15 @@ def finish_climb(climb: Climb, call: Call) -> Answer:
         share = len(climb.dense_heads) / store.num_kv_heads
         rows_read += share * len(store)
         size = query.shape[0] * len(climb.dense_heads) * len(store) * store.row_bytes
+        bytes_read += size
         took = time.perf_counter() - began
         usage = Usage(share * len(store), size, 0.0, took)
         names = ", ".join(map(str, climb.dense_heads))
         sources.append(Source("dense scan", f"all {len(store)} rows of KV heads {names}", usage, usage))
         seconds += took
     plan = replace(plan, sources=tuple(sources), seconds=seconds if call.measure else None)
-    return replace(answer, out=out, lse=lse, exact_lse=exact_lse, rows_read=rows_read, plan=plan, tried=answer)
+    answer = replace(answer, rows_read=rows_read, bytes_read=bytes_read, plan=plan, tried=answer)
+    return replace(answer, out=out, lse=lse, exact_lse=exact_lse)
 
 
 @lru_cache(maxsize=256)

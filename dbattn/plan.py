@@ -193,7 +193,7 @@ def sum_plans(plans: Sequence[QueryPlan]) -> QueryPlan:
             )
         )
     reasons = Counter(plan.reason for plan in plans)
-    reason = f"{len(plans)} layers; {'; '.join(f'{count}x {reason}' for reason, count in reasons.most_common(3))}"
+    reason = f"{len(plans)} layers; {'; '.join(f'{count}x {reason}' for reason, count in reasons.most_common())}"
     times = [[getattr(plan, name) for plan in plans] for name in ("seconds_estimated", "seconds_dense", "seconds")]
     totals = [None if None in each else sum(each) for each in times]
     return QueryPlan(tuple(sources), reason, plans[0].hot, plans[0].backend, *totals)

@@ -1,7 +1,8 @@
 """Query: one call to one store, checked, planned, answered, and compared with dense."""
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,6 +102,13 @@ class Query:
 
     def answer(self, plan: QueryPlan, *, measure: bool, learn: bool = False) -> Answer:
         """Run a plan that is not dense; with ``max_error``, climb the ladder, which ``learn`` lets remember it."""
+        if not measure:
+            return self._answer(plan, measure=False, learn=learn)
+        began = time.perf_counter()
+        answer = self._answer(plan, measure=True, learn=learn)
+        return replace(answer, seconds=self._seconds_since(began))
+
+    def _answer(self, plan: QueryPlan, *, measure: bool, learn: bool) -> Answer:
         config = self.config
         call = Call(self.query, self.store, self.index, self.scale, self.softcap, measure)
         if config.max_error is None:
@@ -146,16 +154,19 @@ class Query:
     def audit(self, answer: Answer, *, learn: bool = False) -> AuditReport:
         """Compare a measured answer with dense."""
         plan, store, k = answer.plan, self.store, self.config.rows_retrieved
+        # Before anything else reads the rows: a scan of rows that are still in the processor's cache takes less time.
+        began = time.perf_counter()
+        dense = self.dense_state()
+        seconds_dense = self._seconds_since(began)
         lo = store.start + self.config.n_sink
         _, exact_scores = top_k(self.query, store.rows[0][:, :, : plan.hot], k, scale=self.scale, start=lo)
         assert answer.slots is not None
-        dense = self.dense_state()
         if learn and self.stats.ladder is not None and answer.tried is not None:
             self.stats.ladder.learn(answer.tried, relative_error(answer.tried.out, dense[0]))
         scores = store.scores(self.query, answer.slots, self.scale)
         recall, mass, error = compare_with_dense((answer.out, answer.exact_lse), dense, scores, exact_scores)
-        counts = answer.rows_retrieved, answer.rows_read, len(store), plan.bytes_read, self.bytes_dense
-        return AuditReport(recall, mass, error, *counts)
+        counts = answer.rows_retrieved, answer.rows_read, len(store), answer.bytes_read, self.bytes_dense
+        return AuditReport(recall, mass, error, *counts, answer.seconds, seconds_dense)
 
     def audit_dense(self) -> AuditReport:
         """The report of a query that is answered densely anyway."""
@@ -194,14 +205,23 @@ class Query:
     def rows_visible(self) -> float:
         """Rows that a query may see, mean over batch rows and positions."""
         last = len(self.store)
+        if not self.store.has_padding:
+            return last - (self.query.shape[2] - 1) / 2
         stop = torch.arange(last - self.query.shape[2] + 1, last + 1, device=self.query.device)
         return float((stop - self.store.start[:, None]).clamp(min=0).float().mean())
 
     @property
     def bytes_dense(self) -> int:
         """Bytes that a dense scan reads."""
-        batch, heads, rows, _ = self.store.rows[0].shape
-        return batch * heads * rows * self.store.row_bytes
+        return self.query.shape[0] * self.store.num_kv_heads * len(self.store) * self.store.row_bytes
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether more positions ask than retrieval is for: a prompt is being read."""
+        return self.query.shape[2] > self.config.max_queries
+
+    def _seconds_since(self, began: float) -> float | None:
+        return time.perf_counter() - began if self.query.device.type == "cpu" else None
 
     def _causal_mask(self) -> Tensor:
         """``[B, Hq, m, T]`` bool by the positions of rows."""

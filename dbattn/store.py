@@ -35,6 +35,7 @@ class KVStore:
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._mapped: MappedRows | None = None
         self._saved: tuple[str, int] = "", 0
+        self._row_bytes = 0
         self._set_start(torch.zeros(0, dtype=torch.int64))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -149,7 +150,9 @@ class KVStore:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row: a key and a value."""
-        return sum(buffer.element_size() * buffer.shape[3] for buffer in self.buffers)
+        if not self._row_bytes:
+            self._row_bytes = sum(buffer.element_size() * buffer.shape[3] for buffer in self.buffers)
+        return self._row_bytes
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:

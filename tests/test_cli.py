@@ -20,9 +20,11 @@ import torch
 
 import dbattn.cli
 from dbattn.cli import main
+from dbattn.cli.ask import Answer, Difference, _comparison, first_difference
 from dbattn.haystack import hide, make_needles, read_haystack
 from dbattn.hf import load_model
 from dbattn.prompt import CHUNK, INSTRUCTION, context_ids, passages
+from dbattn.query import Query
 from dbattn.snapshot import SnapshotWriter, describe
 from dbattn.trace import Trace
 
@@ -116,6 +118,11 @@ def test_ingest_then_ask_info_explain_and_compare(book, model_folder, tmp_path, 
     assert 0 < figures["rows_read"] < info.rows < figures["rows_stored"] < info.rows + 64
     assert re.search(rf"\d+ of {figures['rows_stored']} rows read per query; context opened in .* ms a token", said.err)
 
+    assert figures["verdict"] in said.err
+    assert figures["error"] > 0
+    assert figures["calls"] == figures["retrieving"] > 6
+    assert f"({figures['audited']} audits)" in said.err
+
     assert main(["ask", str(out), QUESTION, *model, *options, "--show-sources", "--quiet"]) == 0
     said = capsys.readouterr()
     # Looking for sources changes no token.
@@ -154,6 +161,81 @@ def test_ingest_then_ask_info_explain_and_compare(book, model_folder, tmp_path, 
     assert rows[1]["attention_mass"] < rows[2]["attention_mass"] < rows[0]["attention_mass"] == 1
     assert all(row["ms"] > 0 for row in rows)
     assert said.count("segmented") == 2
+
+
+def test_ask_counts_calls_that_scanned_everything_in_its_average_and_says_why(
+    context, model_folder, tmp_path, monkeypatch, capsys
+):
+    plan, calls = Query.plan, []
+
+    def now_and_then(self, **options):
+        calls.append(1)
+        return plan(self, **options | {"retrieve": len(calls) % 8 == 1})
+
+    monkeypatch.setattr(Query, "plan", now_and_then)
+    ask = ["ask", str(context), QUESTION, "--model", str(model_folder), "--k", "32", "--max-tokens", "8"]
+    assert main([*ask, "--json", str(tmp_path / "a.json")]) == 0
+    said, figures = capsys.readouterr().err, json.loads((tmp_path / "a.json").read_text())["figures"]
+    assert (figures["calls"], figures["retrieving"], figures["dense"]) == (16, 2, {"dense was asked for": 14})
+    assert 0.87 * figures["rows_stored"] < figures["rows_read"] < 0.95 * figures["rows_stored"]
+    assert f"{figures['rows_read']:.0f} of {figures['rows_stored']} rows read per query" in said
+    assert "Of 16 decode calls 2 retrieved; 14 scanned everything: 14x dense was asked for" in said
+
+
+def test_ask_dense_answers_both_ways_from_the_same_state_and_shows_where_they_part(
+    context, model_folder, tmp_path, monkeypatch, capsys
+):
+    ask = ["ask", str(context), QUESTION, "--model", str(model_folder), "--max-tokens", "6"]
+    data = tmp_path / "a.json"
+    assert main([*ask, "--quiet"]) == 0
+    planned = capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr(Query, "plan", lambda self, plan=Query.plan, **options: plan(self, retrieve=False))
+        assert main([*ask, "--quiet"]) == 0
+        exact = capsys.readouterr().out
+    # All rows by another way, hardly any, and as planned.
+    for options, retrieved in ((["--k", "4000"], exact), (["--k", "1"], None), ([], planned)):
+        assert main([*ask, *options, "--dense", "--json", str(data)]) == 0
+        said, found = capsys.readouterr(), json.loads(data.read_text())
+        first, dense = found["answer"] + "\n", found["dense"]
+        assert said.out.startswith(f"{first}\ndense: {dense['answer']}\n")
+        assert dense["answer"] + "\n" == exact
+        assert retrieved in (None, first)
+        assert dense["same"] == (found["answer"] == dense["answer"])
+        assert ("the answers are the same, word for word" in said.out) == dense["same"]
+        assert dense["ms_per_token"] > 0
+        assert "densely, first token after" in said.err
+        # The dense pass is no part of the figures.
+        assert "dense was asked for" not in found["figures"]["dense"]
+
+
+def test_where_answers_part_is_the_first_word_and_token_that_differ():
+    ours = Answer("the room is 8152 .", [1, 2, 3, 4, 5, 6], 0.1, 1.0)
+    theirs = Answer("the room is 8125", [1, 2, 3, 4, 9], 0.1, 1.0)
+    difference = first_difference(ours, theirs)
+    assert difference == Difference(word=3, token=4, retrieval="8152", dense="8125")
+    text = _comparison(ours, theirs, difference)
+    assert text.plain.splitlines() == [
+        "the answers part at word 4 (token 5): retrieval has '8152', dense '8125'",
+        "  retrieval: the room is >>8152<< .",
+        "  dense:     the room is >>8125<<",
+    ]
+    shorter = Answer("the room", [1, 2], 0.1, 1.0)
+    assert first_difference(ours, shorter) == Difference(word=2, token=2, retrieval="is", dense="")
+    assert "retrieval has 'is', dense the end" in _comparison(ours, shorter, first_difference(ours, shorter)).plain
+    assert first_difference(ours, ours) is None
+
+
+def test_compare_says_which_calls_were_answered_densely(tmp_path, capsys):
+    options = ["--index", "flat", "--k", "64,3830", "--queries", "2", "--layers", "8"]
+    assert main(["compare", "--capture", str(CAPTURE), *options, "--json", str(tmp_path / "c.json")]) == 0
+    dense, few, all_rows = json.loads((tmp_path / "c.json").read_text())["results"]
+    assert dense["dense"] == few["dense"] == {}
+    assert all_rows["dense"] == {"k=3830 covers every row in the index": 2}
+    assert all_rows["calls"] == 2
+    said = capsys.readouterr().out
+    assert "flat, k=3830: 2 of 2 calls were answered densely, and count as such: 2x k=3830 covers every row" in said
+    assert "k=64:" not in said
 
 
 def test_compare_passes_words_on_to_the_arena(tmp_path):

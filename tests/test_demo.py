@@ -18,6 +18,7 @@ from dbattn.demo import Answer, summary
 from dbattn.files import write_json
 from dbattn.haystack import hide, make_needles, read_haystack
 from dbattn.hf import load_model
+from dbattn.query import Query
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -34,12 +35,30 @@ def test_demo_prints_a_table_and_writes_the_json(model_folder, tmp_path, capsys)
     assert {"dense_correct", "retrieval_correct"} < set(result["needles"][0])
     assert result["rows_retrieved"] == 32
     assert 1400 < result["rows_stored"] < 1600
+    assert 32 + 4 + 64 <= result["rows_read"] < 200
+    assert result["dense_calls"] == {}
     assert 0 < result["recall"] <= 1
     assert 0 < result["attention_mass"] <= 1
     assert result["relative_error"] > 0
     assert result["ms_per_token"]["dense"] > 0
     assert result["ms_per_token"]["retrieval"] > 0
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_demo_counts_calls_that_scanned_everything(model_folder, tmp_path, monkeypatch, capsys):
+    out, plan, calls = tmp_path / "result.json", Query.plan, []
+
+    def half(self, *, retrieve=True, **options):
+        calls.append(1)
+        return plan(self, retrieve=retrieve and len(calls) % 4 < 2, **options)
+
+    monkeypatch.setattr(Query, "plan", half)
+    options = f"--tokens 1500 --index flat --k 32 --needles 1 --model {model_folder} --json {out}"
+    assert main(["demo", *options.split()]) == 0
+    result = json.loads(out.read_text())
+    assert result["dense_calls"]["dense was asked for"] > 5
+    assert result["rows_read"] > 0.4 * result["rows_stored"]
+    assert "calls answered densely, which read all rows:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,11 @@ def _add_ask(commands: Any) -> None:
         commands,
         "ask",
         "ask about a text that was ingested",
-        "Opens a context, reads only the question, and streams the answer (greedy; a blank line ends it).",
+        "Opens a context, reads only the question, and streams the answer (greedy; a blank line ends it). Below it:\n"
+        "how many calls retrieved, how far they were from dense (a few are answered both ways), and what they read.",
         '  dbattn ask book.dbattn "What is the room number?"\n'
         '  dbattn ask book.dbattn "What is the room number?" --show-sources\n'
+        '  dbattn ask book.dbattn "What is the room number?" --dense    also densely: where do the answers differ?\n'
         '  dbattn ask book.dbattn "Who wrote the letter?" --k 256 --max-tokens 100 --quiet',
         _ask,
     )
@@ -188,6 +190,11 @@ def _add_ask(commands: Any) -> None:
         "--show-sources",
         action="store_true",
         help="print the passages that carried the most attention while answering (each token then takes longer)",
+    )
+    ask.add_argument(
+        "--dense",
+        action="store_true",
+        help="answer again from every row, and show where the two answers differ and what each took",
     )
     ask.add_argument("--json", type=Path, metavar="OUT", help="also write answer, sources and figures to this file")
     ask.add_argument("--quiet", action="store_true", help="print no figures")

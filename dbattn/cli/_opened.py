@@ -16,6 +16,8 @@ from ..hf import Handle, UnsupportedModelError, load_model, wrap
 from ..prompt import QUESTION_TOKENS, question_ids
 from ..snapshot import SnapshotError, describe
 
+AUDIT_RATE = 0.05
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -33,6 +35,10 @@ class Opened:
     cache: Any
     ids: list[int]
     seconds: float
+
+    def take_back(self) -> None:
+        """Leave the context alone in the cache, as before the question."""
+        self.cache.crop(len(self.ids) - self.cache.get_seq_length())
 
     def asked(self, question: str, max_tokens: int) -> Tensor:
         """Token ids ``[1, n]`` of a question.
@@ -88,7 +94,9 @@ def opened(context: Path, model: Path | None, k: int | None, console: Console) -
         raise SnapshotError(f"{context} is not a context: it holds the rows of no model (make one with dbattn ingest)")
     if info.batch != 1:
         raise SnapshotError(f"{context} holds {info.batch} texts, expected one")
-    config = replace(info.config, audit_rate=0.0, max_queries=QUESTION_TOKENS)
+    config = replace(info.config, max_queries=QUESTION_TOKENS)
+    # The first call and every 20th: an answer comes with its error, for about a hundredth of the time.
+    config = replace(config, audit_rate=max(AUDIT_RATE, config.audit_rate))
     if k is not None:
         # A budget asked for is a wish to retrieve.
         config = replace(config, k=k, dense_below=0)

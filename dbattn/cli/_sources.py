@@ -68,7 +68,7 @@ def neutral_trace(opened: Opened) -> Trace:
     """What a question about nothing in particular reads; the cache is left as it was."""
     with opened.handle.trace() as trace:
         list(answer_tokens(opened.model, question_ids(NEUTRAL, opened.tokenizer), opened.cache, None, 1))
-    opened.cache.crop(len(opened.ids) - opened.cache.get_seq_length())
+    opened.take_back()
     return trace
 
 

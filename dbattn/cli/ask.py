@@ -1,20 +1,47 @@
 """dbattn ask: only the question is read; the answer comes as it is found."""
 
+import statistics
 import time
-from collections import Counter
-from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from ..files import check_output, write_json
 from ..prompt import answer_tokens
-from ..report import LayerReport
+from ..report import restart_report
 from ._opened import Opened, opened
 from ._sources import find_sources, neutral_trace
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said, its tokens, and how long it took.
+
+    Attributes:
+        first_token_seconds: from the question to the first token.
+        ms_per_token: median of the steps after it (a few of them are audited); None for a single token.
+    """
+
+    text: str
+    tokens: list[int]
+    first_token_seconds: float
+    ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two answers part: the number of the first word and token that differ (0 is the first), and both words."""
+
+    word: int
+    token: int
+    retrieval: str
+    dense: str
 
 
 def run_ask(
@@ -25,10 +52,13 @@ def run_ask(
     k: int | None,
     max_tokens: int,
     show_sources: bool,
+    dense: bool,
     json_path: Path | None,
     quiet: bool,
 ) -> str:
     """Print the answer to a question about a context, token by token; returns it.
+
+    ``dense``: answer once more from all rows, from the same state, and print that and where the two differ.
 
     Raises:
         FileNotFoundError, ValueError: see ``opened``, and a question that does not fit.
@@ -39,33 +69,62 @@ def run_ask(
         asked = about.asked(question, max_tokens)
         neutral = neutral_trace(about) if show_sources else None
         # The figures are of this question alone.
-        before = about.handle.report().layers
-        began = time.perf_counter()
+        restart_report(about.cache)
         with about.handle.trace() if neutral is not None else nullcontext() as trace:
-            answer, times = _stream(about, asked, max_tokens)
+            answer = _stream(about, asked, max_tokens)
         sources = None if trace is None or neutral is None else find_sources(about, trace, neutral)
-        reads = _reads(before, about.handle.report().layers)
+        summary = about.handle.report().summary
+        second = None
+        if dense:
+            about.take_back()
+            with about.handle.dense():
+                print("\ndense: ", end="")
+                second = _stream(about, asked, max_tokens)
+    difference = None if second is None else first_difference(answer, second)
+    if second is not None:
+        Console(highlight=False, soft_wrap=True).print(_comparison(answer, second, difference))
     if sources is not None:
         print("\nsources:", *sources.lines(len(about.ids)), sep="\n")
     figures = {
         "open_seconds": about.seconds,
-        "first_token_seconds": times[0] - began,
-        "ms_per_token": 1000 * (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        **reads,
+        "first_token_seconds": answer.first_token_seconds,
+        "ms_per_token": answer.ms_per_token,
+        **summary.to_dict(),
     }
-    console.print(_figures_line(figures), markup=False)
-    write_json(
-        json_path,
-        {"question": question, "answer": answer, "sources": sources and sources.to_dict(), "figures": figures},
-    )
-    return answer
+    console.print(str(summary), markup=False)
+    console.print(_figures_line(figures, second), markup=False)
+    if second is not None and sources is not None:
+        console.print("(looking for sources is part of the retrieving answer's time, not of the dense one's)")
+    result = {"question": question, "answer": answer.text, "sources": sources and sources.to_dict(), "figures": figures}
+    if second is not None:
+        result["dense"] = {
+            "answer": second.text,
+            "same": difference is None,
+            "first_difference": difference and asdict(difference),
+            "first_token_seconds": second.first_token_seconds,
+            "ms_per_token": second.ms_per_token,
+        }
+    write_json(json_path, result)
+    return answer.text
 
 
-def _stream(about: Opened, asked: Tensor, max_tokens: int) -> tuple[str, list[float]]:
-    """Print the answer as its tokens come; returns it with the instants they came at."""
+def first_difference(retrieval: Answer, dense: Answer) -> Difference | None:
+    """Where two answers begin to differ, None if they are the same word for word; "" where one has ended."""
+    words = list(zip_longest(retrieval.text.split(), dense.text.split(), fillvalue=""))
+    word = next((i for i, (ours, theirs) in enumerate(words) if ours != theirs), None)
+    if word is None:
+        return None
+    pairs = zip_longest(retrieval.tokens, dense.tokens)
+    token = next(i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    return Difference(word, token, *words[word])
+
+
+def _stream(about: Opened, asked: Tensor, max_tokens: int) -> Answer:
+    """Print the answer as its tokens come."""
     tokens: list[int] = []
     times = []
     shown = ""
+    began = time.perf_counter()
     for token in answer_tokens(about.model, asked, about.cache, about.tokenizer.eos_token_id, max_tokens):
         times.append(time.perf_counter())
         tokens.append(token)
@@ -80,28 +139,33 @@ def _stream(about: Opened, asked: Tensor, max_tokens: int) -> tuple[str, list[fl
         if blank:
             break
     print(flush=True)
-    return shown, times
+    steps = [1000 * (after - before) for before, after in pairwise(times)]
+    return Answer(shown, tokens, times[0] - began, statistics.median(steps) if steps else None)
 
 
-def _reads(before: Sequence[LayerReport], after: Sequence[LayerReport]) -> dict[str, Any]:
-    """Rows read per query, mean over the retrieving calls that ``after`` has more than ``before``; and dense calls."""
-    calls = sum(a.retrieving - b.retrieving for b, a in zip(before, after, strict=True))
-    rows = sum(a.rows_read * a.retrieving - b.rows_read * b.retrieving for b, a in zip(before, after, strict=True))
-    dense = sum((Counter(a.dense) - Counter(b.dense) for b, a in zip(before, after, strict=True)), Counter[str]())
-    return {
-        "rows_read": rows / calls if calls else None,
-        "rows_stored": max(layer.rows_stored for layer in after),
-        "dense": dict(dense),
-    }
+def _comparison(retrieval: Answer, dense: Answer, difference: Difference | None) -> Text:
+    """Whether the answers are the same, or both from the word on where they part; that word stands out."""
+    if difference is None:
+        return Text("the answers are the same, word for word")
+    ours, theirs = (repr(word) if word else "the end" for word in (difference.retrieval, difference.dense))
+    text = Text(f"the answers part at word {difference.word + 1} (token {difference.token + 1}): ")
+    text.append(f"retrieval has {ours}, dense {theirs}")
+    for name, answer in (("retrieval", retrieval), ("dense", dense)):
+        words = answer.text.split()
+        text.append(f"\n  {name + ':':10}")
+        for i, word in enumerate(words):
+            text.append(" ")
+            text.append(f">>{word}<<" if i == difference.word else word, "bold red" if i == difference.word else "")
+    return text
 
 
-def _figures_line(figures: dict[str, Any]) -> str:
-    if figures["rows_read"] is None:
-        reads = f"all {figures['rows_stored']} rows read ({'; '.join(figures['dense'])})"
-    else:
-        reads = f"{figures['rows_read']:.0f} of {figures['rows_stored']} rows read per query"
+def _figures_line(figures: dict[str, Any], dense: Answer | None) -> str:
     pace = "" if figures["ms_per_token"] is None else f", then {figures['ms_per_token']:.0f} ms a token"
-    return (
-        f"{reads}; context opened in {figures['open_seconds']:.1f} s, first token "
-        f"{figures['first_token_seconds']:.1f} s later{pace}"
+    line = (
+        f"{figures['rows_read'] or 0:.0f} of {figures['rows_stored']} rows read per query; context opened in "
+        f"{figures['open_seconds']:.1f} s, first token {figures['first_token_seconds']:.1f} s later{pace}"
     )
+    if dense is None:
+        return line
+    pace = "" if dense.ms_per_token is None else f", then {dense.ms_per_token:.0f} ms a token"
+    return f"{line}; densely, first token after {dense.first_token_seconds:.1f} s{pace}"

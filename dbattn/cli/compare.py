@@ -3,7 +3,7 @@
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,10 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attention import AttentionDB
+from ..audit import figure
 from ..config import RetrievalConfig
 from ..console import table_console
 from ..files import check_output, write_json
 from ..prompt import answer_tokens
+from ..report import counted
 from ..snapshot.folder import map_tensors
 from ._opened import opened
 
@@ -41,7 +43,10 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class Figures:
-    """One way to answer. Means over layers, heads and queries; bytes and ms are of one token in all layers together."""
+    """One way to answer. Means over layers, heads and queries; bytes and ms are of one token in all layers together.
+
+    ``dense``: why calls were answered densely, with how often; they are part of the means. ``calls``: how many in all.
+    """
 
     index: str
     k: int | None
@@ -51,6 +56,8 @@ class Figures:
     rows_read: float
     bytes_read: float
     ms: float
+    calls: int
+    dense: dict[str, int]
 
 
 def run_compare(
@@ -98,6 +105,12 @@ def run_compare(
     ]
     length = next(iter(rows.values())).keys.shape[2]
     table_console().print(_table(results, f"{len(rows)} layers of {length} rows, {queries} queries each"))
+    for way, found in zip(configs, results[1:], strict=True):
+        if found.dense:
+            print(
+                f"{way.index_name}, k={way.k}: {sum(found.dense.values())} of {found.calls} calls were answered "
+                f"densely, and count as such: {counted(found.dense)}"
+            )
     source = str(capture or context)
     data = {"source": source, "question": question, "rows": length, "layers": list(rows), "queries": queries}
     write_json(json_path, {**data, "results": [asdict(result) for result in results]})
@@ -174,6 +187,7 @@ def _known(layers: list[int] | None, there: Any) -> list[int]:
 def _measure(config: RetrievalConfig | None, layers: list[LayerRows]) -> Figures:
     """Answer the queries one after the other, as decoding does; None: densely."""
     reports, times = [], []
+    dense: Counter[str] = Counter()
     for rows in layers:
         db = AttentionDB(
             rows.keys.shape[1],
@@ -193,6 +207,7 @@ def _measure(config: RetrievalConfig | None, layers: list[LayerRows]) -> Figures
             db.attend(query, scale=rows.scale, softcap=rows.softcap)
             took.append(time.perf_counter() - began)
         times.append(statistics.median(took))
+        dense.update(db.stats.dense_reasons)
 
     def mean(name: str) -> float:
         return statistics.fmean(float(getattr(report, name)) for report in reports)
@@ -206,6 +221,8 @@ def _measure(config: RetrievalConfig | None, layers: list[LayerRows]) -> Figures
         mean("rows_read"),
         mean("bytes_read") * len(layers),
         1000 * sum(times),
+        len(reports),
+        {} if config is None else dict(dense),
     )
 
 
@@ -218,9 +235,7 @@ def _table(results: list[Figures], title: str) -> Table:
         table.add_row(
             row.index,
             "-" if row.k is None else str(row.k),
-            f"{row.recall:.3f}",
-            f"{row.attention_mass:.3f}",
-            f"{row.relative_error:.4f}",
+            *(figure(value, row.calls) for value in (row.recall, row.attention_mass, row.relative_error)),
             f"{row.rows_read:.0f}",
             f"{row.bytes_read / 1e6:.2f}",
             f"{row.ms:.2f}",
