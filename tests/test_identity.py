@@ -185,7 +185,7 @@ def test_a_quantized_model_has_an_identity_of_its_own(tmp_path):
     trained = tiny()
     trained.model.layers[1].mlp.up_proj.weight.data[3:] += 1e-1
     for other in (tiny(), quantized(trained)):
-        with pytest.raises(SnapshotError, match=r"weights are others|was saved with"):
+        with pytest.raises(SnapshotError, match="weights are others"):
             wrap(other, context=tmp_path / "a")
 
 

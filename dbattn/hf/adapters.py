@@ -8,6 +8,7 @@ from torch import nn
 
 # One text for each layer that an adapter works in, in the order of the modules; empty where none does.
 Adapters = tuple[str, ...]
+NONE = "no adapter"
 
 
 def active_adapters(model: nn.Module) -> Adapters:
@@ -22,7 +23,7 @@ def in_words(adapters: Adapters) -> str:
     """For messages: each different text once."""
     found = dict.fromkeys(text for text in adapters if text)
     shown = [*list(found)[:3], *(["..."] if len(found) > 3 else [])]
-    return f"adapter {'; '.join(shown)}" if found else "no adapter"
+    return f"adapter {'; '.join(shown)}" if found else NONE
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..snapshot import ModelInfo
-from .adapters import active_adapters, adapted_modules, applied, containers, details, in_words
+from .adapters import NONE, active_adapters, adapted_modules, applied, containers, details, in_words
 from .offload import weight_of
 
 # Settings that no row depends on, and that differ between two ways to load the same model.
@@ -71,19 +71,20 @@ def difference(saved: ModelInfo, own: ModelInfo) -> str | None:
         if saved.settings.get(name) != own.settings.get(name):
             return f"it was saved with {name}={saved.settings.get(name)!r}, this one has {own.settings.get(name)!r}"
     ours, theirs = own.state or {}, saved.state or {}
-    for name in sorted(ours.keys() & theirs.keys(), key=lambda name: (name != "adapters", name)):
+    active = ours.get("adapters", NONE)
+    if theirs.get("adapters", active) != active:
+        return f"it was saved with {theirs['adapters']} active, this one has {active}"
+    if saved.weights != own.weights:
+        if saved.state is None and active != NONE:
+            return "it was saved before snapshots said which adapter was active, so that its own is not known"
+        return "its weights are others"
+    for name in sorted(ours.keys() & theirs.keys()):
         if not _alike(theirs[name], ours[name]):
-            if name == "adapters":
-                return f"it was saved with {theirs[name]} active, this one has {ours[name]}"
             shown = [json.dumps(value) for value in (theirs[name], ours[name])]
             if max(map(len, shown)) > 60 or any(DIGEST in text for text in shown):
                 return f"it was saved with other {name} than this one has"
             return f"it was saved with {name}={shown[0]}, this one has {shown[1]}"
-    if saved.weights == own.weights:
-        return None
-    if saved.state is None and ours.get("adapters", "no adapter") != "no adapter":
-        return "it was saved before snapshots said which adapter was active, so that whose rows they are is not known"
-    return "its weights are others"
+    return None
 
 
 def _idle(tuners: dict[str, Any]) -> Iterator[str]:
