@@ -148,12 +148,12 @@ def test_switches_hold_for_the_thread_that_entered_the_block():
 
 
 def test_a_compiled_model_answers_the_same_through_the_index():
-    model, inputs = tiny(num_hidden_layers=1), prompt()
+    model, inputs = tiny(num_hidden_layers=1), prompt(batch=1, padding=())
     with torch.inference_mode(), wrap(model, RETRIEVING) as handle:
         answers = []
         for call in (model, torch.compile(model, backend="eager")):
-            cache = call(**inputs).past_key_values
-            answers.append(call(torch.tensor([[5], [6]]), past_key_values=cache).logits)
+            cache = model(**inputs).past_key_values
+            answers.append(call(torch.tensor([[5]]), past_key_values=cache).logits)
         torch.compiler.reset()
         assert torch.equal(*answers)
         assert handle.report().layers[0].retrieving == 2

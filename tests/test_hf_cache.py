@@ -54,30 +54,36 @@ def test_packed_rows_come_by_position_too():
         torch.testing.assert_close(got, given, atol=0.05, rtol=0.05)
 
 
-def test_several_tokens_after_unwrap_read_rows_in_order():
-    model, inputs = tiny(max_position_embeddings=1024), prompt(batch=1, length=400, padding=())
+def holes(rows):
+    """The arguments of a call whose mask hides rows here and there."""
     more = torch.randint(2, 126, (1, 9))
+    return {"input_ids": more, "attention_mask": (torch.arange(rows + 9)[None] % 5 > 0).long()}
+
+
+def test_a_cache_that_outlives_its_wrap_gives_rows_in_order():
+    model, inputs = tiny(max_position_embeddings=1024), prompt(batch=1, length=400, padding=())
+    more = holes(400)
     with torch.inference_mode():
-        expected = model(more, past_key_values=model(**inputs).past_key_values).logits
+        expected = model(**more, past_key_values=model(**inputs).past_key_values).logits
         with wrap(model, LISTS):
             cache = sealed(model, inputs)
-        assert_close(model(more, past_key_values=cache).logits, expected)
+        assert_close(model(**more, past_key_values=cache).logits, expected)
 
 
 def test_another_attention_set_while_wrapped_reads_rows_in_order_and_is_reported():
     model, inputs = tiny(max_position_embeddings=1024), prompt(batch=1, length=400, padding=())
-    more = torch.randint(2, 126, (1, 9))
+    more = holes(400)
     with torch.inference_mode():
-        expected = model(more, past_key_values=model(**inputs).past_key_values).logits
+        expected = model(**more, past_key_values=model(**inputs).past_key_values).logits
         with wrap(model, LISTS) as handle:
             cache = sealed(model, inputs)
             model.set_attn_implementation("eager")
-            assert_close(model(more, past_key_values=cache).logits, expected)
+            assert_close(model(**more, past_key_values=cache).logits, expected)
             reason = "attention was set to 'eager' while the model was wrapped"
             assert all(layer.dense[reason] == 1 for layer in handle.report().layers)
             cache.crop(-9)
             model.set_attn_implementation("dbattn")
-            assert_close(model(more, past_key_values=cache).logits, expected)
+            assert_close(model(**more, past_key_values=cache).logits, expected)
             model.set_attn_implementation("eager")
         # What was set meanwhile stays set.
         assert model.config._attn_implementation == "eager"
