@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from index_kernels import top_k
+from index_kernels.inference import inference_only
 
 from .audit import AuditReport, RunningStats
 from .config import RetrievalConfig
@@ -52,7 +53,7 @@ class AttentionDB:
     def __init__(
         self, num_kv_heads: int, head_dim: int, *, value_dim: int | None = None, config: RetrievalConfig | None = None
     ) -> None:
-        self.config = config or RetrievalConfig()
+        self.config = RetrievalConfig.checked(config)
         value_dim = head_dim if value_dim is None else value_dim
         self.store = KVStore(num_kv_heads, head_dim, value_dim, self.config.storage)
         self.index = make_index(self.config)
@@ -85,6 +86,7 @@ class AttentionDB:
             self.store.truncate(before)
             raise
 
+    @inference_only
     def sync(self) -> None:
         """Bring the index up to the store's rows; for callers that append to ``store`` themselves, as a cache does."""
         self.store.set_start(self.store.start)
@@ -96,6 +98,7 @@ class AttentionDB:
         if not self.store.is_empty:
             self.index.release(self.store, self._first_index_row())
 
+    @inference_only
     def attend(
         self,
         query: Tensor,
@@ -121,7 +124,7 @@ class AttentionDB:
             audit: compare a retrieving call with dense whatever ``audit_rate`` says; see ``stats.audits``.
 
         Returns:
-            ``[B, Hq, m, Dv]`` in the query's dtype.
+            ``[B, Hq, m, Dv]`` in the query's dtype. Inference only: where a gradient is wanted, backward raises.
 
         Raises:
             ValueError: an empty store, or a query that does not fit it; states what was received.
@@ -168,15 +171,19 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, a query that does not fit it, or k < 1.
         """
+        return Hits(*self._search(query, k, scale))
+
+    @inference_only
+    def _search(self, query: Tensor, k: int, scale: float | None) -> tuple[Tensor, Tensor]:
         asked = self._query(query, scale, None)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k!r}, expected an integer of at least 1")
         if asked.is_sealed_ahead:
             # Some queries may not see all sealed rows: search the rows in order, and seal them again.
             self.release()
-            hits = self.search(query, k, scale=scale)
+            found = self._search(query, k, scale)
             self.sync()
-            return hits
+            return found
         keys, m, scale = self.store.rows[0], query.shape[2], asked.scale
         hot = min(len(self) - m + 1, len(self.index))
         positions = torch.arange(len(self) - m + 1, len(self) + 1, device=query.device)
@@ -184,16 +191,17 @@ class AttentionDB:
         newest, _ = top_k(query, keys[:, :, hot:], k, scale=scale, start=start, stop=positions - hot)
         slots = torch.where(newest >= 0, newest + hot, newest)
         if hot > 0:
-            found = self.index.search(query, self.store, k, self._first_index_row(), hot).ids
-            slots = torch.cat([slots, asked.sink_slots(hot), found], dim=-1)
+            indexed = self.index.search(query, self.store, k, self._first_index_row(), hot).ids
+            slots = torch.cat([slots, asked.sink_slots(hot), indexed], dim=-1)
         # All of them by one piece of code: equal keys must get equal scores for the rule of ties to hold.
         ids, scores = self.index.positions(slots), self.store.scores(query, slots, scale)
         # Rising ids first, then a stable sort by score: equal scores stay in the order of their ids.
         by_id = ids.argsort(dim=-1)
         ids, scores = ids.gather(-1, by_id), scores.gather(-1, by_id)
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-        return Hits(ids.gather(-1, best), scores.gather(-1, best))
+        return ids.gather(-1, best), scores.gather(-1, best)
 
+    @inference_only
     def explain(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> QueryPlan:
         """Run the query and return its plan with what each source read; prints as a tree, like EXPLAIN ANALYZE.
 
@@ -212,6 +220,7 @@ class AttentionDB:
         actual = Usage(asked.rows_visible, asked.bytes_dense, 0.0, took)
         return replace(plan, sources=(replace(plan.sources[0], actual=actual, mass=1.0),), seconds=took)
 
+    @inference_only
     def audit(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> AuditReport:
         """Answer the query as ``attend`` would and densely, and compare. Changes nothing.
 
@@ -222,6 +231,7 @@ class AttentionDB:
         plan = asked.plan()
         return asked.audit_dense() if plan.is_dense else asked.audit(asked.answer(plan, measure=True))
 
+    @inference_only
     def weights(
         self,
         query: Tensor,
@@ -324,12 +334,39 @@ class AttentionDB:
         return len(self.store)
 
     @property
+    def keys(self) -> Tensor:
+        """Keys ``[B, Hkv, n, D]`` as floats, by row position: a copy, whatever order an index keeps them in.
+
+        Raises:
+            ValueError: an empty store.
+        """
+        return self._by_position(self.store.keys)
+
+    @property
+    def values(self) -> Tensor:
+        """Values ``[B, Hkv, n, Dv]`` likewise."""
+        return self._by_position(self.store.values)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether rows came out of a graph: backward through answers is refused then."""
+        return self.store.requires_grad
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: the rows' buffers (spare capacity included) and the index."""
         return self.store.nbytes + self.index.nbytes
 
     def _query(self, query: Tensor, scale: float | None, softcap: float | None) -> Query:
         return Query.checked(query, self.store, self.index, self.config, self.stats, scale, softcap)
+
+    def _by_position(self, rows: Tensor) -> Tensor:
+        ordered, sealed = rows.clone(), len(self.index) if self.index.moves_rows else 0
+        if sealed:
+            slots = torch.arange(sealed, device=rows.device).expand(*rows.shape[:2], 1, -1)
+            at = self.index.positions(slots)[:, :, 0, :, None].expand_as(rows[:, :, :sealed])
+            ordered[:, :, :sealed].scatter_(2, at, rows[:, :, :sealed])
+        return ordered
 
     def _first_index_row(self) -> Tensor:
         return self.store.start + self.config.n_sink

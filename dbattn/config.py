@@ -101,6 +101,15 @@ class RetrievalConfig:
                     raise ValueError(f"{name}={value!r} is an option of index={owner!r}, but index is {self.index!r}")
                 _check_integer(name, value, 2 if name == "neighbors" else 1)
 
+    @classmethod
+    def checked(cls, config: "RetrievalConfig | None") -> "RetrievalConfig":
+        """The config itself, or the default one for None; TypeError for anything else."""
+        if config is None:
+            return cls()
+        if not isinstance(config, cls):
+            raise TypeError(f"config is {config!r}, expected a RetrievalConfig, such as RetrievalConfig(k=128)")
+        return config
+
     @property
     def index_name(self) -> str:
         """The index that will be built: "auto" resolved."""

@@ -27,6 +27,12 @@ class RowSource:
     values: Tensor
     log_weights: Tensor | None = None
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient is wanted for any of the tensors."""
+        parts = (self.keys, self.values, self.log_weights)
+        return any(part is not None and part.requires_grad for part in parts)
+
     def check(self, query: Tensor, value_dim: int) -> None:
         """Raise ValueError where the rows do not fit ``query [B, Hq, m, D]`` or the store's values."""
         check_rows(query, self.keys, self.values)

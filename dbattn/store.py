@@ -21,6 +21,8 @@ class KVStore:
 
     start: Tensor
     has_padding: bool
+    # Whether rows came out of a graph; they are stored detached, so that no gradient goes back into it.
+    requires_grad: bool
 
     def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int, storage: str | None = None) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
@@ -36,6 +38,7 @@ class KVStore:
         self._mapped: MappedRows | None = None
         self._saved: tuple[str, int] = "", 0
         self._row_bytes = 0
+        self.requires_grad = False
         self._set_start(torch.zeros(0, dtype=torch.int64))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -45,12 +48,28 @@ class KVStore:
             ValueError: shapes, dtype or device that do not fit, or a value that is NaN or infinite, or becomes so.
         """
         self._check(keys, values)
+        self.requires_grad |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         keys, values = stored("keys", keys, self.storage), stored("values", values, self.storage)
         length = self._length + keys.shape[2]
         self._reserve(keys, values, length)
         for buffer, rows in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, self._length : length] = rows.detach()
         self._length = length
+
+    def widen(self, dtype: torch.dtype) -> torch.dtype:
+        """Keep rows in a float type that holds those of ``dtype`` too, and return it: the wider one of both.
+
+        Nothing that is stored changes its value. A store with ``storage`` keeps its type and takes any.
+        """
+        if self.storage is not None or not self._has_buffers:
+            return dtype
+        keys, values = self.buffers
+        wider = torch.promote_types(keys.dtype, dtype)
+        if wider != keys.dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                self._buffers = keys.to(wider), values.to(wider)
+            self.touch(0)
+        return wider
 
     def restore(self, rows: "MappedRows", start: Tensor, settled: int) -> None:
         """Hold saved rows in place of what is held; they are copied together when they are first asked for.
@@ -139,12 +158,15 @@ class KVStore:
 
     @property
     def keys(self) -> Tensor:
-        """Keys ``[B, Hkv, n, D]`` as floats: a zero-copy view, of packed rows a float32 copy."""
+        """Keys ``[B, Hkv, n, D]`` as floats: a zero-copy view, of packed rows a float32 copy.
+
+        In the order they stand, which an index may change: AttentionDB.keys has them by position.
+        """
         return _unpacked(self.rows[0])
 
     @property
     def values(self) -> Tensor:
-        """Values ``[B, Hkv, n, Dv]`` as floats: a zero-copy view, of packed rows a float32 copy."""
+        """Values ``[B, Hkv, n, Dv]`` likewise: AttentionDB.values has them by position."""
         return _unpacked(self.rows[1])
 
     @property

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .inference import inference_only
 from .packed import row_dim
 
 BACKENDS = ("auto", "reference", "numba", "triton")
@@ -220,10 +221,15 @@ def _implementation(op: str, tensor: Tensor, backend: str, *rows: Tensor) -> Cal
     chosen = resolve_backend(tensor, backend)
     if chosen == "triton" and any(stored.dtype == torch.int8 for stored in rows):
         raise ValueError("packed int8 rows are read on the CPU only: use float16 rows on a GPU")
-    served = op in _SERVED.get(chosen, ())
-    module = f"_{'cpu' if chosen == 'numba' else chosen}_{op}" if served else "reference"
+    return _loaded(op, chosen if op in _SERVED.get(chosen, ()) else "reference")
+
+
+@cache
+def _loaded(op: str, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    module = {"reference": "reference", "numba": f"_cpu_{op}"}.get(backend, f"_{backend}_{op}")
     run: Callable[..., tuple[Tensor, Tensor]] = getattr(import_module(f"index_kernels.{module}"), op)
-    return run
+    # The reference is torch throughout: its gradients are right.
+    return run if backend == "reference" else inference_only(run)
 
 
 @cache

@@ -150,9 +150,8 @@ def _asked(
         found = {}
         for number in wanted:
             db = about.cache.layers[number].db
-            db.release()
             query = torch.cat(asked[number][-queries:], dim=2)
-            found[number] = LayerRows(db.store.keys, db.store.values, query, *terms[number])
+            found[number] = LayerRows(db.keys, db.values, query, *terms[number])
         return found
 
 

@@ -1,25 +1,38 @@
 """DatabaseLayer: the cache layer that keeps its rows in an AttentionDB."""
 
 import copy
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+
+from index_kernels.inference import refuse_gradients
 
 from ..attention import AttentionDB
 from ..audit import AuditReport, RunningStats
 from ..config import RetrievalConfig
 from .adapters import Adapters, in_words
-from .stored_rows import plain, rows_as
+from .stored_rows import rows_as
 
 # Cache layers of transformers that keep every row; the second kind keeps a state of linear attention beside them.
 SERVED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 # Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
 Watcher = Callable[[int, AttentionDB, Tensor, float, float | None], None]
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How calls are answered inside the blocks that a thread or task has entered, and what becomes of them."""
+
+    retrieve: bool = True
+    audits: list[AuditReport] | None = None
+    watcher: Watcher | None = None
 
 
 class Session:
@@ -28,21 +41,29 @@ class Session:
     def __init__(self, config: RetrievalConfig, stats: list[RunningStats]) -> None:
         self.config = config
         self.stats = stats
-        self.retrieve = True
-        self.audits: list[AuditReport] | None = None
-        self.watcher: Watcher | None = None
+        self._switches: ContextVar[Switches | None] = ContextVar("switches", default=None)
         # The layers of the context that every new cache begins with, by layer number; and its token ids.
         self.context: dict[int, AttentionDB] = {}
         self.token_ids: Tensor | None = None
         # The adapters that act in the model now; and those that the context was saved with.
         self.adapters: Callable[[], Adapters] = tuple
         self.context_adapters: Adapters = ()
-        self._newest: weakref.ref[DynamicCache] | None = None
+        # The cache that went through the model last, kept alive for ``Handle.save``.
+        self.newest: DynamicCache | None = None
 
     @property
-    def newest(self) -> DynamicCache | None:
-        """The cache that went through the model last, if it is still alive."""
-        return None if self._newest is None else self._newest()
+    def switches(self) -> Switches:
+        """Those of the present thread or task."""
+        return self._switches.get() or Switches()
+
+    @contextmanager
+    def switched(self, **changes: Any) -> Iterator[None]:
+        """Change switches for the calls that this thread or task makes inside the block."""
+        token = self._switches.set(replace(self.switches, **changes))
+        try:
+            yield
+        finally:
+            self._switches.reset(token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -62,7 +83,7 @@ class Session:
 
     def note_call(self, cache: DynamicCache, token_ids: Tensor | None) -> None:
         """Remember that the model is about to read ``token_ids [B, n]`` (None: unknown) into a cache of ours."""
-        self._newest = weakref.ref(cache)
+        self.newest = cache
         if (first := self._first(cache)) is not None:
             first.note_tokens(token_ids)
             first.note_adapters(self.adapters())
@@ -112,27 +133,62 @@ class Session:
         ours = HybridDatabaseLayer(self, layer_index, layer) if hybrid else DatabaseLayer(self, layer_index)
         if not layer.get_seq_length():
             return ours
-        theirs = layer.db if isinstance(layer, DatabaseLayer) else None
+        ours.update(layer.keys, layer.values)
         if isinstance(layer, DatabaseLayer):
             ours.token_ids, ours.adapters = layer.token_ids, layer.adapters
-        if theirs is not None:
-            theirs.release()
-        ours.update(plain(layer.keys), plain(layer.values))
-        if theirs is not None and theirs.store.has_padding:
             assert ours.db is not None
-            ours.db.store.set_start(theirs.store.start)
+            assert layer.db is not None
+            if layer.db.store.has_padding:
+                ours.db.store.set_start(layer.db.store.start)
         return ours
 
 
-class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
-    """A cache layer whose rows live in an AttentionDB. ``update`` returns zero-copy views of them, or stand-ins.
+@dataclass(frozen=True)
+class ForwardPass:
+    """A wrapped model's forward pass that is under way: its session, the cache it was given, and who attends.
 
-    The key view carries the layer as an attribute; any tensor operation drops it, so that code which transforms the
-    keys before attention stays exact.
+    ``served``: attention goes through dbattn's function.
+    """
+
+    session: Session
+    cache: Cache | None
+    served: bool
+
+    def note_bypass(self, number: Any) -> None:
+        """Count a call of layer ``number`` whose keys came from no database, with the reason."""
+        if not isinstance(number, int) or not 0 <= number < len(self.session.stats):
+            return
+        layers = getattr(self.cache, "layers", ())
+        holder = layers[number] if number < len(layers) else self.cache
+        if holder is None:
+            reason = "no cache (use_cache=False)"
+        elif isinstance(holder, DatabaseLayer):
+            reason = "the model makes its keys after its cache (as multi-head latent attention does)"
+        else:
+            reason = left_to_transformers(holder)
+        self.session.stats[number].dense_reasons[reason] += 1
+
+
+def left_to_transformers(holder: Any) -> str:
+    """Why a layer with such a cache, or cache layer, is answered densely."""
+    return f"left to transformers ({type(holder).__name__})"
+
+
+# The pass under way in this thread or task.
+forward_pass: ContextVar[ForwardPass | None] = ContextVar("forward_pass", default=None)
+
+
+class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
+    """A cache layer whose rows live in an AttentionDB.
+
+    ``update`` returns zero-copy views of them, or stand-ins. They carry the layer as an attribute; any tensor operation
+    drops it, so that code which transforms keys or values before attention stays exact. In a pass that our attention
+    function serves they stand as the index keeps them; everybody else gets rows by position.
     """
 
     def __init__(self, session: Session, layer_index: int) -> None:
-        super().__init__()
+        # Not super().__init__(), which assigns keys and values: here they are read from the database.
+        self.is_initialized = False
         self.session = session
         self.layer_index = layer_index
         self.db: AttentionDB | None = None
@@ -141,9 +197,15 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         # The adapters that rows were written under, each with the first of its rows; kept by the first layer.
         self.adapters: list[tuple[int, Adapters]] = []
 
-    # transformers leaves these untyped; None until the first rows.
-    keys: Any
-    values: Any
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys ``[B, Hkv, n, D]`` by row position: a copy, in the model's type. None until the first rows."""
+        return self.db.keys.to(self.dtype) if self.get_seq_length() and self.db is not None else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values ``[B, Hkv, n, Dv]`` likewise."""
+        return self.db.values.to(self.dtype) if self.get_seq_length() and self.db is not None else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create the database from the first rows' shapes."""
@@ -161,7 +223,6 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         # The model's own type is known with its first rows.
         self.dtype = rows.dtype if rows.is_floating_point() else torch.float32
         self.device, self.is_initialized = rows.device, True
-        self._refresh()
 
     def note_tokens(self, token_ids: Tensor | None) -> None:
         """Remember the token ids ``[B, n]`` of the next rows; None if they are unknown."""
@@ -184,17 +245,26 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         """The adapters that the rows stored were written under."""
         return [adapters for first, adapters in self.adapters if first < self.get_seq_length()]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo cannot look into the kernels
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append rows ``[B, Hkv, n, D]``; the index follows when attention knows the padding."""
+        """Append rows ``[B, Hkv, n, D]``; the index follows when attention knows the padding.
+
+        Under autocast keys and values may differ in type, also from earlier rows: the widest that came is kept.
+        """
         if self.db is None:
             self.lazy_initialization(key_states, value_states)
         assert self.db is not None
-        self.db.store.append(key_states, value_states)
-        self.dtype = key_states.dtype
-        self._refresh()
-        keys: Any = rows_as(self.db.store.rows[0], self.dtype)
-        keys._dbattn = self
-        return keys, self.values
+        self.dtype = self.db.store.widen(torch.promote_types(key_states.dtype, value_states.dtype))
+        self.db.store.append(key_states.to(self.dtype), value_states.to(self.dtype))
+        under_way = forward_pass.get()
+        if under_way is None or not under_way.served or under_way.session is not self.session:
+            self.db.release()
+        keys, values = (rows_as(rows, self.dtype) for rows in self.db.store.rows)
+        if torch.is_grad_enabled() and self.db.requires_grad:
+            keys, values = refuse_gradients(keys), refuse_gradients(values)
+        for rows in (keys, values):
+            rows._dbattn = self  # type: ignore[attr-defined]  # rides along to the attention function
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Rows stored."""
@@ -206,11 +276,10 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
             raise ValueError(f"crop({tokens_to_remove}) is not supported: pass a negative count of tokens to remove")
         if self.db is not None and tokens_to_remove:
             self.db.truncate(max(0, len(self.db) + tokens_to_remove))
-            self._refresh()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.db = self.keys = self.values = self.token_ids = None
+        self.db = self.token_ids = None
         self.adapters = []
         self.is_initialized = False
 
@@ -234,15 +303,18 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
             self.db.select(batch)
             if self.token_ids is not None:
                 self.token_ids = self.token_ids[batch.cpu()]
-            self._refresh()
 
-    def _refresh(self) -> None:
-        assert self.db is not None
-        store = self.db.store
-        if store.is_empty:
-            self.keys = self.values = None
-        else:
-            self.keys, self.values = (rows_as(rows, self.dtype) for rows in store.rows)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = made = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is an ordinary layer of transformers with the same rows: a database belongs to its model."""
+        ordinary = DynamicLayer()
+        if (keys := self.keys) is not None:
+            ordinary.update(keys, self.values)
+        return DynamicLayer, (), ordinary.__dict__
 
 
 class HybridDatabaseLayer(LinearAttentionAndFullAttentionLayer, DatabaseLayer):  # type: ignore[misc]  # as above

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from ..dense import masked_attention, merge_sink
-from .cache import DatabaseLayer
+from .cache import DatabaseLayer, forward_pass
 from .stored_rows import plain
 
 NAME = "dbattn"
@@ -17,6 +17,7 @@ NAME = "dbattn"
 UNSUPPORTED = ("position_bias", "cache", "block_table", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo cannot look into the kernels
 def attention_function(
     module: nn.Module,
     query: Tensor,
@@ -29,7 +30,10 @@ def attention_function(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls: q ``[B, Hq, m, D]``, k and v ``[B, Hkv, T, D]``."""
+    """The attention function that transformers calls: q ``[B, Hq, m, D]``, k and v ``[B, Hkv, T, D]``.
+
+    Rows of a database are detached: backward through its answers raises RuntimeError.
+    """
     given = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
     if given or dropout:
         what = ", ".join(given) or f"dropout={dropout}"
@@ -39,33 +43,49 @@ def attention_function(
     padding: Tensor | None = getattr(attention_mask, "_dbattn_start", None)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if layer is not None and layer.db is not None and value is layer.values:
+    values_too = layer is getattr(value, "_dbattn", None)
+    if layer is not None and layer.db is not None and values_too:
         db = layer.db
         start = torch.zeros_like(db.store.start) if padding is None else padding
         # The newest position sees every row either way: one query is causal.
         in_order = causal or query.shape[2] == 1
         if in_order and (attention_mask is None or padding is not None) and db.store.can_start_at(start):
             db.store.set_start(start)
-            retrieve, audits = layer.session.retrieve, layer.session.audits
-            before = db.stats.retrieving
+            switches, before = layer.session.switches, db.stats.retrieving
+            audits = switches.audits
             out = db.attend(
-                query, scale=scale, softcap=softcap, sink_logits=s_aux, retrieve=retrieve, audit=audits is not None
+                query,
+                scale=scale,
+                softcap=softcap,
+                sink_logits=s_aux,
+                retrieve=switches.retrieve,
+                audit=audits is not None,
             )
             if audits is not None and db.stats.retrieving > before:
                 audits.append(db.stats.audits[-1])
-            if layer.session.watcher is not None:
-                layer.session.watcher(layer.layer_index, db, query, scale, softcap)
+            if switches.watcher is not None:
+                switches.watcher(layer.layer_index, db, query.detach(), scale, softcap)
             # Only now: an index may move rows, and the newest queries see only what came before them.
             db.sync()
             assert isinstance(out, Tensor)
-            return out.transpose(1, 2).contiguous(), None
+            return _as_sdpa_returns(out), None
         reason = "the mask is not causal with left padding" if in_order else "the model's attention is not causal here"
         db.stats.dense_reasons[reason] += 1
         db.release()
     elif layer is not None:
         layer.session.stats[layer.layer_index].dense_reasons["the model changed the values after its cache"] += 1
+    elif (under_way := forward_pass.get()) is not None:
+        under_way.note_bypass(getattr(module, "layer_idx", None))
     out = _foreign(query, plain(key), plain(value), attention_mask, scale, softcap, s_aux, causal)
-    return out.transpose(1, 2).contiguous(), None
+    return _as_sdpa_returns(out), None
+
+
+def _as_sdpa_returns(out: Tensor) -> Tensor:
+    """``[B, Hq, m, Dv]`` as ``[B, m, Hq, Dv]``, in the type that torch's own attention has under autocast."""
+    device = out.device.type
+    if torch.is_autocast_enabled(device):
+        out = out.to(torch.get_autocast_dtype(device))
+    return out.transpose(1, 2).contiguous()
 
 
 def _foreign(
@@ -95,6 +115,7 @@ def _foreign(
     return out.to(query.dtype)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its answer carries an attribute
 def mask_of_model(
     *, mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, kv_length: int, **kwargs: Any
 ) -> Tensor | None:

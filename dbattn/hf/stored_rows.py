@@ -1,6 +1,5 @@
 """StoredRows: rows in another type than the model's, which become the model's only where something reads them."""
 
-import copy
 from typing import Any, Self
 
 import torch
@@ -39,13 +38,10 @@ class StoredRows(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares an attribute, and documents a class method
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return StoredRows(args[0].rows, args[0].dtype)
         args, kwargs = tree_map_only(cls, cls.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StoredRows":
-        # Of the copied store, if that is copied along.
-        memo[id(self)] = made = StoredRows(copy.deepcopy(self.rows, memo), self.dtype)
-        return made
 
 
 def rows_as(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,12 +4,14 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
@@ -24,11 +26,22 @@ from ..report import Report
 from ..snapshot import SaveReport, Snapshot, SnapshotError, SnapshotWriter, save
 from ..trace import Trace
 from .adapters import active_adapters
-from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer, Session, Watcher
+from .cache import (
+    SERVED,
+    DatabaseLayer,
+    ForwardPass,
+    HybridDatabaseLayer,
+    Session,
+    Watcher,
+    forward_pass,
+    left_to_transformers,
+)
 from .fingerprint import difference, fingerprint
 from .function import NAME, register, unregister
 from .offload import device_of
 from .travel import residual_stream, stream_errors
+
+WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
 
 
 class UnsupportedModelError(TypeError):
@@ -44,17 +57,20 @@ def wrap(
     """Let a model's full-attention layers answer decode steps from an index.
 
     Use it as a context manager, or keep the handle and call ``handle.unwrap()``. ``model.generate`` and plain calls
-    run unchanged; prompts are read densely, single new tokens retrieve. Inference only: rows are stored detached.
-    Copy a model before it is wrapped: a ``copy.deepcopy`` of a wrapped one refuses to run.
+    run unchanged; prompts are read densely, single new tokens retrieve. Inference only: rows are stored detached, and
+    backward through an answer raises RuntimeError. Copy or pickle a model before it is wrapped: a ``copy.deepcopy`` of
+    a wrapped one refuses to run. ``set_attn_implementation`` while it is wrapped takes attention away from the
+    databases; ``report`` says so, and ``unwrap`` leaves it as it was set.
 
     Args:
         model: a decoder of transformers that goes through its AttentionInterface.
         config: what a query reads; default the context's, or ``RetrievalConfig()``.
         context: a snapshot folder that ``handle.save`` wrote for this model: what the model read then need not be read
-            again. ``handle.new_cache()`` begins with it.
+            again. ``handle.new_cache()`` begins with it; a call with another empty cache does not, and warns once.
 
     Raises:
-        UnsupportedModelError: the model cannot be served; names the class and the reason.
+        TypeError: a config that is no RetrievalConfig.
+        UnsupportedModelError (a TypeError): the model cannot be served; names the class and the reason.
         RuntimeError: the model is wrapped already.
         FileNotFoundError: there is no such context.
         SnapshotError (a ValueError): the context is damaged, of another model, or was built with another config; names
@@ -69,11 +85,16 @@ def wrap(
 
 
 class Handle:
-    """A wrapped model: statistics, a switch to dense answers, and the way back."""
+    """A wrapped model: statistics, a switch to dense answers, and the way back.
+
+    ``dense``, ``audit``, ``watch`` and ``trace`` hold for the calls of the thread (or asyncio task) that entered the
+    block. A thread started inside takes them over with ``contextvars.copy_context().run``.
+    """
 
     def __init__(
         self, model: PreTrainedModel, config: RetrievalConfig | None, context: str | os.PathLike[str] | None
     ) -> None:
+        config = None if config is None else RetrievalConfig.checked(config)
         # The decoder inside a composite model: it meets the cache whichever way the model is called.
         self._decoder = _find_decoder(model)
         self._text_config = self._decoder.config
@@ -91,10 +112,13 @@ class Handle:
                 self._session.context[number] = db
         for stats, layer in zip(self._session.stats, layers, strict=True):
             if type(layer) not in SERVED:
-                stats.dense_reasons[f"left to transformers ({type(layer).__name__})"] = 0
+                stats.dense_reasons[left_to_transformers(layer)] = 0
         self._signature = inspect.signature(self._decoder.forward)
         # What can fail comes first, so that a failure leaves nothing behind.
-        self._hook = self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = [
+            self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self._decoder.register_forward_hook(self._after_forward, always_call=True),
+        ]
         self._previous = self._text_config._attn_implementation
         register()
         # Not set_attn_implementation: it, and the public attribute, reach the configs nested below (vision towers).
@@ -102,12 +126,16 @@ class Handle:
         self._active = True
 
     def unwrap(self) -> None:
-        """Give the model back as it was. Calling it again does nothing."""
+        """Give the model back as it was, and let the last cache go. Calling it again does nothing."""
         if not self._active:
             return
         self._active = False
-        self._hook.remove()
-        self._text_config._attn_implementation_internal = self._previous
+        self._session.newest = None
+        forward_pass.set(None)
+        for hook in self._hooks:
+            hook.remove()
+        if self._text_config._attn_implementation == NAME:
+            self._text_config._attn_implementation_internal = self._previous
         unregister()
 
     @property
@@ -138,7 +166,8 @@ class Handle:
 
         Args:
             target: the folder, made if need be; or a SnapshotWriter, which keeps it locked between saves.
-            cache: default: the one that went through the model last, if it is still alive.
+            cache: default: the one that went through the model last, whichever thread it was. The handle keeps it (its
+                memory, too) until another cache goes through or the model is unwrapped.
             token_ids: int64 ``[B, n]``, of the rows. Default: what the model was given, which is known unless it was
                 given embeddings or the cache came with rows in it.
 
@@ -150,7 +179,7 @@ class Handle:
         """
         cache = self._session.newest if cache is None else cache
         if cache is None:
-            raise ValueError("no cache went through the model, or it is gone: pass the cache to save")
+            raise ValueError("no cache went through the model since it was wrapped: pass the cache to save")
         databases = []
         for number, layer in enumerate(cache.layers):
             if not isinstance(layer, DatabaseLayer):
@@ -215,21 +244,15 @@ class Handle:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Answer every call inside the block densely; rows are indexed all the same."""
-        before, self._session.retrieve = self._session.retrieve, False
-        try:
+        with self._session.switched(retrieve=False):
             yield
-        finally:
-            self._session.retrieve = before
 
     @contextmanager
     def audit(self) -> Iterator[list[AuditReport]]:
         """Audit every retrieving call inside the block; yields the list that its reports are added to."""
         audits: list[AuditReport] = []
-        before, self._session.audits = self._session.audits, audits
-        try:
+        with self._session.switched(audits=audits):
             yield audits
-        finally:
-            self._session.audits = before
 
     @contextmanager
     def watch(self, watcher: Watcher) -> Iterator[None]:
@@ -237,11 +260,8 @@ class Handle:
 
         The newest rows of ``db`` are the queries' own. The watcher must not change the database.
         """
-        before, self._session.watcher = self._session.watcher, watcher
-        try:
+        with self._session.switched(watcher=watcher):
             yield
-        finally:
-            self._session.watcher = before
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
@@ -249,7 +269,7 @@ class Handle:
         trace = Trace()
 
         def add(layer: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
-            retrieve = self._session.retrieve
+            retrieve = self._session.switches.retrieve
             trace.add(db.weights(query, scale=scale, softcap=softcap, retrieve=retrieve))
 
         with self.watch(add):
@@ -277,6 +297,13 @@ class Handle:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a wrapped model, or its handle, cannot be pickled: call unwrap() first (handle.save keeps a cache's rows, "
+            "model.save_pretrained the model)"
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo need not look into databases
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if module is not self._decoder:
             raise RuntimeError(
@@ -294,10 +321,41 @@ class Handle:
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.config)
             args, kwargs = (), given | {"past_key_values": cache}
+        served = self._text_config._attn_implementation == NAME
+        if not served:
+            reason = f"attention was set to {self._text_config._attn_implementation!r} while the model was wrapped"
+            for stats in self._session.stats:
+                stats.dense_reasons[reason] += 1
+        self._note_missing_context(cache, given.get("input_ids"))
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
             self._session.note_call(cache, given.get("input_ids"))
+        forward_pass.set(ForwardPass(self._session, cache, served))
         return args, kwargs
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        forward_pass.set(None)
+
+    def _note_missing_context(self, cache: Any, token_ids: Tensor | None) -> None:
+        """Say once where a call begins with neither the context's rows nor its tokens."""
+        context = self._session.token_ids
+        if context is None or (cache is not None and cache.get_seq_length()):
+            return
+        if token_ids is not None:
+            begins = min(token_ids.shape[1], context.shape[1])
+            ids, expected = token_ids[:, :begins].cpu(), context[:, :begins]
+            if torch.equal(ids, expected.expand_as(ids)):
+                return  # the context is read again
+        if all(WITHOUT_CONTEXT in stats.dense_reasons for stats in self._session.stats):
+            return
+        for stats in self._session.stats:
+            stats.dense_reasons[WITHOUT_CONTEXT] += 0
+        warnings.warn(
+            f"this call {WITHOUT_CONTEXT}: its cache is empty. To go on after the context: ids = "
+            "torch.cat([handle.context, question], dim=1); model.generate(ids, past_key_values=handle.new_cache())",
+            stacklevel=2,
+        )
 
 
 def _find_decoder(model: Any) -> Any:

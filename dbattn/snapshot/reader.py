@@ -78,6 +78,7 @@ class Snapshot:
         own = self.info.config
         if wanted is None:
             return own
+        wanted = RetrievalConfig.checked(wanted)
         given = _structure(wanted)
         for name, saved in _structure(own).items():
             if given.get(name) != saved:
