@@ -15,7 +15,6 @@ SERVED = {  # cache layers that retrieve, of six
     "stablelm": 6,
 }
 REFUSED = {
-    "blt": "transformers makes no cache from its configuration",
     "falcon": "it does not use transformers' AttentionInterface",
     "git": "its GitSelfAttention does not use transformers' AttentionInterface",
     "glm_moe_dsa": "a learnt indexer of the model's own",
