@@ -102,6 +102,13 @@ class Session:
                     f"{in_words(now)}: make that active again, or read the text anew"
                 )
 
+    def note_dense(self, number: int, reason: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Count a call of layer ``number`` that no database answered: ``[B, Hq, m, D]``, and rows ``[B, Hkv, T, ...]``."""
+        stats, rows = self.stats[number], key.shape[2]
+        stats.rows_stored = rows
+        prompt = query.shape[2] > self.config.max_queries
+        stats.add_dense(reason, 0.0 if prompt else float(rows), key.nbytes + value.nbytes, prompt=prompt)
+
     def tokens_of(self, cache: DynamicCache) -> Tensor | None:
         """Token ids ``[B, n]`` of a cache's rows, as far as they are known."""
         first = self._first(cache)
@@ -154,7 +161,7 @@ class ForwardPass:
     cache: Cache | None
     served: bool
 
-    def note_bypass(self, number: Any) -> None:
+    def note_bypass(self, number: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Count a call of layer ``number`` whose keys came from no database, with the reason."""
         if not isinstance(number, int) or not 0 <= number < len(self.session.stats):
             return
@@ -166,7 +173,7 @@ class ForwardPass:
             reason = "the model makes its keys after its cache (as multi-head latent attention does)"
         else:
             reason = left_to_transformers(holder)
-        self.session.stats[number].dense_reasons[reason] += 1
+        self.session.note_dense(number, reason, query, key, value)
 
 
 def left_to_transformers(holder: Any) -> str:
@@ -343,3 +350,8 @@ class HybridDatabaseLayer(LinearAttentionAndFullAttentionLayer, DatabaseLayer): 
         """Follow the beams."""
         LinearAttentionLayer.reorder_cache(self, beam_idx)
         DatabaseLayer.reorder_cache(self, beam_idx)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """See DatabaseLayer; the state goes along."""
+        state = {name: getattr(self, name) for name in vars(LinearAttentionLayer())}
+        return LinearAttentionAndFullAttentionLayer, (), state | DatabaseLayer.__reduce__(self)[2]

@@ -70,12 +70,13 @@ def attention_function(
             assert isinstance(out, Tensor)
             return _as_sdpa_returns(out), None
         reason = "the mask is not causal with left padding" if in_order else "the model's attention is not causal here"
-        db.stats.dense_reasons[reason] += 1
+        layer.session.note_dense(layer.layer_index, reason, query, key, value)
         db.release()
     elif layer is not None:
-        layer.session.stats[layer.layer_index].dense_reasons["the model changed the values after its cache"] += 1
+        reason = "the model changed the values after its cache"
+        layer.session.note_dense(layer.layer_index, reason, query, key, value)
     elif (under_way := forward_pass.get()) is not None:
-        under_way.note_bypass(getattr(module, "layer_idx", None))
+        under_way.note_bypass(getattr(module, "layer_idx", None), query, key, value)
     out = _foreign(query, plain(key), plain(value), attention_mask, scale, softcap, s_aux, causal)
     return _as_sdpa_returns(out), None
 
