@@ -27,7 +27,7 @@ from dbattn.snapshot import SnapshotWriter, describe
 from dbattn.trace import Trace
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
-COMMANDS = ("demo", "ingest", "ask", "info", "explain", "compare")
+COMMANDS = ("demo", "ingest", "ask", "info", "explain", "compare", "cost")
 QUESTION = "What is a module?"
 KILLS = 20
 

@@ -1,4 +1,4 @@
-"""The command line: ``dbattn demo | ingest | ask | info | explain | compare``. This file only parses.
+"""The command line: ``dbattn demo | ingest | ask | info | explain | compare | cost``. This file only parses.
 
 Commands are imported when they run: ``--help`` answers without torch.
 """
@@ -85,6 +85,12 @@ def _compare(args: argparse.Namespace) -> None:
     run_compare(**_options(args, json_path="json", png_path="png"))
 
 
+def _cost(args: argparse.Namespace) -> None:
+    from .cost import run_cost
+
+    run_cost(**_options(args, json_path="json"))
+
+
 def _options(args: argparse.Namespace, **renamed: str) -> dict[str, Any]:
     """The parsed options as keyword arguments of a command."""
     options = {name: value for name, value in vars(args).items() if name != "run"}
@@ -102,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dbattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_ingest, _add_ask, _add_info, _add_explain, _add_compare):
+    for add in (_add_demo, _add_ingest, _add_ask, _add_info, _add_explain, _add_compare, _add_cost):
         add(commands)
     return parser
 
@@ -260,6 +266,35 @@ def _add_compare(commands: Any) -> None:
         metavar="...",
         help="run the arena of the benchmarks (source checkout only); what follows is passed on to it",
     )
+
+
+def _add_cost(commands: Any) -> None:
+    cost = _command(
+        commands,
+        "cost",
+        "FLOPs, bytes and memory of a model's call, by formula",
+        "Counts what one decode step or a prompt costs in each operator, densely and through an index, and from which\n"
+        "length on one reads less than the other. Only the model's config is read; nothing is run, but for the rates\n"
+        "of this machine, which are measured once.",
+        "  dbattn cost --tokens 131072                          a decode step of the default model at 128K\n"
+        "  dbattn cost --model ./my-model --tokens 32768 --index flat --k 256\n"
+        "  dbattn cost --tokens 8192 --phase prefill --batch 4 --dtype bfloat16 --json cost.json",
+        _cost,
+    )
+    _add_model(cost)
+    cost.add_argument("--tokens", type=int, default=8192, metavar="N", help="rows of each text (default 8192)")
+    cost.add_argument("--index", default="auto", choices=(*_INDEXES, "dense"), help="what reads them (default auto)")
+    cost.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
+    cost.add_argument("--kv-heads", type=int, metavar="N", help="as if the model had so many (default: as it has)")
+    cost.add_argument(
+        "--phase", default="decode", choices=("decode", "prefill"), help="a step, or a prompt of N tokens"
+    )
+    cost.add_argument("--batch", type=int, default=1, metavar="B", help="texts at a time (default 1)")
+    cost.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and rows (default: the model's)"
+    )
+    cost.add_argument("--json", type=Path, metavar="OUT", help="also write the figures to this file")
+    cost.add_argument("--quiet", action="store_true", help="print only the table")
 
 
 def _add_model(command: Any) -> None:

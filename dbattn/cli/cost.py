@@ -45,9 +45,9 @@ def run_cost(
 
 
 def _config_of(model: Path | None) -> Any:
-    """What ModelShape.of reads: the path itself, or the config of a GGUF file or the default model."""
+    """What ModelShape.of reads: the path itself, or the folder of a GGUF file or the default model."""
     if model is not None and model.suffix != ".gguf":
         return model
-    from ..hf import load_model
+    from ..hf.load import model_folder
 
-    return load_model(model)[0].config
+    return model_folder(model)

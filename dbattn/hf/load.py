@@ -31,12 +31,7 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
         FileNotFoundError: there is no such path, or the default model's package is not installed.
         ValueError: the path is not a model, or a damaged one; says what was expected.
     """
-    source = _default_gguf() if path is None else Path(path)
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; expected a model folder or a .gguf file")
-    folder = source if source.is_dir() else _converted(source)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    folder = model_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -48,6 +43,17 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
     with _reading(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
         return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def model_folder(path: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that ``load_model`` reads, with its ``config.json``; raises as it does."""
+    source = _default_gguf() if path is None else Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; expected a model folder or a .gguf file")
+    folder = source if source.is_dir() else _converted(source)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    return folder
 
 
 @contextmanager
