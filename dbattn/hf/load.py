@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..files import cache_folder
+from ..files import cache_folder, disk_errors
 
 GGUF_MAGIC = b"GGUF"
 
@@ -103,8 +103,12 @@ def _converted(gguf: Path) -> Path:
     target = cache_folder() / "models" / f"{gguf.stem}-{digest}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    except OSError as error:
+        advice = "set DBATTN_CACHE to a folder that can be written"
+        raise OSError(error.errno, f"{error.strerror}: {advice}", str(target.parent)) from error
     try:
         options = {"gguf_file": gguf.name, "local_files_only": True}
         with _reading(gguf):
@@ -114,9 +118,9 @@ def _converted(gguf: Path) -> Path:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        with _no_progress_bars():
+        with _no_progress_bars(), disk_errors(target):
             model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
         try:
             aside.rename(target)
         except OSError:
