@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
 from torch import Tensor
 
+from ..console import line_console, wrapped
 from ..files import check_output, write_json
 from ..prompt import answer_tokens
 from ..report import LayerReport
@@ -25,7 +25,7 @@ def run_ask(
     k: int | None,
     max_tokens: int,
     show_sources: bool,
-    json_path: Path | None,
+    json_path: Path | TextIO | None,
     quiet: bool,
 ) -> str:
     """Print the answer to a question about a context, token by token; returns it.
@@ -34,7 +34,7 @@ def run_ask(
         FileNotFoundError, ValueError: see ``opened``, and a question that does not fit.
     """
     check_output("--json", json_path)
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    console = line_console(stderr=True, quiet=quiet)
     with opened(context, model, k, console) as about:
         asked = about.asked(question, max_tokens)
         neutral = neutral_trace(about) if show_sources else None
@@ -46,7 +46,7 @@ def run_ask(
         sources = None if trace is None or neutral is None else find_sources(about, trace, neutral)
         reads = _reads(before, about.handle.report().layers)
     if sources is not None:
-        print("\nsources:", *sources.lines(len(about.ids)), sep="\n")
+        print("\nsources:", *wrapped(sources.lines(len(about.ids))), sep="\n")
     figures = {
         "open_seconds": about.seconds,
         "first_token_seconds": times[0] - began,

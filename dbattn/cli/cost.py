@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -21,7 +21,7 @@ def run_cost(
     phase: str,
     batch: int,
     dtype: str | None,
-    json_path: Path | None,
+    json_path: Path | TextIO | None,
     quiet: bool,
 ) -> None:
     """Print FLOPs, bytes, memory and crossovers of a decode step or a prompt; nothing is run.
