@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from .audit import AuditReport, figure
 from .config import DENSE_BELOW, RetrievalConfig
-from .console import reading_progress, table_console
+from .console import long_work, table_console, waiting
 from .files import check_output, write_json
 from .haystack import Needle, hide, make_needles, read_haystack
 from .prompt import CHUNK, QUESTION_TOKENS, answer_tokens, context_ids, context_limit, question_ids
@@ -51,9 +51,9 @@ def run_demo(
     index: str = "auto",
     k: int = 256,
     needles: int = 3,
-    haystack: Path | None = None,
+    haystack: Path | TextIO | None = None,
     model: Path | None = None,
-    json_path: Path | None = None,
+    json_path: Path | TextIO | None = None,
     quiet: bool = False,
 ) -> list[Answer]:
     """Hide needles, prefill densely, answer every question densely and through the index; print one table.
@@ -76,7 +76,7 @@ def run_demo(
     check_output("--json", json_path)
     prose, hidden = read_haystack(haystack), make_needles(needles)
     console = Console(stderr=True, quiet=quiet)
-    with console.status("loading the model (the first time, a GGUF file is converted: about half a minute)"):
+    with waiting(console, "loading the model (the first time, a GGUF file is converted: about half a minute)"):
         lm, tokenizer = load_model(model)
     limit = context_limit(lm)
     if limit is not None and tokens > limit:
@@ -144,11 +144,10 @@ def _median(times: list[float]) -> float | None:
 
 
 def _prefill(lm: Any, ids: torch.Tensor, cache: Any, console: Console) -> None:
-    with reading_progress(console) as progress:
-        task = progress.add_task("reading the text", total=ids.shape[1])
+    with long_work(console, "reading the text", ids.shape[1], "tokens") as advance:
         for chunk in torch.split(ids, CHUNK, dim=1):
             lm(chunk, past_key_values=cache, logits_to_keep=1)
-            progress.advance(task, chunk.shape[1])
+            advance(chunk.shape[1])
 
 
 def _ask(lm: Any, tokenizer: Any, handle: "Handle", cache: Any, needle: Needle) -> Answer:

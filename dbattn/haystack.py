@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TextIO
 
 from .prompt import read_text
 
@@ -53,8 +53,8 @@ class Needle:
         return self.number in answer.replace(",", "")
 
 
-def read_haystack(path: Path | None = None) -> str:
-    """The text of a file, or prose that every Python brings along (the standard library's language reference).
+def read_haystack(path: Path | TextIO | None = None) -> str:
+    """The text of a file or a stream, or prose of every Python (the standard library's language reference).
 
     Raises:
         FileNotFoundError: there is no such file.

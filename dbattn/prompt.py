@@ -1,13 +1,16 @@
 """Prompts: a long text that a model reads once, and questions that follow it."""
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+
+from .files import name_of
 
 INSTRUCTION = "There is important information hidden inside the following text. Find it and memorize it.\n\n"
 # Room that a context must leave for a question and its answer.
@@ -19,24 +22,40 @@ CHUNK = 512
 PASSAGE, LONGEST_PASSAGE = 64, 100
 
 
-def read_text(path: Path) -> str:
-    """The text of a file.
+def read_text(source: Path | TextIO) -> str:
+    """The text of a file or a pipe, or of a stream such as ``sys.stdin``, whose bytes are read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, or not UTF-8 text.
+        ValueError: it is empty, or not UTF-8 text.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+    if isinstance(source, Path) and (source.is_dir() or not source.exists()):
+        raise FileNotFoundError(f"{source} is not a file")
+    raw = source.read_bytes() if isinstance(source, Path) else source.buffer.read()
+    name = name_of(source)
     try:
-        text = path.read_text(encoding="utf-8")
+        # Line ends are made one, as in every text file.
+        text = io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8").read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from None
     if "\0" in text:
-        raise ValueError(f"{path} is not text: it holds NUL characters")
+        raise ValueError(f"{name} is not text: it holds NUL characters")
     if not text.strip():
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{name} is empty")
     return text
+
+
+def check_question(question: str) -> None:
+    """Raise ValueError for a question that is empty, or was no UTF-8 where it was typed."""
+    if not question.strip():
+        raise ValueError("the question is empty")
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code, before = ord(question[error.start]), len(question[: error.start].encode("utf-8"))
+        # Python keeps a byte that it cannot decode as one of these.
+        what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character, U+{code:04X}"
+        raise ValueError(f"the question is not UTF-8 text: {what} after {before} bytes") from None
 
 
 def context_ids(text: str, tokenizer: Any) -> Tensor:
@@ -83,17 +102,41 @@ class Passage:
 
 
 def passages(ids: list[int], tokenizer: Any) -> list[Passage]:
-    """A context cut into passages of whole sentences where they are short enough; the instruction is left out."""
+    """A context cut into passages of whole sentences where they are short enough, else of whole words.
+
+    The instruction is left out.
+    """
     instruction = _ids(INSTRUCTION, tokenizer)[0].tolist()
     first = len(instruction) if ids[: len(instruction)] == instruction else 0
     found = []
-    for at in range(first, len(ids)):
-        length = at + 1 - first
-        ends = length >= PASSAGE and re.search(r"[.!?]\s*$|\n", tokenizer.decode([ids[at]]))
-        if ends or length == LONGEST_PASSAGE or at == len(ids) - 1:
-            found.append(Passage(first, at + 1, tokenizer.decode(ids[first : at + 1]).strip()))
-            first = at + 1
+    while first < len(ids):
+        stop = _end_of_passage(ids, first, tokenizer)
+        found.append(Passage(first, stop, tokenizer.decode(ids[first:stop]).strip()))
+        first = stop
     return found
+
+
+def _end_of_passage(ids: list[int], first: int, tokenizer: Any) -> int:
+    """After a sentence, else after a word; where all of it is one word, after a whole character."""
+    longest = min(first + LONGEST_PASSAGE, len(ids))
+    for stop in range(first + PASSAGE, longest):
+        before, after = _around(ids, first, stop, tokenizer)
+        between_words = after.isspace() or before[-1:].isspace()
+        # A point inside a word (3.14) ends nothing; full stops of scripts without spaces always do.
+        if re.search(r"[\u3002\uff01\uff1f]$", before) or (between_words and re.search(r"([.!?]|\n)\s*$", before)):
+            return stop
+    if longest == len(ids):
+        return longest
+    places = [(stop, *_around(ids, first, stop, tokenizer)) for stop in range(longest, first, -1)]
+    words = (stop for stop, before, after in places if after.isspace() or before[-1:].isspace())
+    characters = (stop for stop, _, after in places if after)
+    return next(words, next(characters, longest))
+
+
+def _around(ids: list[int], first: int, stop: int, tokenizer: Any) -> tuple[str, str]:
+    """The text of ``first .. stop`` and the first character after it, "" where a character goes on there."""
+    before, more = (tokenizer.decode(ids[first:end], clean_up_tokenization_spaces=False) for end in (stop, stop + 1))
+    return (before, more[len(before) : len(before) + 1]) if more.startswith(before) else ("", "")
 
 
 def _ids(text: str, tokenizer: Any) -> Tensor:

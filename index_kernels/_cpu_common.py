@@ -10,6 +10,7 @@ editing this one.
 # (Numba compiles these functions and infers their types itself.)
 
 import os
+import warnings
 
 # torch's own OpenMP pool: the two alternate at no loss, where Numba's "workqueue" would fight it.
 os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
@@ -23,6 +24,32 @@ from numba.np.ufunc.parallel import _launch_threads
 from torch import Tensor
 
 from ._cpu_vectors import add_rows, load_scale, score_rows
+from .folders import cache_folder, private_folder
+
+
+def _can_cache():
+    """Whether Numba finds a folder to keep compiled kernels in; where it does not, it refuses to define one."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _cache_in(folder):
+    os.environ["NUMBA_CACHE_DIR"] = str(folder / "numba")
+    config.reload_config()
+
+
+if not _can_cache():
+    _cache_in(cache_folder())
+    if not _can_cache():
+        _cache_in(private_folder("no cache can be written"))
+    warnings.warn(
+        "neither the package's folder nor the user's cache can be written: compiled kernels are kept in "
+        f"{config.CACHE_DIR} (set NUMBA_CACHE_DIR to choose another)",
+        stacklevel=2,
+    )
 
 # Numba's pool sets OpenMP's thread count when it starts, which is torch's too: start it now, and put torch's back.
 _threads = torch.get_num_threads()

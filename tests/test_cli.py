@@ -17,10 +17,12 @@ from random import Random
 
 import pytest
 import torch
+from rich.console import Console
 
 import dbattn.cli
 from dbattn.cli import main
 from dbattn.cli.ask import Answer, Difference, _comparison, first_difference
+from dbattn.console import long_work, wrapped
 from dbattn.haystack import hide, make_needles, read_haystack
 from dbattn.hf import load_model
 from dbattn.prompt import CHUNK, INSTRUCTION, context_ids, passages
@@ -29,7 +31,7 @@ from dbattn.snapshot import SnapshotWriter, describe
 from dbattn.trace import Trace
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
-COMMANDS = ("demo", "ingest", "ask", "info", "explain", "compare")
+COMMANDS = ("demo", "ingest", "ask", "info", "explain", "compare", "cost")
 QUESTION = "What is a module?"
 KILLS = 20
 
@@ -294,6 +296,8 @@ def test_compare_reads_captures_and_plots(tmp_path, capsys):
         ("ask {context} What? --max-tokens 4000", "the answer up to 4000: .* the model reads at most 4096"),
         ("ask {context} ", "the question is empty"),
         ("ask {context} What? --json {tmp}", "--json .* is a folder"),
+        ("ask {context} Wh\udcfft?", "the question is not UTF-8 text: byte 0xff after 2 bytes"),
+        ("explain {context} \u00fc\ud800", r"not UTF-8 text: half a character, U\+D800 after 2 bytes"),
         ("info {tmp}/none", "none does not exist; expected a snapshot"),
         ("info {context} --json {tmp}/no/such", "the folder .*no does not exist"),
         ("explain {context} What? --layer 2", "--layer is 2, expected 0 to 1"),
@@ -337,11 +341,45 @@ def test_wrong_input_ends_with_exit_code_2_and_one_clear_line(
     before = files_of(context)
     capsys.readouterr()
     assert main(words) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *waited, line = capsys.readouterr().err.strip().splitlines()
+    assert all(said.startswith("loading the model") for said in waited)
     assert line.startswith("dbattn: ")
     assert re.search(message, line)
     assert files_of(context) == before
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "ingest {tmp}/none.txt --out {tmp}/new",
+        "ingest {book} --out {tmp}/no/such",
+        "ingest {book} --out {tmp}/other",
+        "ingest {book} --out {book}",
+        "ingest {book} --out {context} --index flat",
+        "ask {tmp}/none What?",
+        "ask {context} What? --json {tmp}/no/such",
+        "ask {context} \udcff",
+        "explain {context} What? --json {tmp}",
+        "compare {context} What? --json {tmp}/no/such",
+        "compare {context} What? --png {tmp}",
+        "demo --haystack {tmp}/none",
+        "demo --json {tmp}/no/such",
+    ],
+)
+def test_paths_and_questions_are_checked_before_a_model_is_loaded(
+    arguments, book, context, tmp_path, monkeypatch, capsys
+):
+    for place in ("dbattn.cli._opened.load_model", "dbattn.hf.load_model"):
+        monkeypatch.setattr(place, lambda path: pytest.fail("a model was loaded"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("not yours")
+    before = files_of(context)
+    words = [word.format(tmp=tmp_path, book=book, context=context) for word in arguments.split(" ")]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dbattn: ")
+    assert files_of(context) == before
 
 
 def test_a_list_that_is_none_is_wrong_usage(capsys):
@@ -510,7 +548,7 @@ def test_a_reader_that_has_seen_enough_is_no_crash(context):
     os.close(read)
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (1, "dbattn info: loading torch\n")
 
 
 @pytest.mark.parametrize("retrieve", [True, False])
@@ -573,3 +611,159 @@ def test_show_sources_finds_the_passage_with_the_needle(tmp_path, capsys):
         assert needle.number in first["text"]
         assert all(first["excess"] > 2 * other["excess"] for other in others)
         assert sum(sources[part] for part in ("text", "before", "after", "summaries")) == pytest.approx(1, abs=1e-3)
+
+
+def from_stdin(monkeypatch, raw):
+    # As in a terminal of another encoding: text is UTF-8 all the same.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="ascii"))
+
+
+def test_standard_input_and_output_take_the_place_of_files(book, context, model_folder, tmp_path, monkeypatch, capsys):
+    from_stdin(monkeypatch, book.read_bytes())
+    assert main(["ingest", "-", "--out", str(tmp_path / "a"), "--model", str(model_folder)]) == 0
+    assert "tokens of standard input, " in capsys.readouterr().out
+    assert files_of(tmp_path / "a") == files_of(context)
+
+    model = ["--model", str(model_folder), "--k", "32"]
+    assert main(["ask", str(context), QUESTION, *model, "--max-tokens", "6", "--json", str(tmp_path / "a.json")]) == 0
+    answer = capsys.readouterr().out
+    from_stdin(monkeypatch, f"{QUESTION}\n".encode())
+    assert main(["ask", str(context), "-", *model, "--max-tokens", "6", "--json", "-"]) == 0
+    said = capsys.readouterr()
+    # JSON alone, and all else on standard error.
+    found, expected = json.loads(said.out), json.loads((tmp_path / "a.json").read_text())
+    assert (found["question"], found["answer"]) == (QUESTION, expected["answer"]) == (QUESTION, answer[:-1])
+    assert answer in said.err
+
+    for words in (["info", str(context)], ["explain", str(context), QUESTION, *model]):
+        assert main([*words, "--json", "-"]) == 0
+        said = capsys.readouterr()
+        assert json.loads(said.out)
+        assert len(said.err.splitlines()) > 5
+
+    from_stdin(monkeypatch, b"What \xff?")
+    assert main(["ask", str(context), "-", *model]) == 2
+    assert "standard input is not UTF-8 text" in capsys.readouterr().err
+    from_stdin(monkeypatch, b"")
+    assert main(["demo", "--haystack", "-"]) == 2
+    assert "standard input is empty" in capsys.readouterr().err
+
+
+def test_a_text_may_come_from_a_named_pipe(book, context, model_folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    # Any folder under which the writer's end does not wait.
+    writer = subprocess.Popen(["sh", "-c", f"cat {book} > {tmp_path}/pipe"])
+    assert ingest(tmp_path / "pipe", tmp_path / "a", model_folder, "--quiet") == 0
+    writer.wait()
+    assert files_of(tmp_path / "a") == files_of(context)
+
+
+def test_a_command_says_that_it_starts_before_it_loads_torch(context, tmp_path):
+    """Loading takes seconds; a torch that cannot be loaded shows what came before."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is loaded')")
+    call = "import sys; from dbattn.cli import main; sys.exit(main(sys.argv[1:]))"
+    places = os.pathsep.join([str(tmp_path), str(Path(dbattn.__file__).parents[1])])
+    for words in (["info", str(context)], ["ask", str(context), QUESTION], ["demo"], ["cost"], ["compare"]):
+        for quiet in ([], ["--quiet"]):
+            done = subprocess.run(
+                [sys.executable, "-c", call, *words, *quiet],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"PYTHONPATH": places},
+            )
+            first = [] if quiet else [f"dbattn {words[0]}: loading torch"]
+            assert done.stderr.splitlines() == [*first, "torch is loaded"]
+
+
+def test_the_time_left_is_known_from_the_first_step_on():
+    """Without a terminal a line for the first step; on one, beside the bar."""
+    plain = Console(file=io.StringIO(), width=120)
+    with long_work(plain, "reading", 3000, "tokens", 1000) as advance:
+        time.sleep(0.02)
+        advance(500)
+        advance(500)
+        advance(1000)
+    (line,) = plain.file.getvalue().splitlines()
+    assert re.fullmatch(r"reading: 1500 of 3000 tokens, [\d.,e+]+ tokens/s, 0 s left", line)
+    terminal = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with long_work(terminal, "reading", 3000, "tokens", 1000) as advance:
+        time.sleep(0.1)
+        advance(20)
+        shown = terminal.file.getvalue()
+    shown = terminal.file.getvalue()
+    assert "1020/3000" in shown
+    assert re.search(r"tokens/s, \d+ s left", shown)
+
+
+def test_ingest_and_compare_say_how_long_they_take(book, model_folder, tmp_path, capsys):
+    assert ingest(book, tmp_path / "a", model_folder) == 0
+    said = capsys.readouterr().err.splitlines()
+    # Before the first save, which may be minutes away.
+    assert said[0].startswith("loading the model")
+    assert re.fullmatch(rf"reading: {CHUNK} of \d+ tokens, .* tokens/s, \d+ s left", said[1])
+    options = ["--index", "flat", "--k", "16", "--queries", "2", "--layers", "8"]
+    assert main(["compare", "--capture", str(CAPTURE), *options]) == 0
+    assert re.search(r"comparing: 1 of 2 layers, .* s left", capsys.readouterr().err)
+
+
+class Bytes:
+    """A tokenizer whose tokens are the bytes of the text."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": torch.tensor([list(text.encode())])}
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_passages_break_no_word(tokenizer):
+    text = (
+        "See docs.python.org/3.14/library of antidisestablishmentarianism-like words, v1.2.3 or U.S.A. now "
+        "without ends of sentences\n"
+    )
+    for each in (tokenizer, Bytes()):
+        ids = torch.as_tensor(each(text * 40, add_special_tokens=False)["input_ids"]).flatten().tolist()
+        parts = passages(ids, each)
+        assert len(parts) > 20
+        for part in parts:
+            assert set(part.text.split()) <= set(text.split()), part.text
+    # A word of more tokens than a passage has, in letters of several bytes: broken, but no letter is.
+    word = "\u00e4\u4e16" * 200
+    parts = passages(list(word.encode()), Bytes())
+    assert len(parts) > 3
+    assert "".join(part.text for part in parts) == word
+    # Text without spaces ends its sentences in its own way.
+    assert all(
+        part.text.endswith("\u3002") for part in passages(list(("\u4e16" * 4 + "\u3002").encode()) * 60, Bytes())
+    )
+
+
+def test_sources_are_broken_between_words_on_a_terminal_and_not_at_all_elsewhere(monkeypatch):
+    lines = ['   "some words of a passage, antidisestablishmentarianism and more"', "Attention while answering"]
+    assert wrapped(lines) == lines
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "20")
+    found = wrapped(lines)
+    assert " ".join(" ".join(found).split()) == " ".join(" ".join(lines).split())
+    assert all(len(line) <= 20 or len(line.split()) == 1 for line in found)
+    assert found[1].startswith("   ")
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_cannot_escaped(monkeypatch, capsys):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    monkeypatch.setattr(dbattn.cli, "_info", lambda args: print("\u2713", args.context))
+    assert main(["info", "caf\udce9"]) == 0
+    assert screen.getvalue() == b"\\u2713 caf\\udce9\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_output_to_a_full_disk_is_one_line():
+    code = (
+        "import sys, dbattn.cli as cli; cli._info = lambda args: print(args.context); "
+        "sys.exit(cli.main(['info', 'book.dbattn', '--quiet']))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"dbattn: .*No space left on device\n", done.stderr)

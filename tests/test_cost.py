@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dbattn import AttentionDB, RetrievalConfig
-from dbattn.cli.cost import run_cost
+from dbattn.cli import main
 from dbattn.config import INDEX_OPTIONS
 from dbattn.cost import ModelShape, model_cost
 
@@ -320,11 +320,8 @@ def test_bad_arguments_are_refused(tmp_path):
 def test_the_command_prints_what_it_writes(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
     out = tmp_path / "cost.json"
-    options = {
-        "model": tmp_path, "tokens": 8192, "index": "segmented", "k": 128, "kv_heads": 1, "phase": "decode",
-        "batch": 1, "dtype": None, "json_path": out, "quiet": False,
-    }  # fmt: skip
-    run_cost(**options)
+    words = ["cost", "--model", str(tmp_path), "--tokens", "8192"]
+    assert main([*words, "--index", "segmented", "--k", "128", "--kv-heads", "1", "--json", str(out)]) == 0
     shown, data = capsys.readouterr().out, json.loads(out.read_text())
     assert data["shape"]["kv_heads"] == 1
     assert data["flops"] == sum(op["flops"] for op in data["totals"].values())
@@ -333,12 +330,18 @@ def test_the_command_prints_what_it_writes(tmp_path, capsys):
     for text in ("multi-query", "projections", "MLP", "scores", "values", "index", "tail", "output", "overtakes"):
         assert text in shown
     assert f"{data['flops'] / 1e6:,.2f}" in shown
-    run_cost(**{**options, "index": "dense", "k": None, "phase": "prefill", "quiet": True})
+    assert main([*words, "--index", "dense", "--phase", "prefill", "--quiet"]) == 0
     shown = capsys.readouterr().out
     assert "a prompt of 8,192 tokens" in shown
     assert "overtakes" not in shown
-    with pytest.raises(ValueError, match="--k is 128, expected none"):
-        run_cost(**{**options, "index": "dense"})
+    for wrong, message in (
+        (["--index", "dense", "--k", "9"], "--k is 9, expected none"),
+        (["--tokens", "0"], "tokens is 0, expected an integer from 1"),
+        (["--kv-heads", "2"], "num_key_value_heads is 2, expected a divisor of the 9 query heads"),
+    ):
+        assert main([*words, *wrong]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_the_benchmark_sets_every_side_beside_its_estimate(monkeypatch, capsys):

@@ -1,13 +1,15 @@
-"""The command line: ``dbattn demo | ingest | ask | info | explain | compare``. This file only parses.
+"""The command line: ``dbattn demo | ingest | ask | info | explain | compare | cost``. This file only parses.
 
 Commands are imported when they run: ``--help`` answers without torch.
 """
 
 import argparse
+import io
 import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .. import __version__
 from ..config import INDEX_OPTIONS
@@ -17,6 +19,7 @@ _EPILOG = f"""examples:
   dbattn ingest book.txt --out book.dbattn          read a long text once
   dbattn ask book.dbattn "Who wrote the letter?"    ask as often as you like
 
+in place of a file or a question, - is standard input; --json - prints JSON alone, and all else to standard error
 {_EXIT_CODES}
 """
 _INDEXES = ("auto", *INDEX_OPTIONS)
@@ -24,17 +27,27 @@ _INDEXES = ("auto", *INDEX_OPTIONS)
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 it failed, 2 wrong usage or input, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a terminal cannot show (a mark, a file's name that is no text) is shown escaped.
+            stream.reconfigure(errors="backslashreplace")
     args = _parser().parse_args(argv)
+    if "torch" not in sys.modules and not args.quiet:
+        print(f"dbattn {args.command}: loading torch", file=sys.stderr, flush=True)
+    aside = redirect_stdout(sys.stderr) if getattr(args, "json", None) is sys.stdout else nullcontext()
     try:
-        args.run(args)
+        with aside:
+            args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt as stop:
         print(f"dbattn: interrupted{': ' if str(stop) else ''}{stop}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has seen enough (head, less); nothing more can be written there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has seen enough (head, less).
+        _end_output()
         return 1
     except OSError as error:
+        _end_output()
         print(f"dbattn: {error}", file=sys.stderr)
         wrong_input = FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError
         # What no system call refused (errno is not set) is a message of ours about the input.
@@ -43,6 +56,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dbattn: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _end_output() -> None:
+    """What standard output did not take is not tried again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -85,12 +106,29 @@ def _compare(args: argparse.Namespace) -> None:
     run_compare(**_options(args, json_path="json", png_path="png"))
 
 
+def _cost(args: argparse.Namespace) -> None:
+    from .cost import run_cost
+
+    run_cost(**_options(args, json_path="json"))
+
+
 def _options(args: argparse.Namespace, **renamed: str) -> dict[str, Any]:
     """The parsed options as keyword arguments of a command."""
-    options = {name: value for name, value in vars(args).items() if name != "run"}
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "command")}
+    if options.get("question") is not None:
+        options["question"] = _question(options["question"])
     for name, option in renamed.items():
         options[name] = options.pop(option)
     return options
+
+
+def _question(text: str) -> str:
+    """What is asked; ``-`` is what standard input says."""
+    from ..prompt import check_question, read_text
+
+    question = read_text(sys.stdin).strip() if text == "-" else text
+    check_question(question)
+    return question
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dbattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_ingest, _add_ask, _add_info, _add_explain, _add_compare):
+    for add in (_add_demo, _add_ingest, _add_ask, _add_info, _add_explain, _add_compare, _add_cost):
         add(commands)
     return parser
 
@@ -115,7 +153,7 @@ def _command(commands: Any, name: str, help_line: str, description: str, example
         epilog=f"examples:\n{examples}\n\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, command=name)
     return command
 
 
@@ -136,10 +174,13 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--k", type=int, default=256, help="rows retrieved per query and KV head (default 256)")
     demo.add_argument("--needles", type=int, default=3, metavar="N", help="pass keys to hide, 1 to 10 (default 3)")
     demo.add_argument(
-        "--haystack", type=Path, metavar="FILE", help="UTF-8 text to hide them in (default: Python's own docs)"
+        "--haystack",
+        type=_input,
+        metavar="FILE",
+        help="UTF-8 text to hide them in, - is standard input (default: Python's own docs)",
     )
     _add_model(demo)
-    demo.add_argument("--json", type=Path, metavar="OUT", help="write the result to this file")
+    demo.add_argument("--json", type=_output, metavar="OUT", help="write the result to this file; - is standard output")
     demo.add_argument("--quiet", action="store_true", help="print only the table")
 
 
@@ -153,10 +194,11 @@ def _add_ingest(commands: Any) -> None:
         "chunk and saves; a second Ctrl-C ends at once. A text that has grown at its end is read on.",
         "  dbattn ingest book.txt --out book.dbattn\n"
         "  dbattn ingest book.txt --out book.dbattn --model ./my-model --save-every 8192\n"
+        "  dbattn ingest - --out book.dbattn                            what a pipe brings\n"
         "  dbattn ingest book.txt --out book.dbattn --tokens 7936       only its beginning",
         _ingest,
     )
-    ingest.add_argument("file", type=Path, metavar="FILE", help="UTF-8 text")
+    ingest.add_argument("file", type=_input, metavar="FILE", help="UTF-8 text; - is standard input")
     ingest.add_argument("--out", type=Path, required=True, metavar="CONTEXT", help="snapshot folder, made or resumed")
     _add_model(ingest)
     ingest.add_argument(
@@ -196,7 +238,7 @@ def _add_ask(commands: Any) -> None:
         action="store_true",
         help="answer again from every row, and show where the two answers differ and what each took",
     )
-    ask.add_argument("--json", type=Path, metavar="OUT", help="also write answer, sources and figures to this file")
+    ask.add_argument("--json", type=_output, metavar="OUT", help="also write answer, sources and figures to this file")
     ask.add_argument("--quiet", action="store_true", help="print no figures")
 
 
@@ -210,7 +252,7 @@ def _add_info(commands: Any) -> None:
         _info,
     )
     _add_context(info)
-    info.add_argument("--json", type=Path, metavar="OUT", help="also write it to this file")
+    info.add_argument("--json", type=_output, metavar="OUT", help="also write it to this file")
     info.add_argument("--quiet", action="store_true", help="leave out the list of files")
 
 
@@ -227,7 +269,7 @@ def _add_explain(commands: Any) -> None:
     )
     _add_question(explain)
     explain.add_argument("--layer", type=int, metavar="I", help="the plan of this layer alone, 0 is the first")
-    explain.add_argument("--json", type=Path, metavar="OUT", help="also write the plan to this file")
+    explain.add_argument("--json", type=_output, metavar="OUT", help="also write the plan to this file")
     explain.add_argument("--quiet", action="store_true", help="print no progress")
 
 
@@ -245,7 +287,7 @@ def _add_compare(commands: Any) -> None:
         _compare,
     )
     compare.add_argument("context", type=Path, nargs="?", metavar="CONTEXT", help="snapshot folder of an ingest")
-    compare.add_argument("question", nargs="?", metavar="QUESTION", help="what to ask")
+    compare.add_argument("question", nargs="?", metavar="QUESTION", help="what to ask; - is standard input")
     compare.add_argument("--capture", type=Path, metavar="FILE", help="rows and queries in place of a context")
     _add_model(compare)
     compare.add_argument(
@@ -258,7 +300,7 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--k", type=_integers, default=[64, 128, 256], metavar="N,M", help="budgets (64,128,256)")
     compare.add_argument("--layers", type=_integers, metavar="I,J", help="layers to compare (default all)")
     compare.add_argument("--queries", type=int, default=16, metavar="N", help="decode steps to answer (default 16)")
-    compare.add_argument("--json", type=Path, metavar="OUT", help="also write the figures to this file")
+    compare.add_argument("--json", type=_output, metavar="OUT", help="also write the figures to this file")
     compare.add_argument("--png", type=Path, metavar="OUT", help="also plot error, recall and time to this file")
     compare.add_argument("--quiet", action="store_true", help="print only the table")
     compare.add_argument(
@@ -267,6 +309,35 @@ def _add_compare(commands: Any) -> None:
         metavar="...",
         help="run the arena of the benchmarks (source checkout only); what follows is passed on to it",
     )
+
+
+def _add_cost(commands: Any) -> None:
+    cost = _command(
+        commands,
+        "cost",
+        "FLOPs, bytes and memory of a model's call, by formula",
+        "Counts what one decode step or a prompt costs in each operator, densely and through an index, and from which\n"
+        "length on one reads less than the other. Only the model's config is read; nothing is run, but for the rates\n"
+        "of this machine, which are measured once.",
+        "  dbattn cost --tokens 131072                          a decode step of the default model at 128K\n"
+        "  dbattn cost --model ./my-model --tokens 32768 --index flat --k 256\n"
+        "  dbattn cost --tokens 8192 --phase prefill --batch 4 --dtype bfloat16 --json cost.json",
+        _cost,
+    )
+    _add_model(cost)
+    cost.add_argument("--tokens", type=int, default=8192, metavar="N", help="rows of each text (default 8192)")
+    cost.add_argument("--index", default="auto", choices=(*_INDEXES, "dense"), help="what reads them (default auto)")
+    cost.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
+    cost.add_argument("--kv-heads", type=int, metavar="N", help="as if the model had so many (default: as it has)")
+    cost.add_argument(
+        "--phase", default="decode", choices=("decode", "prefill"), help="a step, or a prompt of N tokens"
+    )
+    cost.add_argument("--batch", type=int, default=1, metavar="B", help="texts at a time (default 1)")
+    cost.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of weights and rows (default: the model's)"
+    )
+    cost.add_argument("--json", type=_output, metavar="OUT", help="also write the figures to this file")
+    cost.add_argument("--quiet", action="store_true", help="print only the table")
 
 
 def _add_model(command: Any) -> None:
@@ -281,9 +352,17 @@ def _add_context(command: Any) -> None:
 
 def _add_question(command: Any) -> None:
     _add_context(command)
-    command.add_argument("question", metavar="QUESTION", help="what to ask")
+    command.add_argument("question", metavar="QUESTION", help="what to ask; - is standard input")
     _add_model(command)
     command.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
+
+
+def _input(text: str) -> Path | TextIO:
+    return sys.stdin if text == "-" else Path(text)
+
+
+def _output(text: str) -> Path | TextIO:
+    return sys.stdout if text == "-" else Path(text)
 
 
 def _names(text: str) -> list[str]:

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import RetrievalConfig
+from ..console import waiting
 from ..hf import Handle, UnsupportedModelError, load_model, wrap
-from ..prompt import QUESTION_TOKENS, question_ids
+from ..prompt import QUESTION_TOKENS, check_question, question_ids
 from ..snapshot import SnapshotError, describe
 
 AUDIT_RATE = 0.05
@@ -44,10 +45,10 @@ class Opened:
         """Token ids ``[1, n]`` of a question.
 
         Raises:
-            ValueError: it is empty, or it and an answer of ``max_tokens`` do not fit the model's context any more.
+            ValueError: it is empty or not UTF-8, or it and an answer of ``max_tokens`` do not fit the model's context
+                any more.
         """
-        if not question.strip():
-            raise ValueError("the question is empty")
+        check_question(question)
         if max_tokens < 1:
             raise ValueError(f"--max-tokens is {max_tokens}, expected at least 1")
         asked = question_ids(question, self.tokenizer)
@@ -63,7 +64,7 @@ class Opened:
 
 def load(model: Path | None, console: Console) -> tuple[Any, Any]:
     """The model and its tokenizer; says that it is loading."""
-    with console.status("loading the model (the first time, a GGUF file is converted: about half a minute)"):
+    with waiting(console, "loading the model (the first time, a GGUF file is converted: about half a minute)"):
         return load_model(model)
 
 

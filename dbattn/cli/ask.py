@@ -6,12 +6,13 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
+from ..console import line_console, wrapped
 from ..files import check_output, write_json
 from ..prompt import answer_tokens
 from ..report import restart_report
@@ -53,7 +54,7 @@ def run_ask(
     max_tokens: int,
     show_sources: bool,
     dense: bool,
-    json_path: Path | None,
+    json_path: Path | TextIO | None,
     quiet: bool,
 ) -> str:
     """Print the answer to a question about a context, token by token; returns it.
@@ -64,7 +65,7 @@ def run_ask(
         FileNotFoundError, ValueError: see ``opened``, and a question that does not fit.
     """
     check_output("--json", json_path)
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    console = line_console(stderr=True, quiet=quiet)
     with opened(context, model, k, console) as about:
         asked = about.asked(question, max_tokens)
         neutral = neutral_trace(about) if show_sources else None
@@ -84,7 +85,7 @@ def run_ask(
     if second is not None:
         Console(highlight=False, soft_wrap=True).print(_comparison(answer, second, difference))
     if sources is not None:
-        print("\nsources:", *sources.lines(len(about.ids)), sep="\n")
+        print("\nsources:", *wrapped(sources.lines(len(about.ids))), sep="\n")
     figures = {
         "open_seconds": about.seconds,
         "first_token_seconds": answer.first_token_seconds,

@@ -4,22 +4,22 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 from ..attention import AttentionDB
 from ..audit import figure
 from ..config import RetrievalConfig
-from ..console import table_console
+from ..console import long_work, table_console
 from ..files import check_output, write_json
 from ..prompt import answer_tokens
 from ..report import counted
@@ -71,7 +71,7 @@ def run_compare(
     k: list[int],
     layers: list[int] | None,
     queries: int,
-    json_path: Path | None,
+    json_path: Path | TextIO | None,
     png_path: Path | None,
     quiet: bool,
 ) -> list[Figures]:
@@ -99,10 +99,8 @@ def run_compare(
     else:
         raise ValueError('expected CONTEXT and QUESTION (dbattn compare book.dbattn "What ...?"), or --capture FILE')
     ways: list[RetrievalConfig | None] = [None, *configs]
-    results = [
-        _measure(way, list(rows.values()))
-        for way in track(ways, "comparing", console=console, transient=True, disable=not console.is_terminal)
-    ]
+    with long_work(console, "comparing", len(ways) * len(rows), "layers") as advance:
+        results = [_measure(way, list(rows.values()), advance) for way in ways]
     length = next(iter(rows.values())).keys.shape[2]
     table_console().print(_table(results, f"{len(rows)} layers of {length} rows, {queries} queries each"))
     for way, found in zip(configs, results[1:], strict=True):
@@ -183,7 +181,7 @@ def _known(layers: list[int] | None, there: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def _measure(config: RetrievalConfig | None, layers: list[LayerRows]) -> Figures:
+def _measure(config: RetrievalConfig | None, layers: list[LayerRows], advance: Callable[[int], None]) -> Figures:
     """Answer the queries one after the other, as decoding does; None: densely."""
     reports, times = [], []
     dense: Counter[str] = Counter()
@@ -207,6 +205,7 @@ def _measure(config: RetrievalConfig | None, layers: list[LayerRows]) -> Figures
             took.append(time.perf_counter() - began)
         times.append(statistics.median(took))
         dense.update(db.stats.dense_reasons)
+        advance(1)
 
     def mean(name: str) -> float:
         return statistics.fmean(float(getattr(report, name)) for report in reports)

@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -21,7 +21,7 @@ def run_cost(
     phase: str,
     batch: int,
     dtype: str | None,
-    json_path: Path | None,
+    json_path: Path | TextIO | None,
     quiet: bool,
 ) -> None:
     """Print FLOPs, bytes, memory and crossovers of a decode step or a prompt; nothing is run.
@@ -45,9 +45,9 @@ def run_cost(
 
 
 def _config_of(model: Path | None) -> Any:
-    """What ModelShape.of reads: the path itself, or the config of a GGUF file or the default model."""
+    """What ModelShape.of reads: the path itself, or the folder of a GGUF file or the default model."""
     if model is not None and model.suffix != ".gguf":
         return model
-    from ..hf import load_model
+    from ..hf.load import model_folder
 
-    return load_model(model)[0].config
+    return model_folder(model)

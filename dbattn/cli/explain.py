@@ -1,6 +1,7 @@
 """dbattn explain: what the first step of an answer reads."""
 
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from torch import Tensor
@@ -19,7 +20,7 @@ def run_explain(
     model: Path | None,
     k: int | None,
     layer: int | None,
-    json_path: Path | None,
+    json_path: Path | TextIO | None,
     quiet: bool,
 ) -> None:
     """Print the plan of one decode step after a question, with what it read.

@@ -1,7 +1,7 @@
 """dbattn info: what a context holds."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.table import Table
 
@@ -10,7 +10,7 @@ from ..files import check_output, write_json
 from ..snapshot import SnapshotInfo, describe
 
 
-def run_info(*, context: Path, json_path: Path | None, quiet: bool) -> None:
+def run_info(*, context: Path, json_path: Path | TextIO | None, quiet: bool) -> None:
     """Print what the manifest of a snapshot says.
 
     Raises:

@@ -1,19 +1,21 @@
 """dbattn ingest: a long text is read once, in chunks, and saved as it goes."""
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from ..config import RetrievalConfig
-from ..console import reading_progress
+from ..console import line_console, long_work
+from ..files import name_of
 from ..hf import Handle
 from ..prompt import CHUNK, QUESTION_TOKENS, context_ids, context_limit, read_text
 from ..snapshot import SnapshotError, SnapshotWriter, describe
@@ -21,7 +23,14 @@ from ._opened import load, serving
 
 
 def run_ingest(
-    *, file: Path, out: Path, model: Path | None, index: str | None, tokens: int | None, save_every: int, quiet: bool
+    *,
+    file: Path | TextIO,
+    out: Path,
+    model: Path | None,
+    index: str | None,
+    tokens: int | None,
+    save_every: int,
+    quiet: bool,
 ) -> None:
     """Read what ``out`` does not hold yet of a text, saving every ``save_every`` tokens; nothing to do is no error.
 
@@ -37,15 +46,20 @@ def run_ingest(
     text = read_text(file)
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
-    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+    if os.path.lexists(out):
+        # What can be wrong with it is said before the model is loaded.
+        with SnapshotWriter(out) as writer:
+            if writer.exists and index is not None:
+                _check_index(out, index)
+    elif not os.access(out.absolute().parent, os.W_OK):
+        raise PermissionError(f"--out {out}: the folder {out.parent} cannot be written")
+    console, name = line_console(stderr=True, quiet=quiet), name_of(file)
     lm, tokenizer = load(model, console)
-    ids = _cut(context_ids(text, tokenizer), tokens, context_limit(lm), file)
+    ids = _cut(context_ids(text, tokenizer), tokens, context_limit(lm), name)
     with SnapshotWriter(out) as writer:
         config = None if writer.exists else RetrievalConfig(index=index or "auto", max_queries=QUESTION_TOKENS)
-        if config is None and index is not None:
-            _check_index(out, index)
         with serving(lm, config, out if writer.exists else None) as handle:
-            held = _held(handle, ids, out, file) if writer.exists else 0
+            held = _held(handle, ids, out, name) if writer.exists else 0
             began = time.perf_counter()
             if held < ids.shape[1]:
                 _read(lm, handle, writer, ids, held, save_every, console)
@@ -55,12 +69,10 @@ def run_ingest(
         done = "all of it was read before"
     else:
         done = f"{ids.shape[1] - held} of them read in {time.perf_counter() - began:.0f} s"
-    Console(quiet=quiet, highlight=False, soft_wrap=True).print(
-        f"{out}: {info.rows} tokens of {file}, {done}; {size}", markup=False
-    )
+    line_console(quiet=quiet).print(f"{out}: {info.rows} tokens of {name}, {done}; {size}", markup=False)
 
 
-def _cut(ids: Tensor, tokens: int | None, limit: int | None, file: Path) -> Tensor:
+def _cut(ids: Tensor, tokens: int | None, limit: int | None, file: str) -> Tensor:
     """The first ``tokens`` ids; too many for the model are refused, not cut silently."""
     asked = ids.shape[1] if tokens is None else min(tokens, ids.shape[1])
     if limit is not None and asked > limit:
@@ -78,7 +90,7 @@ def _check_index(out: Path, index: str) -> None:
         raise ValueError(f"--index is {index}, but {out} was begun with {began_with}: give another --out")
 
 
-def _held(handle: Handle, ids: Tensor, out: Path, file: Path) -> int:
+def _held(handle: Handle, ids: Tensor, out: Path, file: str) -> int:
     """How many of ``ids`` a context holds.
 
     Raises:
@@ -111,22 +123,20 @@ def _read(
     durable = held - held % CHUNK
     if durable < held:
         cache.crop(durable - held)
-    bar = console.is_terminal and not console.quiet
     if durable:
         console.print(f"{writer.path} holds {durable} of {total} tokens, going on from there")
     began = time.perf_counter()
-    with _stop_asked() as stop_asked, reading_progress(console, disable=not bar) as progress:
-        task = progress.add_task("reading", total=total, completed=durable)
+    with _stop_asked() as stop_asked, long_work(console, "reading", total, "tokens", durable) as advance:
         for at, chunk in zip(range(durable, total, CHUNK), torch.split(ids[:, durable:], CHUNK, dim=1), strict=True):
             with handle.dense():
                 lm(chunk, past_key_values=cache, logits_to_keep=1)
             read = at + chunk.shape[1]
-            progress.update(task, completed=read)
+            advance(chunk.shape[1])
             if read < total and read - durable < save_every and not stop_asked():
                 continue
             handle.save(writer, cache)
             durable = read
-            if not bar:
+            if not console.is_terminal:
                 console.print(_line(durable, total, held, time.perf_counter() - began))
             if durable < total and stop_asked():
                 raise KeyboardInterrupt(

@@ -103,7 +103,7 @@ class Session:
                 )
 
     def note_dense(self, number: int, reason: str, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Count a call of layer ``number`` that no database answered: ``[B, Hq, m, D]``, and rows ``[B, Hkv, T, ...]``."""
+        """Count a call of layer ``number`` that no database answered: a query ``[B, Hq, m, D]`` over T rows."""
         stats, rows = self.stats[number], key.shape[2]
         stats.rows_stored = rows
         prompt = query.shape[2] > self.config.max_queries

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..files import cache_folder
+from ..files import cache_folder, disk_errors
 
 GGUF_MAGIC = b"GGUF"
 
@@ -31,12 +31,7 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
         FileNotFoundError: there is no such path, or the default model's package is not installed.
         ValueError: the path is not a model, or a damaged one; says what was expected.
     """
-    source = _default_gguf() if path is None else Path(path)
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist; expected a model folder or a .gguf file")
-    folder = source if source.is_dir() else _converted(source)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    folder = model_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -48,6 +43,17 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
     with _reading(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
         return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+def model_folder(path: str | os.PathLike[str] | None = None) -> Path:
+    """The folder that ``load_model`` reads, with its ``config.json``; raises as it does."""
+    source = _default_gguf() if path is None else Path(path)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist; expected a model folder or a .gguf file")
+    folder = source if source.is_dir() else _converted(source)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a model folder: it has no config.json")
+    return folder
 
 
 @contextmanager
@@ -97,8 +103,12 @@ def _converted(gguf: Path) -> Path:
     target = cache_folder() / "models" / f"{gguf.stem}-{digest}"
     if (target / "config.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    except OSError as error:
+        advice = "set DBATTN_CACHE to a folder that can be written"
+        raise OSError(error.errno, f"{error.strerror}: {advice}", str(target.parent)) from error
     try:
         options = {"gguf_file": gguf.name, "local_files_only": True}
         with _reading(gguf):
@@ -108,9 +118,9 @@ def _converted(gguf: Path) -> Path:
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        with _no_progress_bars():
+        with _no_progress_bars(), disk_errors(target):
             model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
         try:
             aside.rename(target)
         except OSError:

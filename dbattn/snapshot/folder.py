@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import disk_errors
+
 MANIFEST = "manifest.json"
 # What a writer may remove when no manifest names it; nothing else in the folder is ever touched.
 DATA_FILE = re.compile(r"(rows|segment|index|tokens)-\d{9,}-\d{9,}-[0-9a-f]{16}\.safetensors")
@@ -65,11 +67,12 @@ def written_aside(folder: Path) -> Iterator[Path]:
     It lies in a folder of its own, for what other libraries write beside it before they give it its name.
     """
     aside = folder / ASIDE
-    aside.mkdir()
-    try:
-        yield aside / "file"
-    finally:
-        shutil.rmtree(aside)
+    with disk_errors(folder):
+        aside.mkdir()
+        try:
+            yield aside / "file"
+        finally:
+            shutil.rmtree(aside)
 
 
 def publish(aside: Path, target: Path) -> None:
