@@ -2,11 +2,10 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import real_rows
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("faiss")
@@ -32,7 +31,6 @@ from benchmarks.arena.three_stages import ThreeStages, four_bits
 from benchmarks.capture import Rows
 from dbattn import AttentionDB, dense_attention
 
-CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 ROWS, KV_HEADS, GROUP, DIM, VALUE_DIM = 700, 2, 3, 16, 24
 ROW_BYTES, HOT = 4 * (DIM + VALUE_DIM), SINKS + WINDOW
 
@@ -61,8 +59,7 @@ def attention_over(query, keys, values, ids):
 
 @pytest.fixture(scope="module")
 def capture():
-    rows = load_file(CAPTURE)
-    return tuple(rows[f"8.{name}"].float() for name in ("query", "key", "value"))
+    return real_rows(8)
 
 
 @pytest.mark.parametrize("entry", OPERATORS.values(), ids=list(OPERATORS))
