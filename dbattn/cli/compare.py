@@ -20,6 +20,7 @@ from ..attention import AttentionDB
 from ..config import RetrievalConfig
 from ..console import table_console
 from ..files import check_output, write_json
+from ..origin import origin
 from ..prompt import answer_tokens
 from ..snapshot.folder import map_tensors
 from ._opened import opened
@@ -41,7 +42,10 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class Figures:
-    """One way to answer. Means over layers, heads and queries; bytes and ms are of one token in all layers together."""
+    """One way to answer. Means over layers, heads and queries; bytes and ms are of one token in all layers together.
+
+    ``spread`` holds the 10th and 90th percentile of error, recall and ms.
+    """
 
     index: str
     k: int | None
@@ -51,6 +55,7 @@ class Figures:
     rows_read: float
     bytes_read: float
     ms: float
+    spread: dict[str, list[float]]
 
 
 def run_compare(
@@ -99,12 +104,21 @@ def run_compare(
     length = next(iter(rows.values())).keys.shape[2]
     table_console().print(_table(results, f"{len(rows)} layers of {length} rows, {queries} queries each"))
     source = str(capture or context)
-    data = {"source": source, "question": question, "rows": length, "layers": list(rows), "queries": queries}
+    measured = origin()
+    data = {
+        **measured,
+        "source": source,
+        "question": question,
+        "rows": length,
+        "layers": list(rows),
+        "queries": queries,
+    }
     write_json(json_path, {**data, "results": [asdict(result) for result in results]})
     if png_path is not None:
         from ._plot import plot_comparison
 
-        plot_comparison([asdict(result) for result in results], f"{source}: {length} rows", png_path)
+        title = f"{source}: {length} rows"
+        plot_comparison([asdict(result) for result in results], title, measured, png_path)
     return results
 
 
@@ -192,7 +206,7 @@ def _measure(config: RetrievalConfig | None, layers: list[LayerRows]) -> Figures
             began = time.perf_counter()
             db.attend(query, scale=rows.scale, softcap=rows.softcap)
             took.append(time.perf_counter() - began)
-        times.append(statistics.median(took))
+        times.append(1000 * torch.tensor(took))
 
     def mean(name: str) -> float:
         return statistics.fmean(float(getattr(report, name)) for report in reports)
@@ -205,8 +219,18 @@ def _measure(config: RetrievalConfig | None, layers: list[LayerRows]) -> Figures
         mean("relative_error"),
         mean("rows_read"),
         mean("bytes_read") * len(layers),
-        1000 * sum(times),
+        sum(float(took.quantile(0.5)) for took in times),
+        {
+            "relative_error": _percentiles(torch.cat([r.relative_error_by_query.flatten().float() for r in reports])),
+            "recall": _percentiles(torch.cat([r.recall_by_query.flatten().float() for r in reports])),
+            "ms": [sum(ends) for ends in zip(*map(_percentiles, times), strict=True)],
+        },
     )
+
+
+def _percentiles(figures: Tensor) -> list[float]:
+    found: list[float] = figures.nanquantile(torch.tensor([0.1, 0.9])).tolist()
+    return found
 
 
 def _table(results: list[Figures], title: str) -> Table:
