@@ -53,14 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         fill_cache(SIZES["524K"], 8)
     # Figures of benchmarks that do not run now stay in the table, from their own latest run.
     earlier = [n for n in NAMES if n not in args.only and (args.out / f"{n}.json").is_file()]
-    results: dict[str, Any] = {
-        name: json.loads((args.out / f"{name}.json").read_text(encoding="utf-8"))["results"] for name in earlier
-    }
+    records = {name: json.loads((args.out / f"{name}.json").read_text(encoding="utf-8")) for name in earlier}
+    results: dict[str, Any] = {name: record["results"] for name, record in records.items()}
     for name in (n for n in NAMES if n in args.only):
         console.rule(name)
         began = time.perf_counter()
         results[name] = benchmarks[name]()
-        write_json(args.out / f"{name}.json", name, {"quick": quick}, results[name])
+        records[name] = write_json(args.out / f"{name}.json", name, {"quick": quick}, results[name])
         console.print(f"{name} took {time.perf_counter() - began:.0f} s")
 
     found = targets(results)
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(args.out / "summary.json", "summary", settings, {"targets": [t.to_dict() for t in found]})
     if "decode" in results:
         decode = results["decode"]
-        plot_summary(decode["sizes"], decode["exponent"]["points"], args.out / "summary.png")
+        plot_summary(decode["sizes"], decode["exponent"]["points"], records["decode"], args.out / "summary.png")
         print(f"plot: {args.out / 'summary.png'}")
 
 

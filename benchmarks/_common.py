@@ -2,13 +2,11 @@
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dbattn import files
+from dbattn.origin import origin
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"4K": 4096, "8K": 8192, "32K": 32768, "131K": 131072, "524K": 524288}
@@ -54,6 +53,11 @@ class Timing:
     def p10(self) -> float:
         """10th percentile: what an undisturbed call takes."""
         return float(torch.tensor(self.times).quantile(0.1))
+
+    @property
+    def p90(self) -> float:
+        """90th percentile: what a disturbed call takes."""
+        return float(torch.tensor(self.times).quantile(0.9))
 
 
 class QuietGuard:
@@ -220,32 +224,9 @@ def show(value: Any) -> str:
     return f"{value:.3g}"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-
 def write_json(path: Path | None, benchmark: str, settings: dict[str, Any], results: Any) -> dict[str, Any]:
-    """The record of a run: benchmark, date, machine, settings, results; written whole where a path is given."""
-    record = {
-        "benchmark": benchmark,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "settings": settings,
-        "results": results,
-    }
+    """The record of a run: benchmark, date, commit, machine, settings, results; written whole where a path is given."""
+    record = {"benchmark": benchmark, **origin(), "settings": settings, "results": results}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, record)

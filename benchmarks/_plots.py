@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.ticker import NullFormatter
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt  # after the backend is chosen, so that no display is needed
+from dbattn.cli._plot import PALETTE, draw, plt, save
 
-COLOURS = {"flat": "tab:gray", "ivf": "tab:orange", "hnsw": "tab:green", "segmented": "tab:blue"}
+COLOURS = dict(zip(("segmented", "ivf", "hnsw", "flat"), PALETTE, strict=False))
 DASHES = {"none": ":", "sample": "--", "centroid": "-"}
 
 
-def plot_frontier(sizes: list[dict[str, Any]], path: Path) -> None:
+def plot_frontier(sizes: list[dict[str, Any]], origin: dict[str, Any], path: Path) -> None:
     """Error and recall against bytes read, one row of panels per size; ``sizes`` as bench_frontier's results."""
     figure, panels = plt.subplots(len(sizes), 2, figsize=(12, 4.2 * len(sizes)), squeeze=False, layout="constrained")
     for size, (left, right) in zip(sizes, panels, strict=True):
@@ -23,11 +21,12 @@ def plot_frontier(sizes: list[dict[str, Any]], path: Path) -> None:
                 "linestyle": DASHES[curve["tail"]],
                 "marker": "o",
                 "markersize": 3,
+                "label": f"{curve['index']}, tail {curve['tail']}",
             }
-            label = f"{curve['index']}, tail {curve['tail']}"
-            read = [point["bytes_read"] / 1e6 for point in curve["points"]]
-            left.plot(read, [point["error"] for point in curve["points"]], label=label, **style)
-            right.plot(read, [point["recall"] for point in curve["points"]], label=label, **style)
+            points = curve["points"]
+            read = [p["bytes_read"] / 1e6 for p in points]
+            draw(left, read, [p["error"] for p in points], [(None, p["error_p95"]) for p in points], style)
+            draw(right, read, [p["recall"] for p in points], [(p["recall_p05"], None) for p in points], style)
         for panel, title in ((left, "mean relative error against dense"), (right, "recall@k of the rows chosen")):
             panel.axvline(size["bytes_dense"] / 1e6, color="black", linewidth=0.8)
             panel.annotate("dense", (size["bytes_dense"] / 1e6, 0.9), xycoords=("data", "axes fraction"), rotation=90)
@@ -36,29 +35,29 @@ def plot_frontier(sizes: list[dict[str, Any]], path: Path) -> None:
         left.set(yscale="log")
         right.set(ylim=(0, 1.03))
         left.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path, origin, "bars: to the 95th percentile of the errors, to the 5th of the recalls")
 
 
-def plot_summary(sizes: list[dict[str, Any]], points: list[dict[str, Any]], path: Path) -> None:
+def plot_summary(sizes: list[dict[str, Any]], points: list[dict[str, Any]], origin: dict[str, Any], path: Path) -> None:
     """Time against T: SDPA, dense_decode and the fastest segmented setting within the error bound, log-log.
 
     ``sizes`` and ``points`` as bench_decode's ``results.sizes`` and ``results.exponent.points``.
     """
-    figure, panel = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8, 5.4), layout="constrained")
     rows = [size["rows"] for size in sizes]
-    for kind, label, colour in (
-        ("sdpa", "torch SDPA", "tab:red"),
-        ("dense_decode", "dense_decode (exact)", "tab:gray"),
+    best = {
+        kind: [min((s for s in size["sides"] if s["kind"] == kind), key=lambda s: s["ms"]) for size in sizes]
+        for kind in ("sdpa", "dense_decode")
+    }
+    for label, colour, marker, found in (
+        ("torch SDPA", PALETTE[1], "s", list(zip(rows, best["sdpa"], strict=True))),
+        ("dense_decode (exact)", PALETTE[2], "^", list(zip(rows, best["dense_decode"], strict=True))),
+        ("segmented, fastest setting within the error", PALETTE[0], "o", [(p["rows"], p) for p in points]),
     ):
-        best = [min(side["ms"] for side in size["sides"] if side["kind"] == kind) for size in sizes]
-        panel.plot(rows, best, "o-", color=colour, label=label)
-    panel.plot(
-        [p["rows"] for p in points],
-        [p["ms"] for p in points],
-        "o-",
-        color="tab:blue",
-        label="segmented, fastest setting within the error",
-    )
+        style = {"color": colour, "marker": marker, "label": label}
+        # Records of earlier versions have no such percentiles.
+        spread = [(side.get("ms_p10"), side.get("ms_p90")) for _, side in found]
+        draw(panel, [n for n, _ in found], [side["ms"] for _, side in found], spread, style)
     for p in points:
         panel.annotate(
             f"error {p['error']:.3f}", (p["rows"], p["ms"]), xytext=(0, -14), textcoords="offset points", ha="center"
@@ -72,10 +71,4 @@ def plot_summary(sizes: list[dict[str, Any]], points: list[dict[str, Any]], path
     panel.margins(0.1)
     panel.grid(True, which="both", alpha=0.25)
     panel.legend()
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, origin, "points: medians; bars: 10th to 90th percentile of the calls")

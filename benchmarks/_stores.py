@@ -22,12 +22,13 @@ SINK_AND_WINDOW = {"n_sink": 4, "window": 64, "dense_below": 0, "audit_rate": 0.
 class Quality:
     """How far answers were from dense: means over audited steps and query heads; bytes are those of one call.
 
-    ``error_p95`` is the 95th percentile over steps and heads.
+    ``error_p95`` is the 95th percentile over steps and heads, ``recall_p05`` the 5th over steps.
     """
 
     error: float
     error_p95: float
     recall: float
+    recall_p05: float
     attention_mass: float
     rows_read: float
     bytes_read: float
@@ -39,7 +40,9 @@ class Quality:
         errors = torch.cat([report.relative_error_by_query.flatten().float() for report in reports])
         names = ("recall", "attention_mass", "rows_read", "bytes_read", "bytes_dense")
         means = {name: statistics.fmean(float(getattr(r, name)) for r in reports) for name in names}
-        return cls(error=float(errors.mean()), error_p95=float(errors.quantile(0.95)), **means)
+        recalls = torch.tensor([float(report.recall) for report in reports])
+        spread = {"error_p95": float(errors.quantile(0.95)), "recall_p05": float(recalls.quantile(0.05))}
+        return cls(error=float(errors.mean()), **spread, **means)
 
     def to_dict(self) -> dict[str, float]:
         """The figures as plain data."""

@@ -9,9 +9,9 @@ of its two forms here: enable_gqa, or a group's query heads passed as query posi
   python -m benchmarks.bench_decode --quick               a minute or two; the figures wobble
   python -m benchmarks.bench_decode --all                 FAISS indexes beyond 131K too: they take long to build
 
-JSON: results.sizes[] = {tokens, rows, layers, bandwidth, sides[]}; a side = {side, kind, k, ms, ms_p10, calls, quiet,
-x_sdpa, x_dense_decode, error, error_p95, recall, attention_mass, bytes_read, bandwidth_share, build_s}; ms in
-milliseconds, bandwidth in bytes/s. results.exponent = {value, points[] = {rows, side, ms, error}}.
+JSON: results.sizes[] = {tokens, rows, layers, bandwidth, sides[]}; a side = {side, kind, k, ms, ms_p10, ms_p90, calls,
+quiet, x_sdpa, x_dense_decode, error, error_p95, recall, attention_mass, bytes_read, bandwidth_share, build_s}; ms in
+milliseconds, bandwidth in bytes/s. results.exponent = {value, points[] = {rows, side, ms, ms_p10, ms_p90, error}}.
 """
 
 import sys
@@ -181,6 +181,7 @@ def _entries(
                 "k": c.k,
                 "ms": 1e3 * seconds,
                 "ms_p10": 1e3 * timing.p10,
+                "ms_p90": 1e3 * timing.p90,
                 "calls": len(timing.times),
                 "quiet": timing.quiet,
                 "x_sdpa": sdpa / seconds,
@@ -209,7 +210,9 @@ def exponent(sizes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for size in sizes:
         best = fastest_within(size)
         if best is not None:
-            points.append({"rows": size["rows"], **{name: best[name] for name in ("side", "ms", "error")}})
+            points.append(
+                {"rows": size["rows"], **{name: best[name] for name in ("side", "ms", "ms_p10", "ms_p90", "error")}}
+            )
     value = fit_exponent([p["rows"] for p in points], [p["ms"] for p in points]) if len(points) > 1 else None
     return {"value": value, "points": points}
 

@@ -10,8 +10,8 @@ or summaries that the index scores to choose them. Nothing is timed here, so oth
   python -m benchmarks.bench_frontier --sizes 8K --quick            three values of k
 
 JSON: results[] = {tokens, rows, bytes_dense, curves[] = {index, tail, points[] = {k, error, error_p95, recall,
-attention_mass, rows_read, bytes_read, bytes_dense}}, storages[] = {storage, row_bytes, bytes_dense, error_dense,
-bytes_read, error}}.
+recall_p05, attention_mass, rows_read, bytes_read, bytes_dense}}, storages[] = {storage, row_bytes, bytes_dense,
+error_dense, bytes_read, error}}.
 """
 
 import statistics
@@ -23,6 +23,7 @@ from typing import Any
 
 from dbattn import dense_attention, relative_error
 from dbattn.config import STORAGES, TAILS
+from dbattn.origin import origin
 
 from ._common import RESULTS, SIZES, parser, print_table, progress, write_json
 from ._plots import plot_frontier
@@ -108,7 +109,7 @@ def run(names: Sequence[str], *, quick: bool = False, plot: Path | None = None) 
         results.append(bench_size(captures, tokens, BUDGETS[::2] if quick else BUDGETS))
         _print(results[-1])
     if plot is not None:
-        plot_frontier(results, plot)
+        plot_frontier(results, origin(), plot)
         print(f"plot: {plot}")
     return results
 

@@ -7,7 +7,8 @@ Up to the model's context (8192 tokens) the rows are one window of prose. Beyond
 put in front of that one: every window starts at position 0, and its first rows, on which a model parks attention it
 has no use for, are kept only once, at the front. The queries always belong to the last window.
 
-  python benchmarks/capture.py --tokens 3840 --queries 16 --kv-heads 1 --out tests/data/smollm2_4k.safetensors
+  python benchmarks/capture.py --tokens 12288 --layers 8 --queries 16 --kv-heads 1 --out rows.safetensors
+                                                               dbattn/data/smollm2_12k.safetensors was made like this
   python benchmarks/capture.py --tokens 524288 --layers 8      fills the cache that the benchmarks read
 """
 

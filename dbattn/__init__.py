@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .metrics import attention_mass, recall_at_k, relative_error
     from .plan import QueryPlan
     from .rows import RowSource
+    from .sample import sample_rows
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "dense_attention",
     "recall_at_k",
     "relative_error",
+    "sample_rows",
 ]
 
 # Imported when first asked for: torch takes seconds to load, and `dbattn --help` needs none of it.
@@ -44,6 +46,7 @@ _HOMES = {
     "dense_attention": "dense",
     "recall_at_k": "metrics",
     "relative_error": "metrics",
+    "sample_rows": "sample",
 }
 
 
@@ -52,3 +55,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 # Both torch and FAISS bring a thread pool; with several pytest workers on few cores, one thread each is fastest.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -6,6 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file
+
+CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 
 settings.register_profile("dbattn", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("dbattn")
@@ -22,6 +26,17 @@ def _rates(monkeypatch):
     from dbattn.machine import BUILT_IN
 
     monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads: BUILT_IN[engine])
+
+
+def real_rows(layer):
+    """query ``[1, 3, 16, 64]``, keys and values ``[1, 1, 3840, 64]`` of layer 8 or 22 of SmolLM2-135M over prose."""
+    import dbattn
+
+    if layer == 8:
+        *rows, query = dbattn.sample_rows()
+        return (query, *(torch.cat([x[:, :, :8], x[:, :, -3832:]], dim=2) for x in rows))
+    data = load_file(CAPTURE)
+    return tuple(data[f"{layer}.{name}"].float() for name in ("query", "key", "value"))
 
 
 @pytest.fixture(scope="session")

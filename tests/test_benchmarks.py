@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dbattn.dense import dense_attention
+from dbattn.origin import origin
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("numba")
@@ -20,10 +21,20 @@ from benchmarks._targets import Target, targets
 from benchmarks.capture import CONTEXT, SINKS, WINDOW, Rows, join_windows, window_lengths
 
 SIDE_KEYS = {
-    "side", "kind", "k", "ms", "ms_p10", "calls", "quiet", "x_sdpa", "x_dense_decode", "error", "error_p95", "recall",
-    "attention_mass", "bytes_read", "bandwidth_share", "build_s",
+    "side", "kind", "k", "ms", "ms_p10", "ms_p90", "calls", "quiet", "x_sdpa", "x_dense_decode", "error", "error_p95",
+    "recall", "attention_mass", "bytes_read", "bandwidth_share", "build_s",
 }  # fmt: skip
-POINT_KEYS = {"k", "error", "error_p95", "recall", "attention_mass", "rows_read", "bytes_read", "bytes_dense"}
+POINT_KEYS = {
+    "k",
+    "error",
+    "error_p95",
+    "recall",
+    "recall_p05",
+    "attention_mass",
+    "rows_read",
+    "bytes_read",
+    "bytes_dense",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -115,11 +126,11 @@ def test_decode_results_have_the_documented_keys_and_agree_with_each_other(monke
     segmented = [s for s in size["sides"] if s["kind"] == "segmented"]
     assert all(0 < s["error"] < 1 and s["error"] < s["error_p95"] for s in segmented)
 
-    made = [
-        {"rows": n, "sides": [{"side": "a", "kind": "segmented", "ms": n / 100, "error": 0.04}]} for n in (100, 900)
-    ]
-    made[1]["sides"].append({"side": "b", "kind": "segmented", "ms": 3.0, "error": 0.05})
-    made[1]["sides"].append({"side": "c", "kind": "segmented", "ms": 0.1, "error": 0.06})
+    def side(name, ms, error):
+        return {"side": name, "kind": "segmented", "ms": ms, "ms_p10": ms, "ms_p90": ms, "error": error}
+
+    made = [{"rows": n, "sides": [side("a", n / 100, 0.04)]} for n in (100, 900)]
+    made[1]["sides"] += [side("b", 3.0, 0.05), side("c", 0.1, 0.06)]
     fit = bench_decode.exponent(made)
     assert [point["side"] for point in fit["points"]] == ["a", "b"]
     assert fit["value"] == pytest.approx(0.5)
@@ -142,7 +153,7 @@ def test_error_falls_along_the_frontier_and_the_plot_is_drawn(tmp_path):
     read = [point["rows_read"] for point in curve["points"]]
     assert read[1] - read[0] == 48
     assert read[2] - read[1] == 192
-    plot_frontier([{"rows": 1344, "bytes_dense": 1e6, "curves": [curve]}], tmp_path / "frontier.png")
+    plot_frontier([{"rows": 1344, "bytes_dense": 1e6, "curves": [curve]}], origin(), tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -229,14 +240,16 @@ def test_verdicts_follow_the_figures():
 
 def test_the_summary_plot_is_drawn(tmp_path):
     sides = [{"kind": "sdpa", "ms": 3.0}, {"kind": "sdpa", "ms": 2.0}, {"kind": "dense_decode", "ms": 1.0}]
-    plot_summary([{"rows": 8000, "sides": sides}], [{"rows": 8000, "ms": 0.1, "error": 0.04}], tmp_path / "summary.png")
+    plot_summary(
+        [{"rows": 8000, "sides": sides}], [{"rows": 8000, "ms": 0.1, "error": 0.04}], origin(), tmp_path / "summary.png"
+    )
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_record_is_written_whole(tmp_path):
     record = write_json(tmp_path / "new" / "out.json", "decode", {"quick": True}, [1, 2])
     assert json.loads((tmp_path / "new" / "out.json").read_text()) == record
-    assert set(record) == {"benchmark", "date", "machine", "settings", "results"}
+    assert set(record) == {"benchmark", "date", "commit", "machine", "settings", "results"}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
 
 

@@ -251,7 +251,7 @@ def test_compare_passes_words_on_to_the_arena(tmp_path):
 
 
 def test_compare_reads_captures_and_plots(tmp_path, capsys):
-    options = ["--index", "segmented,flat", "--k", "256", "--queries", "4", "--layers", "8"]
+    options = ["--index", "segmented,flat", "--k", "256", "--queries", "4", "--layers", "22"]
     plot, data = tmp_path / "c.png", tmp_path / "c.json"
     assert main(["compare", "--capture", str(CAPTURE), *options, "--png", str(plot), "--json", str(data)]) == 0
     dense, segmented, flat = json.loads(data.read_text())["results"]
@@ -305,7 +305,7 @@ def test_compare_reads_captures_and_plots(tmp_path, capsys):
         ("compare {context} What? --capture {tmp}/empty.txt", "or --capture FILE"),
         ("compare --capture {tmp}/none", "none is not a file"),
         ("compare --capture {book}", "is not a safetensors file"),
-        ("compare --capture {capture} --layers 1", "--layers names 1, expected some of 8, 22"),
+        ("compare --capture {capture} --layers 1", "--layers names 1, expected some of 22"),
         ("compare --capture {capture} --queries 17", "--queries is 17, expected at most 16"),
         ("compare --capture {capture} --k 0", "k is 0, expected an integer of at least 1"),
     ],

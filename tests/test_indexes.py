@@ -1,11 +1,10 @@
 """The contract of KeyIndex, for every member, and what is particular to each."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import real_rows
 
 from dbattn import AttentionDB, RetrievalConfig, recall_at_k
 from dbattn.config import INDEX_OPTIONS
@@ -14,7 +13,6 @@ from dbattn.store import KVStore
 from index_kernels import top_k
 
 INDEXES = sorted(INDEX_OPTIONS)
-CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 
 
 def stored(keys):
@@ -96,8 +94,7 @@ def test_fewer_rows_than_asked_give_missing_ids(index):
 @pytest.mark.parametrize("layer", [8, 22])
 def test_recall_on_real_keys(index, layer):
     """Keys and queries of SmolLM2-135M over 3840 tokens of prose, one KV head a layer: recall@100 at the defaults."""
-    data = load_file(CAPTURE)
-    keys, query = data[f"{layer}.key"].float(), data[f"{layer}.query"].float()
+    query, keys, _ = real_rows(layer)
     engine, store = built(index, keys, lo=4)
     stop = min(len(engine), keys.shape[2])
     found = engine.positions(engine.search(query, store, 100, torch.tensor([4]), stop).ids)

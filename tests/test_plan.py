@@ -2,11 +2,10 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import real_rows
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, machine, relative_error
 from dbattn.config import INDEX_OPTIONS
@@ -14,7 +13,6 @@ from dbattn.ladder import AUDITS_TO_LEARN, rungs_of
 from dbattn.machine import BUILT_IN, Rates
 
 INDEXES = sorted(INDEX_OPTIONS)
-CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 
 
 def database(rows=4096, kv_heads=2, dim=32, **options):
@@ -26,8 +24,7 @@ def database(rows=4096, kv_heads=2, dim=32, **options):
 
 def captured(layer, **options):
     """A store of real rows, and 16 decode steps: (keys, values, query) of each."""
-    data = load_file(CAPTURE)
-    keys, values, query = (data[f"{layer}.{name}"].float() for name in ("key", "value", "query"))
+    query, keys, values = real_rows(layer)
     db = AttentionDB(1, 64, config=RetrievalConfig(**{"dense_below": 0, **options}))
     first = keys.shape[2] - 16
     db.insert(keys[:, :, :first], values[:, :, :first])

@@ -2,19 +2,16 @@
 
 import copy
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import real_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
 from dbattn.index.segmented import SEGMENT_ROWS, Reading, budget, segment_bounds
 from index_kernels import merge_states
-
-CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 
 
 def clustered(n, batch=1, kv_heads=2, dim=16, value_dim=16, dtype=torch.float32):
@@ -183,8 +180,7 @@ def test_several_queries_see_only_their_own_past():
 @pytest.mark.parametrize("layer", [8, 22])
 def test_error_on_real_rows_at_the_default_budget(layer):
     """SmolLM2-135M, 3840 tokens of prose, one KV head: output error against dense, hot rows and budget at default."""
-    data = load_file(CAPTURE)
-    keys, values, query = (data[f"{layer}.{name}"].float() for name in ("key", "value", "query"))
+    query, keys, values = real_rows(layer)
     db = database(keys, values, n_sink=4)
     report = db.audit(query[:, :, -1:])
     assert report.relative_error < 0.08

@@ -1,11 +1,10 @@
 """Rows kept as int8, float16 or bfloat16: read as they are, and as exact as the type allows."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import real_rows
 from test_snapshot import forge, sign
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +18,6 @@ from index_kernels import attend_rows, dense_decode, floats, pack_rows, top_k
 from index_kernels.packed import scales
 
 INDEXES = sorted(INDEX_OPTIONS)
-CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 # rows, D, Dv, query heads per KV head; the first are aligned to nothing
 SHAPES = [(7, 13, 5, 3), (300, 16, 8, 2), (301, 64, 64, 3)]
 
@@ -282,8 +280,7 @@ def test_a_scale_that_is_none_is_refused(scale):
 @pytest.mark.parametrize("layer", [8, 22])
 def test_what_a_storage_adds_to_the_error_on_real_rows(storage, mean, layer):
     """The rows were captured as float16, so that type adds nothing here."""
-    rows = load_file(CAPTURE)
-    query, keys, values = (rows[f"{layer}.{name}"].float() for name in ("query", "key", "value"))
+    query, keys, values = real_rows(layer)
     errors = relative_error(dense_attention(query, *kept(keys, values, storage)), dense_attention(query, keys, values))
     print(f"layer {layer}, {storage}: relative error {errors.mean():.5f}, largest {errors.max():.5f}")
     assert errors.mean() < mean
@@ -292,8 +289,7 @@ def test_what_a_storage_adds_to_the_error_on_real_rows(storage, mean, layer):
 
 @pytest.mark.parametrize("layer", [8, 22])
 def test_retrieval_from_packed_rows_errs_like_that_from_floats(layer):
-    rows = load_file(CAPTURE)
-    query, keys, values = (rows[f"{layer}.{name}"].float() for name in ("query", "key", "value"))
+    query, keys, values = real_rows(layer)
     query = query[:, :, -1:]
     exact = dense_attention(query, keys, values)
     errors = {

@@ -8,8 +8,9 @@ arena.json, arena.html and the plots as PNG files. Ctrl-C stops measuring; what 
   python -m benchmarks.arena --quick --operators dbattn Quest    a first look
 
 JSON: results[] = {tokens, rows, layers, bytes_dense, plots[], verdicts[], operators[]}; an operator = {name, family,
-about, paper, needs_training, implementation, points[], times[] = {rows, ms}, exponent}; a point = {budget, share,
-share_if_free, bytes, bytes_if_free, rows, error, error_p95, recall, mass, ms, error_by_layer_and_head[layer][head]}.
+about, paper, needs_training, implementation, points[], times[] = {rows, ms, ms_p10, ms_p90}, exponent}; a point =
+{budget, share, share_if_free, bytes, bytes_if_free, rows, error, error_p95, recall, recall_p05, mass, ms,
+error_by_layer_and_head[layer][head]}.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from dbattn.origin import origin
 
 from .._common import RESULTS, console, fit_exponent, print_table, progress, write_json
 from .._stores import STEPS_FROM, STEPS_TO
@@ -78,17 +81,18 @@ def _measured(entry: Entry, layers: Sequence[Layer], budgets: Sequence[float], s
 def report(results: list[dict[str, Any]], budgets: Sequence[float], out: Path, json: Path | None) -> None:
     """Print the tables, draw the plots, write the page and the figures."""
     shown = SHOWN if SHOWN in budgets else budgets[len(budgets) // 2]
+    measured = origin()
     for result in results:
         print_table(f"{result['rows']:,} rows", columns(budgets, shown), table(result, budgets, shown), width=190)
         for note in result["verdicts"]:
             print(f"  {note}")
         names = [out / f"arena-{result['tokens']}-{what}.png" for what in ("error", "recall", "time", "heads")]
-        plot_against_bytes(result, "error", names[0])
-        plot_against_bytes(result, "recall", names[1])
-        plot_heads(result, shown, names[3])
+        plot_against_bytes(result, "error", measured, names[0])
+        plot_against_bytes(result, "recall", measured, names[1])
+        plot_heads(result, shown, measured, names[3])
         timed = any(operator["times"] for operator in result["operators"])
         if timed:
-            plot_time(result, names[2])
+            plot_time(result, measured, names[2])
         drawn = [name for name in names if timed or name != names[2]]
         result["plots"] = [name.name for name in drawn]
     write_page(out / "arena.html", results, budgets, shown)

@@ -4,43 +4,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-mpl.use("Agg")
-from matplotlib import pyplot as plt  # after the backend is chosen, so that no display is needed
+from dbattn.cli._plot import MARKERS, PALETTE, draw, plt, save
 
 from . import DEFAULT
 
-COLOURS = {
-    "exact": "black",
-    "fixed": "tab:brown",
-    "hashing": "tab:green",
-    "linear": "tab:purple",
-    "selection": "tab:orange",
-    "dbattn": "tab:blue",
-}
-MARKERS = "osD^vP<>Xph*"
+# Lines with a name and a colour; the others of a plot are grey. First those that the field argues about; the rows in
+# 8 bits take the look of dense, which no plot of errors shows.
+LABELLED = 8
+FIRST = (
+    DEFAULT, "RetroInfer", "three stages", "MagicPIG", "Quest", "StreamingLLM", "exact top-k", "dense",
+    "dbattn, int8 rows",
+)  # fmt: skip
+LOOKS = tuple(zip(PALETTE, MARKERS, strict=True))
 # Where errors and times are drawn as if they were no better: float32 noise, and what a log axis needs.
 LEAST_ERROR = 1e-4
 
 
-def plot_against_bytes(result: dict[str, Any], figure: str, path: Path) -> None:
+def plot_against_bytes(result: dict[str, Any], figure: str, origin: dict[str, Any], path: Path) -> None:
     """Error (log) or recall, ``figure`` "error" or "recall", against the share of dense's bytes that was read.
 
     Operators whose choice of rows reads every key are drawn twice: with all they read, and dotted as if it were free.
     """
     canvas, panel = plt.subplots(figsize=(12, 7), layout="constrained")
-    for operator, style in _styled(result["operators"]):
+    drawn = []
+    for operator in result["operators"]:
         points = sorted((p for p in operator["points"] if p[figure] is not None), key=lambda p: p["share"])
-        if not points or (figure == "error" and max(p["error"] for p in points) < LEAST_ERROR):
-            continue
+        if points and (figure != "error" or max(p["error"] for p in points) >= LEAST_ERROR):
+            drawn.append((operator["name"], points))
+    for (_, points), style in zip(drawn, _styles([name for name, _ in drawn]), strict=True):
         heights = [max(p["error"], LEAST_ERROR) if figure == "error" else p[figure] for p in points]
-        panel.plot([p["share"] for p in points], heights, label=operator["name"], **style)
+        if figure == "error":
+            spread = [(None, p["error_p95"]) for p in points]
+        else:
+            spread = [(p["recall_p05"], None) for p in points]
+        _line(panel, [p["share"] for p in points], heights, spread, style)
         if points[0]["share_if_free"] is not None:
-            style = {**style, "linestyle": ":", "markerfacecolor": "none", "alpha": 0.7}
-            panel.plot([p["share_if_free"] for p in points], heights, label=f"{operator['name']}, choice free", **style)
+            free = {**style, "linestyle": ":", "markerfacecolor": "none", "label": None}
+            panel.plot([p["share_if_free"] for p in points], heights, **free)
     panel.axvline(1.0, color="black", linewidth=0.8)
     panel.annotate("dense", (1.0, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right")
     title = {"error": "mean relative error against dense", "recall": "recall@100"}[figure]
@@ -50,31 +53,33 @@ def plot_against_bytes(result: dict[str, Any], figure: str, path: Path) -> None:
         panel.set(yscale="log")
     else:
         panel.set(ylim=(0, 1.03))
-    _finish(canvas, panel, path)
+    end = "95th percentile of the errors" if figure == "error" else "5th percentile of the recalls"
+    spread_note = f"bars: to the {end} over layers, steps and heads; dotted: as if choosing rows read nothing"
+    _finish(canvas, panel, path, origin, spread_note)
 
 
-def plot_time(result: dict[str, Any], path: Path) -> None:
+def plot_time(result: dict[str, Any], origin: dict[str, Any], path: Path) -> None:
     """Milliseconds of a step against rows in the store, always for the bytes of 400 rows per KV head."""
     canvas, panel = plt.subplots(figsize=(12, 7), layout="constrained")
-    sizes: set[int] = set()
-    for operator, style in _styled(result["operators"]):
+    drawn = [operator for operator in result["operators"] if operator["times"]]
+    for operator, style in zip(drawn, _styles([operator["name"] for operator in drawn]), strict=True):
         times = operator["times"]
-        if times:
-            dashes = "-" if operator["implementation"] == "kernel" else "--"
-            label = f"{operator['name']}  T^{operator['exponent']:.2f}"
-            rows = [point["rows"] for point in times]
-            sizes.update(rows)
-            panel.plot(rows, [point["ms"] for point in times], label=label, **{**style, "linestyle": dashes})
+        dashes = "-" if operator["implementation"] == "kernel" else "--"
+        label = style["label"] and f"{operator['name']}  T^{operator['exponent']:.2f}"
+        spread = [(p["ms_p10"], p["ms_p90"]) for p in times]
+        look = {**style, "linestyle": dashes, "label": label}
+        _line(panel, [p["rows"] for p in times], [p["ms"] for p in times], spread, look)
+    sizes = sorted({point["rows"] for operator in drawn for point in operator["times"]})
     panel.set(
         xscale="log", yscale="log", xlabel="rows in the store (T)", ylabel="ms per step of one layer",
         title="Time for the bytes of 400 rows per KV head (dense: all rows); dashed: plain torch around a row kernel",
     )  # fmt: skip
-    panel.set_xticks(sorted(sizes), [f"{n:,}" for n in sorted(sizes)], minor=False)
+    panel.set_xticks(sizes, [f"{n:,}" for n in sizes], minor=False)
     panel.xaxis.set_minor_formatter(NullFormatter())
-    _finish(canvas, panel, path)
+    _finish(canvas, panel, path, origin, "points: medians; bars: 10th to 90th percentile of the calls")
 
 
-def plot_heads(result: dict[str, Any], budget: float, path: Path) -> None:
+def plot_heads(result: dict[str, Any], budget: float, origin: dict[str, Any], path: Path) -> None:
     """Error per layer (down) and query head (across) of every operator that errs, at one budget."""
     shown = [(o, p) for o in result["operators"] for p in o["points"] if p["budget"] == budget]
     shown = [(o, p) for o, p in shown if p["error"] >= LEAST_ERROR]
@@ -95,42 +100,46 @@ def plot_heads(result: dict[str, Any], budget: float, path: Path) -> None:
         panel.tick_params(axis="x", labelsize=7)
     if image is not None:
         canvas.colorbar(image, ax=panels, label="relative error", shrink=0.6)
-    canvas.supxlabel("query head")
     canvas.supylabel("layer")
     canvas.suptitle(_title(result, f"error per layer and head at {budget:.0%} of dense's bytes, or the least possible"))
-    _save(canvas, path)
+    save(canvas, path, origin, "a cell: the mean of its layer and head over the steps", axis="query head")
 
 
-def _styled(operators: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Operators with their line style: colour by family, marker within it, the default of dbattn on top."""
-    seen: dict[str, int] = {}
-    styled = []
-    for operator in operators:
-        family = operator["family"]
-        index = seen[family] = seen.get(family, -1) + 1
-        default = operator["name"] == DEFAULT
-        style = {
-            "color": COLOURS[family],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 7 if default else 4.5,
-            "linewidth": 3 if default else 1.1,
-            "zorder": 5 if default else 2,
-        }
-        styled.append((operator, style))
-    return styled
+def _styles(names: Sequence[str]) -> list[dict[str, Any]]:
+    """A line style for each operator: a colour, marker and label for at most eight, thin and grey for the others.
+
+    An operator of ``FIRST`` looks the same in every plot.
+    """
+    named = sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))[:LABELLED]
+    taken = {name: LOOKS[min(FIRST.index(name), LABELLED - 1)] for name in named if name in FIRST}
+    spare = [look for look in LOOKS if look not in taken.values()]
+    taken |= {name: spare.pop(0) for name in named if name not in FIRST}
+    styles: list[dict[str, Any]] = []
+    for name in names:
+        if name not in taken:
+            styles.append({"color": "#BBBBBB", "marker": ".", "linewidth": 0.8, "zorder": 1, "label": None})
+            continue
+        colour, marker = taken[name]
+        default = name == DEFAULT
+        size, width = (7, 3.0) if default else (5, 1.4)
+        style = {"color": colour, "marker": marker, "markersize": size, "linewidth": width, "label": name}
+        styles.append({**style, "zorder": 5 if default else 3})
+    return styles
+
+
+def _line(panel: Any, x: Sequence[float], y: Sequence[float], spread: Sequence[Any], style: dict[str, Any]) -> None:
+    """A line; with bars where it has a name."""
+    if style["label"] is None:
+        panel.plot(x, y, **style)
+    else:
+        draw(panel, x, y, spread, style)
 
 
 def _title(result: dict[str, Any], what: str) -> str:
     return f"{result['rows']:,} rows, {len(result['layers'])} layers of SmolLM2-135M: {what}"
 
 
-def _finish(canvas: Any, panel: Any, path: Path) -> None:
+def _finish(canvas: Any, panel: Any, path: Path, origin: dict[str, Any], spread: str) -> None:
     panel.grid(True, which="both", alpha=0.2)
     canvas.legend(loc="outside right upper", fontsize=8)
-    _save(canvas, path)
-
-
-def _save(canvas: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=130)
-    plt.close(canvas)
+    save(canvas, path, origin, f"{spread}; grey: the other operators, in the table")

@@ -123,6 +123,7 @@ def _point(budget: float | None, answers: Sequence[dict[str, Any]], layers: int,
         "budget": budget,
         "error": float(errors.mean()),
         "error_p95": float(errors.quantile(0.95)),
+        "recall_p05": _low(answers, "recall"),
         **means,
         "share": (means["bytes"] or 0.0) / dense,
         "share_if_free": None if free is None else free / dense,
@@ -138,8 +139,15 @@ def _mean(answers: Sequence[dict[str, Any]], name: str) -> float | None:
     return statistics.fmean(float(torch.as_tensor(a[name]).float().mean()) for a in answers)
 
 
+def _low(answers: Sequence[dict[str, Any]], name: str) -> float | None:
+    """5th percentile of a figure over answers and query heads; None where an operator has no such figure."""
+    if answers[0][name] is None:
+        return None
+    return float(torch.cat([a[name] for a in answers]).float().quantile(0.05))
+
+
 def time_at_sizes(entry: Entry, rows: Rows, sizes: Sequence[int], calls: int = 9) -> list[dict[str, float]]:
-    """Median milliseconds of a step at each number of rows, always for the bytes of 400 rows per KV head.
+    """Milliseconds of a step (median, p10, p90) at each number of rows, always for the bytes of 400 rows per KV head.
 
     Rows beyond the captured ones are repeated with noise: what a step takes hardly depends on what rows say.
     """
@@ -151,7 +159,9 @@ def time_at_sizes(entry: Entry, rows: Rows, sizes: Sequence[int], calls: int = 9
         budget = min(1.0, TIMED_BUDGET_ROWS / size)
         queries = [rows.query[:, :, i : i + 1].contiguous() for i in range(calls)]
         operator.attend(queries[0], budget)
-        points.append({"rows": size, "ms": statistics.median(timed(operator, q, budget)[1] for q in queries)})
+        times = torch.tensor([timed(operator, query, budget)[1] for query in queries])
+        low, middle, high = times.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+        points.append({"rows": size, "ms": middle, "ms_p10": low, "ms_p90": high})
     return points
 
 

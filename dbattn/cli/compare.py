@@ -21,6 +21,7 @@ from ..audit import figure
 from ..config import RetrievalConfig
 from ..console import long_work, table_console
 from ..files import check_output, write_json
+from ..origin import origin
 from ..prompt import answer_tokens
 from ..report import counted
 from ..snapshot.folder import map_tensors
@@ -46,6 +47,7 @@ class Figures:
     """One way to answer. Means over layers, heads and queries; bytes and ms are of one token in all layers together.
 
     ``dense``: why calls were answered densely, with how often; they are part of the means. ``calls``: how many in all.
+    ``spread`` holds the 10th and 90th percentile of error, recall and ms.
     """
 
     index: str
@@ -56,6 +58,7 @@ class Figures:
     rows_read: float
     bytes_read: float
     ms: float
+    spread: dict[str, list[float]]
     calls: int
     dense: dict[str, int]
 
@@ -110,12 +113,21 @@ def run_compare(
                 f"densely, and count as such: {counted(found.dense)}"
             )
     source = str(capture or context)
-    data = {"source": source, "question": question, "rows": length, "layers": list(rows), "queries": queries}
+    measured = origin()
+    data = {
+        **measured,
+        "source": source,
+        "question": question,
+        "rows": length,
+        "layers": list(rows),
+        "queries": queries,
+    }
     write_json(json_path, {**data, "results": [asdict(result) for result in results]})
     if png_path is not None:
         from ._plot import plot_comparison
 
-        plot_comparison([asdict(result) for result in results], f"{source}: {length} rows", png_path)
+        title = f"{source}: {length} rows"
+        plot_comparison([asdict(result) for result in results], title, measured, png_path)
     return results
 
 
@@ -203,7 +215,7 @@ def _measure(config: RetrievalConfig | None, layers: list[LayerRows], advance: C
             began = time.perf_counter()
             db.attend(query, scale=rows.scale, softcap=rows.softcap)
             took.append(time.perf_counter() - began)
-        times.append(statistics.median(took))
+        times.append(1000 * torch.tensor(took))
         dense.update(db.stats.dense_reasons)
         advance(1)
 
@@ -218,10 +230,20 @@ def _measure(config: RetrievalConfig | None, layers: list[LayerRows], advance: C
         mean("relative_error"),
         mean("rows_read"),
         mean("bytes_read") * len(layers),
-        1000 * sum(times),
+        sum(float(took.quantile(0.5)) for took in times),
+        {
+            "relative_error": _percentiles(torch.cat([r.relative_error_by_query.flatten().float() for r in reports])),
+            "recall": _percentiles(torch.cat([r.recall_by_query.flatten().float() for r in reports])),
+            "ms": [sum(ends) for ends in zip(*map(_percentiles, times), strict=True)],
+        },
         len(reports),
         {} if config is None else dict(dense),
     )
+
+
+def _percentiles(figures: Tensor) -> list[float]:
+    found: list[float] = figures.nanquantile(torch.tensor([0.1, 0.9])).tolist()
+    return found
 
 
 def _table(results: list[Figures], title: str) -> Table:
