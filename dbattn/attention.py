@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from index_kernels import top_k
 from index_kernels.inference import inference_only
+from index_kernels.ops import check_fork
 
 from .audit import AuditReport, RunningStats
-from .config import RetrievalConfig
+from .config import RetrievalConfig, check_integer
 from .dense import merge_sink
 from .index import make_index
 from .plan import QueryPlan
@@ -20,6 +22,7 @@ from .query import Query
 from .rows import RowSource
 from .storage import check_finite
 from .store import KVStore
+from .trace import Weights
 from .usage import Usage
 
 if TYPE_CHECKING:
@@ -28,10 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hits:
-    """The k best rows: ids ``[B, Hq, m, k]`` int64 (-1 = none), scores (scaled logits, float32, -inf = none)."""
+    """The k best rows found.
+
+    Attributes:
+        ids: ``[B, Hq, m, k]`` int64, by falling score, -1 = none.
+        scores: scaled logits, ``[B, Hq, m, k]`` float32, -inf = none.
+        exact: every row that a query sees was scored. False: of the indexed rows only the index's candidates were
+            ("ivf", "hnsw"), and better rows may exist.
+    """
 
     ids: Tensor
     scores: Tensor
+    exact: bool
 
 
 class AttentionDB:
@@ -67,9 +78,11 @@ class AttentionDB:
             start: int64 ``[B]``, first valid row of each batch row (left padding); with the first rows only.
 
         Raises:
-            ValueError: shapes, dtype or device that do not fit the rows stored, or elements that are not finite. The
-                store is unchanged then.
+            ValueError: shapes, dtype or device that do not fit the rows stored, or elements that are not finite, or
+                larger than ``storage.LARGEST`` in size. The store is unchanged then.
+            RuntimeError: a process forked after the kernels' threads had started.
         """
+        check_fork()  # before anything changes: the index may need kernels
         before = len(self.store)
         self.store.append(keys, values)
         try:
@@ -161,7 +174,10 @@ class AttentionDB:
         return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)
 
     def search(self, query: Tensor, k: int, *, scale: float | None = None) -> Hits:
-        """The k rows with the largest logits: the index's candidates and the hot rows, scored exactly.
+        """The k rows with the largest logits, equal ones by rising id.
+
+        "segmented" and "flat" look at every row, in time O(T), whatever ``attend`` would read. "ivf" and "hnsw" look at
+        the sinks, the hot rows and the index's candidates; see ``Hits.exact``.
 
         Args:
             query: ``[B, Hq, m, D]``; query i sees rows up to position ``len(db) - m + i``.
@@ -169,22 +185,22 @@ class AttentionDB:
             scale: factor of the logits, default ``1 / sqrt(D)``.
 
         Raises:
-            ValueError: an empty store, a query that does not fit it, or k < 1.
+            ValueError: an empty store, a query that does not fit it, or k out of range.
         """
         return Hits(*self._search(query, k, scale))
 
     @inference_only
-    def _search(self, query: Tensor, k: int, scale: float | None) -> tuple[Tensor, Tensor]:
+    def _search(self, query: Tensor, k: int, scale: float | None) -> tuple[Tensor, Tensor, bool]:
         asked = self._query(query, scale, None)
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k is {k!r}, expected an integer of at least 1")
+        check_integer("k", k, 1)
         if asked.is_sealed_ahead:
             # Some queries may not see all sealed rows: search the rows in order, and seal them again.
             self.release()
             found = self._search(query, k, scale)
             self.sync()
             return found
-        keys, m, scale = self.store.rows[0], query.shape[2], asked.scale
+        keys, m, scale, wanted = self.store.rows[0], query.shape[2], asked.scale, k
+        k = min(k, len(self))
         hot = min(len(self) - m + 1, len(self.index))
         positions = torch.arange(len(self) - m + 1, len(self) + 1, device=query.device)
         start = (self.store.start - hot).clamp(min=0)
@@ -199,7 +215,11 @@ class AttentionDB:
         by_id = ids.argsort(dim=-1)
         ids, scores = ids.gather(-1, by_id), scores.gather(-1, by_id)
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-        return ids.gather(-1, best), scores.gather(-1, best)
+        ids, scores = (
+            pad(found.gather(-1, best), (0, wanted - best.shape[-1]), value=none)
+            for found, none in ((ids, -1), (scores, float("-inf")))
+        )
+        return ids, scores, hot <= 0 or self.index.searches_all
 
     @inference_only
     def explain(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> QueryPlan:
@@ -242,12 +262,18 @@ class AttentionDB:
     ) -> Tensor:
         """Softmax weights ``[B, Hq, T]`` of the answer to the newest query, by row position. Changes nothing.
 
-        Rows that ``attend`` would not read weigh 0; what is missing to 1 lies on the summaries or samples that answer
-        for them. (With ``max_error``, a head answered densely in the end has the weights of its rows retrieved before.)
+        They sum to 1: rows that were not read have what the summary of their list weighs, shared evenly, and rows of a
+        sample their weight in it. ``row_weights`` tells the two kinds apart.
 
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
+        return self.row_weights(query, scale=scale, softcap=softcap, retrieve=retrieve).total
+
+    def row_weights(
+        self, query: Tensor, *, scale: float | None = None, softcap: float | None = None, retrieve: bool = True
+    ) -> Weights:
+        """``weights``, and how much of them comes from rows that were read."""
         asked = self._query(query, scale, softcap)
         return asked.weights(asked.plan(retrieve=retrieve))
 

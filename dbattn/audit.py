@@ -25,8 +25,9 @@ class AuditReport:
     Means are over batch, query heads and positions; ``*_by_query`` are ``[B, Hq, m]``, NaN for padded queries.
 
     Attributes:
-        recall: share of the true top-k (among the rows the index answers for) that was retrieved.
-        attention_mass: share of the dense softmax weight on the rows that were read.
+        recall: share of the true top-k (among the rows the index answers for) that was retrieved. Rows that answer
+            through a summary were not, even where the list has one row and its summary says what the row does.
+        attention_mass: share of the dense softmax weight on the rows that were read; summaries add nothing to it.
         relative_error: L2 distance of the output from the dense one over the norm of the dense one.
         rows_retrieved: rows the index retrieved, per query head and position.
         rows_read: rows whose key and value were read, likewise; sinks and hot rows included.

@@ -22,6 +22,10 @@ TAILS = {
 # Rows under which a dense scan takes less time than the index does, where no estimate says it better.
 DENSE_BELOW = {"flat": 1024, "ivf": 1024, "hnsw": 1024, "segmented": 2048}
 DEFAULT_K = 128
+# What an integer option may be at most. Counts of rows are compared with a store's and may be any size a machine knows;
+# the others reach arrays or FAISS, where they are 32-bit.
+MOST = 2**63 - 1
+MOST_OF = {"n_sink": 2**31 - 1, "nprobe": 2**31 - 1, "ef_search": 2**31 - 1, "neighbors": 1024}
 STORAGES = ("float32", "float16", "bfloat16", "int8")
 
 
@@ -39,7 +43,8 @@ class RetrievalConfig:
         window: newest rows that every query reads, its own row included.
         dense_below: a store with fewer rows than this is scanned densely. "auto": wherever a dense scan is estimated to
             be faster on this machine. Default: "auto" for "segmented"; an index asked for by name is a wish, and used
-            from 1024 rows on.
+            from 1024 rows on. On a device without rates (CUDA) "auto" scans densely, unless ``index`` or ``k`` is
+            given: then it retrieves from 1024 rows on ("segmented": 2048).
         max_queries: a call with more new positions than this (a prefill chunk) is answered densely.
         max_error: bound on the relative error of the output, 0 to 1. Queries whose estimated error breaks it are
             answered with more rows, in the end densely; audits keep the estimates right. Default: no bound.
@@ -74,10 +79,10 @@ class RetrievalConfig:
             raise ValueError(f"index is {self.index!r}, expected one of auto, {', '.join(INDEX_OPTIONS)}")
         for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("max_queries", 1)):
             if getattr(self, name) is not None or name != "k":
-                _check_integer(name, getattr(self, name), least)
+                check_integer(name, getattr(self, name), least)
         below = self.dense_below
-        if below not in (None, "auto") and (isinstance(below, bool) or not isinstance(below, int) or below < 0):
-            raise ValueError(f"dense_below is {below!r}, expected an integer of at least 0, or 'auto'")
+        if below not in (None, "auto"):
+            check_integer("dense_below", below, 0, ", or 'auto'")
         if self.tail is not None and self.tail not in TAILS[self.index_name]:
             allowed = " or ".join(repr(tail) for tail in TAILS[self.index_name])
             raise ValueError(f"tail is {self.tail!r}, expected {allowed} with index={self.index!r}")
@@ -99,7 +104,7 @@ class RetrievalConfig:
                     continue
                 if owner != self.index:
                     raise ValueError(f"{name}={value!r} is an option of index={owner!r}, but index is {self.index!r}")
-                _check_integer(name, value, 2 if name == "neighbors" else 1)
+                check_integer(name, value, 2 if name == "neighbors" else 1)
 
     @classmethod
     def checked(cls, config: "RetrievalConfig | None") -> "RetrievalConfig":
@@ -139,6 +144,11 @@ class RetrievalConfig:
         return DENSE_BELOW[self.index_name] if by_name else None
 
     @property
+    def wishes_retrieval(self) -> bool:
+        """Whether an index or a budget was asked for by name, and "auto" was not: used where estimates are missing."""
+        return self.dense_below is None and (self.index != "auto" or self.k is not None)
+
+    @property
     def index_options(self) -> dict[str, int]:
         """The options of the chosen index, defaults filled in."""
         defaults = INDEX_OPTIONS[self.index_name]
@@ -155,6 +165,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+def check_integer(name: str, value: Any, least: int, otherwise: str = "") -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least`` and at most MOST_OF[name]."""
+    most = MOST_OF.get(name, MOST)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {least} and at most {most}{otherwise}")

@@ -43,10 +43,11 @@ def dense_attention(
         raise ValueError(f"query {list(query.shape)} needs its own rows: keys are {list(keys.shape)}, expected m <= T")
     if start is not None and (start.shape != query.shape[:1] or start.dtype != torch.int64):
         raise ValueError(f"start is {start.dtype} {list(start.shape)}, expected torch.int64 [{query.shape[0]}]")
-    if query.shape[2] == 1:
+    sdpa = softcap is None and not return_lse
+    if query.shape[2] == 1 and not (sdpa and _prefers_sdpa(query.device) and keys.dtype == values.dtype == query.dtype):
         out, lse = dense_decode(query, keys, values, start=start, scale=scale, softcap=softcap)
         return (out, lse) if return_lse else out.to(query.dtype)
-    if softcap is None and not return_lse:
+    if sdpa:
         return _scan_many(query, keys, values, start, scale)
     out, lse = _scan_with_lse(query, keys, values, start, scale, softcap)
     return (out, lse) if return_lse else out.to(query.dtype)
@@ -87,6 +88,11 @@ def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, T
     return merge_states(torch.stack([out, torch.zeros_like(out)]), torch.stack([lse, sink]))
 
 
+def _prefers_sdpa(device: torch.device) -> bool:
+    """Whether torch's own kernel scans the rows for one position faster than ours there."""
+    return device.type == "cuda"
+
+
 def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scale: float | None) -> Tensor:
     if not keys.dtype == values.dtype == query.dtype:
         # Rows of another type become float32 for one KV head at a time.
@@ -97,8 +103,8 @@ def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None
         ]
         return torch.cat(heads, dim=1).to(query.dtype)
     m, rows = query.shape[2], keys.shape[2]
-    if start is None and m == rows:
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    if start is None and m in (1, rows):  # without a mask torch may take its fast kernels
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=m > 1, scale=scale, enable_gqa=True)
     mask = torch.ones(m, rows, dtype=torch.bool, device=query.device).tril(rows - m)
     if start is not None:
         mask = mask & (torch.arange(rows, device=query.device) >= start[:, None])[:, None, None, :]

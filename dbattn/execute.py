@@ -49,6 +49,10 @@ class Answer:
         plan: the plan; with what each source read where the answer was measured.
         tail: what answered for the rows not read.
         slots: places of the rows that the index retrieved, ``[B, Hq, m, n]``, -1 = none; None if not measured.
+        log_weights: those of a sample's rows, ``[B, Hq, m, n]``; None for no sample.
+        unread: share of the newest query's weight that rows have through summaries, ``[B, Hq, n]`` by place; None if
+            not measured, or where nothing answers by summary.
+        dense_heads: KV heads answered densely after all.
         deviation: ``[B, Hq, m]``, what the error over the output's norm is estimated from; None without max_error.
         tried: the answer before some KV heads were answered densely after all; None without max_error.
         seconds: what the whole call took; None if not measured, or on a device that works asynchronously.
@@ -63,6 +67,9 @@ class Answer:
     plan: QueryPlan
     tail: str
     slots: Tensor | None = None
+    log_weights: Tensor | None = None
+    unread: Tensor | None = None
+    dense_heads: tuple[int, ...] = ()
     deviation: Tensor | None = None
     tried: "Answer | None" = None
     seconds: float | None = None
@@ -124,7 +131,8 @@ def _run_search(plan: QueryPlan, config: RetrievalConfig, call: Call) -> Answer:
         Usage(float(scan_rows.mean()), retrieved, 0.0, ended - scanned),
     )
     mass = torch.exp(lses - lse).nanmean(dim=(1, 2, 3)).tolist()
-    return replace(answer, exact_lse=exact_lse, plan=_measured(plan, usages, mass, ended - began), slots=slots)
+    plan = _measured(plan, usages, mass, ended - began)
+    return replace(answer, exact_lse=exact_lse, plan=plan, slots=slots, log_weights=log_weights)
 
 
 def _unread_weight(call: Call, slots: Tensor, log_weights: Tensor | None, lse: Tensor, eligible: int) -> Tensor:
@@ -196,6 +204,7 @@ def _run_lists(plan: QueryPlan, config: RetrievalConfig, call: Call, index: Segm
         plan=plan,
         tail=config.tail_name,
         slots=found.slots,
+        unread=found.unread,
         deviation=found.deviation,
     )
     if not call.measure:

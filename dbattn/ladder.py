@@ -208,8 +208,17 @@ def finish_climb(climb: Climb, call: Call) -> Answer:
         sources.append(Source("dense scan", f"all {len(store)} rows of KV heads {names}", usage, usage))
         seconds += took
     plan = replace(plan, sources=tuple(sources), seconds=seconds if call.measure else None)
-    answer = replace(answer, rows_read=rows_read, bytes_read=bytes_read, plan=plan, tried=answer)
-    return replace(answer, out=out, lse=lse, exact_lse=exact_lse)
+    return replace(
+        answer,
+        out=out,
+        lse=lse,
+        exact_lse=exact_lse,
+        rows_read=rows_read,
+        bytes_read=bytes_read,
+        plan=plan,
+        tried=answer,
+        dense_heads=climb.dense_heads,
+    )
 
 
 @lru_cache(maxsize=256)

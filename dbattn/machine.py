@@ -1,6 +1,7 @@
 """What reading rows costs on this machine: the rates of each engine, measured once and kept for the planner."""
 
 import json
+import logging
 import math
 import os
 import platform
@@ -48,6 +49,7 @@ class Rates:
         return self.call + self.item * items + self.byte * size + self.operation * operations
 
 
+_log = logging.getLogger("dbattn")
 # Two cores of an AMD EPYC (Zen 5), for when nothing can be measured.
 BUILT_IN = {
     "dense": Rates(1.3e-4, 0.0, 2.7e-11, 1.5e-11),
@@ -83,6 +85,7 @@ def rates(engine: str, threads: int) -> Rates:
         pass  # not measured yet, or damaged: measured again
     if engine != "dense" and rates("dense", threads) is BUILT_IN["dense"]:
         return BUILT_IN[engine]
+    _log.warning("dbattn: measuring how fast this machine reads rows (%s), once: some seconds", engine)
     found = _measure_dense() if engine == "dense" else _measure_index(engine)
     if found.seconds(*TYPICAL[engine]) > DISTURBED * BUILT_IN[engine].seconds(*TYPICAL[engine]):
         return BUILT_IN[engine]
@@ -96,14 +99,19 @@ def rates(engine: str, threads: int) -> Rates:
 
 @torch.no_grad()
 def _measure_dense() -> Rates:
-    """Two scans that differ in their query heads alone, and the bandwidth of memory."""
+    """Two scans that differ in how often they use the rows they read, and the bandwidth of memory."""
     keys, other, byte = _random(HEADS, SMALL), _random(HEADS, SMALL // 2), 1.0 / read_bandwidth()
-    few, many = (
-        _seconds(partial(dense_decode, query, keys, keys), partial(dense_decode, query, other, other))
-        for query in (_random(HEADS, 1), _random(9 * HEADS, 1))
-    )
-    operations = HEADS * SMALL * 2 * DIM
-    operation = max(0.0, many - few) / (8 * operations)
+
+    def scan(batch: int) -> float:
+        # The same rows for each batch row: from memory once, then from the cache. Another group of query heads would
+        # do the same, but each takes seconds to compile.
+        query = _random(GROUP * HEADS, 1).expand(batch, -1, -1, -1)
+        ours, theirs = keys.expand(batch, -1, -1, -1), other.expand(batch, -1, -1, -1)
+        return _seconds(partial(dense_decode, query, ours, ours), partial(dense_decode, query, theirs, theirs))
+
+    few, many = scan(1), scan(3)
+    operations = GROUP * HEADS * SMALL * 2 * DIM
+    operation = max(0.0, many - few) / (2 * operations)
     return Rates(max(0.0, few - operation * operations - byte * 2 * keys.nbytes), 0.0, byte, operation)
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from .config import DENSE_BELOW, RetrievalConfig
-from .machine import Rates, rates
+from .machine import BUILT_IN, Rates, rates
 from .usage import Usage, Workload, index_usage, scan_usage, summary_usage
 
 
@@ -140,6 +140,11 @@ def choose_plan(
     if (config.k or 0 if segmented else config.rows_retrieved) >= eligible:
         return dense(f"k={config.rows_retrieved} covers every row in the index")
 
+    if auto and config.k is None and work.rows < DENSE_BELOW[config.index_name]:
+        return dense(f"fewer rows than {DENSE_BELOW[config.index_name]}")
+    if auto and threads is not None and not estimate and _is_clear(config, work, hot, threads):
+        auto = False
+
     scan_rates = rates_of("dense")
     exact_rows = work.rows - hot + config.n_sink - (work.queries - 1) / 2
     exact = Source(
@@ -163,11 +168,28 @@ def choose_plan(
         seconds_dense = scan_usage(work, work.rows, scan_rates, alone=True).seconds
     if auto:
         if seconds is None or seconds_dense is None:
+            device = "cuda" if backend == "triton" else f"the {backend} kernels"
+            if not config.wishes_retrieval:
+                return dense(
+                    f"no rates for {device}: answered densely; "
+                    "ask for an index by name, k= or dense_below= to retrieve all the same"
+                )
             if work.rows < DENSE_BELOW[config.index_name]:
-                return dense(f"fewer rows than {DENSE_BELOW[config.index_name]} (no rates for this device)")
+                return dense(f"fewer rows than {DENSE_BELOW[config.index_name]} (no rates for {device})")
         elif seconds_dense <= seconds:
             return replace(dense("a dense scan is estimated to be faster"), seconds_dense=seconds_dense)
     return QueryPlan(tuple(sources), f"{work.rows} rows, {asked}", hot, backend, seconds, seconds_dense)
+
+
+def _is_clear(config: RetrievalConfig, work: Workload, hot: int, threads: int) -> bool:
+    """Whether the index is faster by so much on the machine of the built-in rates that none need be measured here.
+
+    By four times there, with two threads; more threads may speed up a scan, but not the choosing of rows.
+    """
+    exact = scan_usage(work, work.rows - hot + config.n_sink, BUILT_IN["dense"]).seconds or 0.0
+    found = index_usage(work, config, config.k, BUILT_IN[config.index_name]).seconds or 0.0
+    dense = scan_usage(work, work.rows, BUILT_IN["dense"], alone=True).seconds or 0.0
+    return dense > 2 * max(2, threads) * (exact + found)
 
 
 def sum_plans(plans: Sequence[QueryPlan]) -> QueryPlan:

@@ -19,9 +19,9 @@ from .index.segmented import budget
 from .ladder import Ladder, finish_climb
 from .metrics import relative_error
 from .plan import QueryPlan, choose_plan
-from .storage import check_finite
+from .storage import check_range
 from .store import KVStore
-from .trace import weights_by_position
+from .trace import Weights
 from .usage import Workload
 
 
@@ -62,7 +62,7 @@ class Query:
             raise ValueError(
                 f"query is {query.dtype} on {query.device}, expected float32, float16 or bfloat16 on {keys.device}"
             )
-        check_finite("query", query)
+        check_range("query", query)
         if scale is None:
             scale = float(query.shape[-1] ** -0.5)
         elif not (math.isfinite(scale) and scale > 0):
@@ -175,19 +175,52 @@ class Query:
         rows, read = self.rows_visible, self.bytes_dense
         return AuditReport(ones, ones, ones - 1.0, 0.0, rows, len(self.store), read, read)
 
-    def weights(self, plan: QueryPlan) -> Tensor:
-        """Softmax weights ``[B, Hq, T]`` of the newest query's answer, by row position."""
-        newest, lse = self.query[:, :, -1:], None
-        slots = torch.arange(len(self.store), device=newest.device).expand(*newest.shape[:3], -1)
+    def weights(self, plan: QueryPlan) -> Weights:
+        """Softmax weights of the newest query's answer, by row position."""
         if plan.is_dense:
-            slots = slots.masked_fill(self.index.positions(slots) < self.store.start[:, None, None, None], -1)
-        else:
-            answer = self.answer(plan, measure=True)
-            assert answer.slots is not None
-            sinks = self.sink_slots(plan.hot)[:, :, -1:]
-            slots = torch.cat([sinks, answer.slots[:, :, -1:], slots[..., plan.hot :]], dim=-1)
-            lse = answer.lse[:, :, -1:]
-        return weights_by_position(newest, self.store, self.index, slots, lse, scale=self.scale, softcap=self.softcap)
+            dense = self._dense_weights()
+            return Weights(dense, torch.zeros_like(dense))
+        answer, newest = self.answer(plan, measure=True), self.query[:, :, -1:]
+        assert answer.slots is not None
+        slots, lse = answer.slots[:, :, -1:], answer.lse[:, :, -1:, None]
+        hot = self._places[..., plan.hot :]
+        hot = hot.masked_fill(hot < self.store.start[:, None, None, None], -1)
+        exact = torch.cat([self.sink_slots(plan.hot)[:, :, -1:], hot], dim=-1)
+        own = [
+            torch.exp(self.store.scores(newest, at, self.scale, self.softcap) - lse).nan_to_num()[:, :, 0]
+            for at in (exact, slots)
+        ]
+        read = self._by_position(torch.cat(own, dim=-1), torch.cat([exact, slots], dim=-1)[:, :, 0])
+        for_unread = torch.zeros_like(read)
+        if answer.unread is not None:
+            for_unread = self._by_position(answer.unread, self._places[:, :, 0, : answer.unread.shape[-1]])
+        elif answer.log_weights is not None:
+            more = own[1] * (torch.exp(answer.log_weights[:, :, -1]) - 1)
+            for_unread = self._by_position(more.nan_to_num(), slots[:, :, 0])
+        if answer.dense_heads:
+            group = newest.shape[1] // self.store.num_kv_heads
+            heads = [head * group + i for head in answer.dense_heads for i in range(group)]
+            read[:, heads], for_unread[:, heads] = self._dense_weights()[:, heads], 0.0
+        return Weights(read, for_unread)
+
+    def _dense_weights(self) -> Tensor:
+        """``[B, Hq, T]``: softmax weights of the newest query over all rows that it sees, by position."""
+        hidden = self.index.positions(self._places) < self.store.start[:, None, None, None]
+        logits = self.store.scores(self.query[:, :, -1:], self._places, self.scale, self.softcap)
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1).nan_to_num()
+        return self._by_position(weights[:, :, 0], self._places[:, :, 0])
+
+    @property
+    def _places(self) -> Tensor:
+        """``[B, Hq, 1, T]``: all places of the store."""
+        places = torch.arange(len(self.store), device=self.query.device)
+        return places.expand(*self.query.shape[:2], 1, -1)
+
+    def _by_position(self, weights: Tensor, places: Tensor) -> Tensor:
+        """``weights [B, Hq, n]`` of ``places [B, Hq, n]`` (each once, -1 = none) as ``[B, Hq, T]`` by position."""
+        at = self.index.positions(places[:, :, None])[:, :, 0].clamp(min=0)
+        weights = weights.masked_fill(places < 0, 0.0)
+        return weights.new_zeros(*weights.shape[:2], len(self.store)).scatter_add_(-1, at, weights)
 
     @property
     def is_sealed_ahead(self) -> bool:
@@ -197,7 +230,7 @@ class Query:
 
     def sink_slots(self, hot: int) -> Tensor:
         """``[B, Hq, m, n_sink]``: the first rows of each batch row, -1 from ``hot`` on."""
-        slots = self.store.start[:, None] + torch.arange(self.config.n_sink, device=self.query.device)
+        slots = self.store.start[:, None] + torch.arange(min(self.config.n_sink, hot), device=self.query.device)
         slots = slots.masked_fill(slots >= hot, -1)
         return slots[:, None, None, :].expand(*self.query.shape[:3], -1)
 

@@ -11,7 +11,7 @@ from index_kernels.ops import check_rows
 from index_kernels.packed import row_dim
 
 from .dense import masked_attention
-from .storage import check_finite
+from .storage import check_range
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RowSource:
         if row_dim(self.values) != value_dim:
             raise ValueError(f"extra values have shape {list(self.values.shape)}, expected dimension {value_dim}")
         for name, rows in (("extra keys", self.keys), ("extra values", self.values)):
-            check_finite(name, rows)
+            check_range(name, rows)
         if self.log_weights is None:
             return
         expected = (*query.shape[:3], self.keys.shape[2])

@@ -8,6 +8,10 @@ from torch import Tensor
 from index_kernels import pack_rows
 from index_kernels.packed import scales
 
+# Elements of rows and queries may be this large: what is computed from them, in the end squares of products summed over
+# all rows, then stays within float32.
+LARGEST = 1e8
+
 
 def stored(name: str, rows: Tensor, storage: str | None) -> Tensor:
     """Float rows ``[B, H, n, D]`` as they are kept under ``storage``; see RetrievalConfig.
@@ -43,3 +47,21 @@ def check_finite(name: str, rows: Tensor) -> None:
     if len(bad):
         at = bad[0].tolist()
         raise ValueError(f"{name} hold {rows[tuple(at)].item()} at {at} ({len(bad)} elements are not finite)")
+
+
+def check_range(name: str, rows: Tensor) -> None:
+    """Raise ValueError naming the first element that is NaN, infinite or larger than ``LARGEST`` in size."""
+    if not rows.numel():
+        return
+    if rows.dtype == torch.int8:
+        check_finite(name, rows)
+        rows = 127 * scales(rows)
+    low, high = rows.aminmax()
+    if low.item() >= -LARGEST and high.item() <= LARGEST:  # neither holds of NaN
+        return
+    check_finite(name, rows)
+    at = (rows.abs() > LARGEST).nonzero()[0].tolist()
+    raise ValueError(
+        f"{name} hold {rows[tuple(at)].item():g} at {at}, expected at most {LARGEST:g} in size: "
+        "products and distances of larger rows leave float32"
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 from index_kernels import floats
 from index_kernels.ops import FLOATS
 
-from .storage import check_finite, stored
+from .storage import check_range, stored
 
 
 class KVStore:
@@ -45,7 +45,8 @@ class KVStore:
         """Add rows after the newest; nothing is written when anything about them is wrong.
 
         Raises:
-            ValueError: shapes, dtype or device that do not fit, or a value that is NaN or infinite, or becomes so.
+            ValueError: shapes, dtype or device that do not fit, or an element that is NaN, infinite (or becomes so) or
+                larger than ``storage.LARGEST`` in size.
         """
         self._check(keys, values)
         self.requires_grad |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
@@ -267,7 +268,7 @@ class KVStore:
             raise ValueError(f"keys are {keys.dtype} on {keys.device}, values are {values.dtype} on {values.device}")
         self._check_device(keys.device)
         for name, rows in (("keys", keys), ("values", values)):
-            check_finite(name, rows)
+            check_range(name, rows)
 
     def _check_device(self, device: torch.device) -> None:
         if self.storage == "int8" and device.type != "cpu":

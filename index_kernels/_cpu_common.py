@@ -9,6 +9,7 @@ editing this one.
 # mypy: ignore-errors
 # (Numba compiles these functions and infers their types itself.)
 
+import logging
 import os
 import warnings
 
@@ -19,12 +20,14 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import config, njit, prange, set_num_threads, types
+from numba.core import event
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import _launch_threads
 from torch import Tensor
 
 from ._cpu_vectors import add_rows, load_scale, score_rows
 from .folders import cache_folder, private_folder
+from .ops import note_fork
 
 
 def _can_cache():
@@ -55,6 +58,30 @@ if not _can_cache():
 _threads = torch.get_num_threads()
 _launch_threads()
 torch.set_num_threads(_threads)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=note_fork)
+
+
+class Notice(event.Listener):
+    """Says once that kernels are being compiled, which takes long; Numba raises no event for one kept on disk."""
+
+    told = False
+
+    def on_start(self, started):
+        kernel = started.data["dispatcher"]
+        if not (kernel.__module__.startswith("index_kernels") and kernel.targetoptions.get("parallel")):
+            return
+        if not Notice.told:
+            Notice.told = True
+            _log.warning("dbattn: compiling CPU kernels for this machine, kept for later: a minute or two in all")
+        _log.info("dbattn: compiling %s", kernel.__name__)
+
+    def on_end(self, ended):
+        pass
+
+
+_log = logging.getLogger("dbattn")
+event.register("numba:compile", Notice())
 
 _threads_set = 0
 
@@ -132,6 +159,19 @@ def row_scale(typingctx, row, D):
         return load_scale(builder, builder.gep(data, [args[1]]))
 
     return types.float32(row, types.int64), gen
+
+
+@intrinsic
+def set_row_scale(typingctx, row, D, scale):
+    """Write the float32 scale behind the D numbers of a packed row, a contiguous int8 array."""
+
+    def gen(context, builder, sig, args):
+        data = context.make_array(sig.args[0])(context, builder, args[0]).data
+        place = builder.bitcast(builder.gep(data, [args[1]]), ir.FloatType().as_pointer())
+        builder.store(args[2], place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(row, types.int64, types.float32), gen
 
 
 @intrinsic

@@ -6,11 +6,18 @@
 import numpy as np
 from numba import njit, prange
 
-from ._cpu_common import FAST, F, row_scale, to_f32
-from .packed import SCALE_BYTES, SMALLEST, STEP
+from ._cpu_common import FAST, F, row_scale, set_row_scale, to_f32
+from .packed import SMALLEST, STEP
 
 FLAT_SUPERS = 128
 _STEP, _SMALLEST = F(STEP), F(SMALLEST)
+
+
+@njit
+def _copy(row, to):
+    """to[:] = row. Numba's own assignment takes seconds more to compile, for the words of an error."""
+    for d in range(row.size):
+        to[d] = row[d]
 
 
 @njit(fastmath=FAST)
@@ -77,7 +84,7 @@ def _lloyd(x, rows, C, iterations, out):
     count = np.zeros(C, np.int64)
     s = np.zeros((C, D), F)
     for c in range(C):
-        cent[c] = x[rows[(2 * c + 1) * n // (2 * C)]]
+        _copy(x[rows[(2 * c + 1) * n // (2 * C)]], cent[c])
     out[:] = -1
     for it in range(iterations + 1):
         for c in range(C):
@@ -115,7 +122,8 @@ def _split(x, rows, parts, iterations, stride):
     end = np.zeros(parts + 1, np.int64)
     for i in range(n):
         end[owner[i] + 1] += 1
-    end = np.cumsum(end)
+    for part in range(parts):
+        end[part + 1] += end[part]
     fill = end.copy()
     grouped = np.empty(n, np.int64)
     for i in range(n):
@@ -188,16 +196,16 @@ def _summary(x, y, lo, hi, key, value):
 
 
 @njit(fastmath=FAST)
-def _pack(numbers, row, scale):
-    """Write numbers [D] as a packed row [D + 4], see packed.py; scale [1] float32 is scratch."""
+def _pack(numbers, row):
+    """Write numbers [D] as a packed row [D + 4], see packed.py."""
     D = numbers.size
     most = F(0.0)
     for d in range(D):
         most = max(most, abs(numbers[d]))
-    scale[0] = max(most * _STEP, _SMALLEST)
+    scale = max(most * _STEP, _SMALLEST)
     for d in range(D):
-        row[d] = np.int8(np.rint(numbers[d] / scale[0]))
-    row[D : D + SCALE_BYTES] = scale.view(np.int8)
+        row[d] = np.int8(np.rint(numbers[d] / scale))
+    set_row_scale(row, D, scale)
 
 
 @njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
@@ -277,8 +285,8 @@ def seal_rows(
         for i in range(n):
             p = perm[s, bh, i]
             ids[b, h, lo + i] = ri[p]
-            keys[b, h, lo + i] = rk[p]
-            values[b, h, lo + i] = rv[p]
+            _copy(rk[p], keys[b, h, lo + i])
+            _copy(rv[p], values[b, h, lo + i])
             unit = row_scale(rk[p], D)
             for d in range(D):
                 x[i, d] = to_f32(rk[p, d]) * unit
@@ -287,7 +295,6 @@ def seal_rows(
                 y[i, d] = to_f32(rv[p, d]) * unit
         key = np.empty(D, F)
         value = np.empty(Dv, F)
-        scale = np.empty(1, F)
         S = shape[b, h, k]
         C = cross[b, h, k]
         S[:] = F(0.0)
@@ -301,8 +308,8 @@ def seal_rows(
             list_begin[b, h, o] = lo + at
             list_size[b, h, o] = end - at
             list_var[b, h, o] = _summary(x, y, at, end, key, value)
-            _pack(key, list_key[b, h, o], scale)
-            _pack(value, list_value[b, h, o], scale)
+            _pack(key, list_key[b, h, o])
+            _pack(value, list_value[b, h, o])
             # residual covariance from every eighth list: one matrix per head needs no more
             if j % 8 == 0:
                 for i in range(at, end):
@@ -324,8 +331,8 @@ def seal_rows(
             super_first[b, h, o] = base + first
             super_size[b, h, o] = end - at
             super_var[b, h, o] = _summary(x, y, at, end, key, value)
-            _pack(key, super_key[b, h, o], scale)
-            _pack(value, super_value[b, h, o], scale)
+            _pack(key, super_key[b, h, o])
+            _pack(value, super_value[b, h, o])
             at = end
             first = last
 
@@ -347,6 +354,6 @@ def unseal_rows(keys, values, ids, start, n_sink, bounds):
             ri = ids[b, h, lo : lo + n].copy()
             for i in range(n):
                 to = np.int64(ri[i])
-                keys[b, h, to] = rk[i]
-                values[b, h, to] = rv[i]
+                _copy(rk[i], keys[b, h, to])
+                _copy(rv[i], values[b, h, to])
                 ids[b, h, to] = to

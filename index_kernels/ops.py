@@ -19,6 +19,8 @@ _SERVED = {"numba": {"attend_rows", "dense_decode"}, "triton": {"attend_rows", "
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What keys and values may be: int8 is packed rows, see packed.py.
 STORED = (*FLOATS, torch.int8)
+# Set in a child that was forked after the CPU kernels had started their threads.
+_forked = False
 
 
 def top_k(
@@ -196,6 +198,7 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     Raises:
         ValueError: an unknown backend, or one asked for on a tensor that it cannot read.
         ImportError: Numba asked for, or a CUDA tensor, without the package; names the extra to install.
+        RuntimeError: Numba in a process where its threads are lost, see ``check_fork``.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
@@ -207,6 +210,7 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
             raise ValueError(f"backend 'numba' needs CPU tensors, got {tensor.device}")
         if not _installed("numba"):
             raise ImportError('the CPU kernels need Numba: pip install "dbattn[cpu]" (or pass backend="reference")')
+        check_fork()
         return "numba"
     if not _installed("triton"):
         raise ImportError('CUDA tensors need Triton: pip install "dbattn[gpu]" (or pass backend="reference")')
@@ -215,6 +219,24 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
             f"backend 'triton' needs CUDA tensors, got {tensor.device} (TRITON_INTERPRET=1 runs it on the CPU)"
         )
     return "triton"
+
+
+def check_fork() -> None:
+    """Raise RuntimeError in a child forked after the CPU kernels had started: OpenMP's threads do not survive a fork.
+
+    The next kernel would hang or end the process.
+    """
+    if _forked:
+        raise RuntimeError(
+            "this process was forked after dbattn's CPU kernels had started their threads, which do not survive a "
+            'fork: start it with multiprocessing\'s "spawn" or "forkserver" method, or fork before the first call'
+        )
+
+
+def note_fork() -> None:
+    """Say, in a forked child, that the CPU kernels' threads were lost."""
+    global _forked
+    _forked = True
 
 
 def _implementation(op: str, tensor: Tensor, backend: str, *rows: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:

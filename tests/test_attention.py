@@ -149,7 +149,7 @@ def test_rows_inserted_under_inference_mode_can_be_added_to_outside_it(index):
 def test_a_refused_insert_leaves_the_index_as_it_was():
     keys, values = rows(1500)
     db, untouched = (database(keys, values, index="ivf", k=32) for _ in range(2))
-    with pytest.raises(ValueError, match="too large to cluster"):
+    with pytest.raises(ValueError, match=r"keys hold 1e\+25 at \[0, 0, 0, 0\], expected at most 1e\+08 in size"):
         db.insert(1e25 * torch.ones(1, 2, 600, 16), torch.ones(1, 2, 600, 16))
     more = rows(600)
     db.insert(*more)
@@ -338,3 +338,27 @@ def test_dense_attention_matches_plain_attention():
     out, lse = dense_attention(query, keys, values, return_lse=True)
     assert out.shape == (2, 6, 130, 9)
     assert lse.shape == (2, 6, 130)
+
+
+def test_one_position_is_scanned_by_sdpa_where_that_is_faster(monkeypatch):
+    from dbattn import dense
+
+    assert dense._prefers_sdpa(torch.device("cuda"))
+    assert not dense._prefers_sdpa(torch.device("cpu"))
+    keys, values = rows(200, batch=2)
+    query, start = torch.randn(2, 4, 1, 16), torch.tensor([0, 70])
+    expected = {first: dense_attention(query, keys, values, start=first) for first in (None, start)}
+    _, lse = dense_attention(query, keys, values, return_lse=True)
+    monkeypatch.setattr(dense, "_prefers_sdpa", lambda device: True)
+    ours = dense.dense_decode
+    monkeypatch.setattr(dense, "dense_decode", None)
+    for first, out in expected.items():
+        torch.testing.assert_close(dense_attention(query, keys, values, start=first), out)
+    # What SDPA cannot give, or would copy the rows for, stays with our kernel.
+    monkeypatch.setattr(dense, "dense_decode", ours)
+    torch.testing.assert_close(dense_attention(query, keys, values, return_lse=True)[1], lse)
+    for other in (
+        dense_attention(query, keys, values, softcap=50.0),
+        dense_attention(query, keys.half(), values.half()),
+    ):
+        assert relative_error(other, expected[None]).max() < 0.05

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
+from dbattn.config import INDEX_OPTIONS
+from dbattn.storage import LARGEST, check_finite
 
 
 def rows(*shape, dtype=torch.float32):
@@ -47,10 +49,40 @@ def test_insert_refuses_and_keeps_the_store(keys, values, message):
 
 
 def test_a_sum_that_overflows_is_not_mistaken_for_infinity():
-    db = AttentionDB(1, 4)
-    big = torch.full((1, 1, 100, 4), 3e38)
-    db.insert(big, big)
-    assert len(db) == 100
+    check_finite("rows", torch.full((1, 1, 100, 4), 3e38))
+
+
+@pytest.mark.parametrize("index", sorted(INDEX_OPTIONS))
+@pytest.mark.parametrize("size", [1e10, 1e19, 1e37])
+def test_rows_too_large_for_products_in_float32_are_refused_and_the_store_is_as_before(index, size):
+    db = AttentionDB(2, 16, config=RetrievalConfig(index=index, dense_below=0, k=16, audit_rate=0.0))
+    keys, values, query = rows(1, 2, 1500, 16), rows(1, 2, 1500, 16), rows(1, 4, 1, 16)
+    db.insert(keys, values)
+    before, indexed = db.attend(query), len(db.index)
+    for name, given in (("keys", (keys * size, values)), ("values", (keys, values * size))):
+        with pytest.raises(ValueError, match=rf"{name} hold .* at \[0, 0, .*\], expected at most 1e\+08 in size"):
+            db.insert(*given)
+        assert (len(db), len(db.index)) == (1500, indexed)
+        assert torch.equal(db.attend(query), before)
+    with pytest.raises(ValueError, match="query hold"):
+        db.attend(query * size)
+
+
+@pytest.mark.parametrize("index", sorted(INDEX_OPTIONS))
+def test_rows_as_large_as_they_may_be_are_answered_like_dense(index):
+    db = AttentionDB(2, 16, config=RetrievalConfig(index=index, dense_below=0, k=16, audit_rate=0.0, tail="none"))
+    keys = LARGEST * torch.nn.functional.normalize(rows(1, 2, 1500, 16), dim=-1)
+    values = LARGEST * rows(1, 2, 1500, 16).clamp(-1, 1)
+    db.insert(keys, values)
+    query = keys[:, :, 700:701].repeat_interleave(2, dim=1)
+    # One row takes all the weight: the one that the query points at.
+    expected = values[:, :, 700:701].repeat_interleave(2, dim=1)
+    answer = db.attend(query)
+    assert answer.isfinite().all()
+    if index != "segmented":  # whose one list of 16 rows is chosen by means and variances
+        torch.testing.assert_close(answer, expected)
+    assert db.search(query, 1).ids.flatten().tolist() == 4 * [700]
+    torch.testing.assert_close(dense_attention(query, keys, values), expected)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +142,42 @@ def test_k_must_be_a_positive_integer(k):
         ({"audit_rate": float("nan")}, "audit_rate is nan"),
         ({"max_queries": 0}, "max_queries is 0"),
         ({"dense_below": -1}, "dense_below is -1"),
+        ({"index": "hnsw", "ef_search": 2**31}, "ef_search is 2147483648, .* at least 1 and at most 2147483647"),
+        ({"index": "ivf", "nprobe": 2**31}, "nprobe is 2147483648, .* at least 1 and at most 2147483647"),
+        ({"index": "hnsw", "neighbors": 2**31}, "neighbors is 2147483648, .* at least 2 and at most 1024"),
+        ({"n_sink": 2**31}, "n_sink is 2147483648, .* at least 0 and at most 2147483647"),
+        ({"k": 2**63}, f"k is {2**63}, .* at most {2**63 - 1}"),
+        ({"window": 2**63}, f"window is {2**63}"),
+        ({"max_queries": 2**63}, f"max_queries is {2**63}"),
+        ({"dense_below": 2**63}, f"dense_below is {2**63}, .* at most {2**63 - 1}, or 'auto'"),
     ],
 )
 def test_config_names_option_value_and_what_is_allowed(options, message):
     with pytest.raises(ValueError, match=message):
         RetrievalConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"index": "hnsw", "ef_search": 2**31 - 1},
+        {"index": "hnsw", "neighbors": 1024},
+        {"index": "ivf", "nprobe": 2**31 - 1},
+        *({"index": index, "k": 2**63 - 1} for index in sorted(INDEX_OPTIONS)),
+        {"n_sink": 2**31 - 1},
+        {"window": 2**63 - 1, "max_queries": 2**63 - 1},
+        {"dense_below": 2**63 - 1},
+    ],
+)
+def test_options_as_large_as_they_may_be_are_served(options):
+    db = AttentionDB(2, 16, config=RetrievalConfig(**{"dense_below": 0, "k": 16, **options}))
+    keys, values, query = rows(1, 2, 1500, 16), rows(1, 2, 1500, 16), rows(1, 4, 1, 16)
+    db.insert(keys, values, start=torch.tensor([3]))
+    assert db.attend(query).isfinite().all()
+    assert db.weights(query).sum().item() == pytest.approx(4.0, abs=1e-4)
+    assert db.search(query, 2000).ids.shape == (1, 4, 1, 2000)
+    with pytest.raises(ValueError, match=f"k is {2**63}"):
+        db.search(query, 2**63)
 
 
 @pytest.mark.parametrize(

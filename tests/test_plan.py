@@ -11,6 +11,8 @@ from dbattn import AttentionDB, RetrievalConfig, dense_attention, machine, relat
 from dbattn.config import INDEX_OPTIONS
 from dbattn.ladder import AUDITS_TO_LEARN, rungs_of
 from dbattn.machine import BUILT_IN, Rates
+from dbattn.plan import choose_plan
+from dbattn.usage import Workload
 
 INDEXES = sorted(INDEX_OPTIONS)
 
@@ -90,8 +92,6 @@ def test_the_estimated_cheaper_plan_is_chosen(monkeypatch):
 
 
 def choose_anew(db, query):
-    from dbattn.plan import choose_plan
-
     choose_plan.cache_clear()
     return db.explain(query)
 
@@ -102,6 +102,61 @@ def test_an_index_asked_for_by_name_is_used_unless_estimates_are_asked_for_too()
     plan = choose_anew(db, query)
     assert plan.is_dense
     assert plan.seconds_dense == plan.seconds_estimated
+
+
+@pytest.mark.parametrize(
+    ("options", "retrieves"),
+    [
+        ({}, False),
+        ({"dense_below": "auto", "index": "flat"}, False),
+        ({"tail": "none"}, False),
+        ({"k": 64}, True),
+        ({"index": "segmented"}, True),
+        ({"index": "flat"}, True),
+        ({"dense_below": 0}, True),
+        ({"dense_below": 2048}, True),
+    ],
+)
+def test_a_device_without_rates_answers_densely_unless_retrieval_is_asked_for(options, retrieves):
+    work = Workload(rows=8192, queries=1, indexed=8064, first_index_row=4)
+    config = RetrievalConfig(**options)
+    plan = choose_plan(config, work, backend="triton", threads=None, retrieve=True, estimate=False)
+    assert plan.is_dense != retrieves
+    if not retrieves:
+        assert plan.reason.startswith("no rates for cuda: answered densely; ask for an index by name, k= or")
+    # Reasons are counted: they do not change as the store grows.
+    grown = work._replace(rows=8193, indexed=8064)
+    later = choose_plan(config, grown, backend="triton", threads=None, retrieve=True, estimate=False)
+    assert (later.reason == plan.reason) != retrieves
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "measures", "dense"),
+    [
+        (1500, {}, False, True),
+        (1500, {"k": 100}, True, None),
+        (8192, {}, True, None),
+        (131072, {}, False, False),
+        (131072, {"index": "flat", "dense_below": "auto"}, True, None),
+    ],
+)
+def test_rates_are_measured_only_where_the_choice_is_open(rows, options, measures, dense, monkeypatch):
+    asked = []
+
+    def rates(engine, threads):
+        asked.append(engine)
+        return BUILT_IN[engine]
+
+    monkeypatch.setattr("dbattn.plan.rates", rates)
+    choose_plan.cache_clear()
+    work = Workload(rows, queries=1, indexed=rows - 128, first_index_row=4, heads=6, kv_heads=2)
+    chosen = {"backend": "numba", "threads": 2, "retrieve": True}
+    plan = choose_plan(RetrievalConfig(**options), work, estimate=False, **chosen)
+    assert bool(asked) == measures
+    assert dense is None or plan.is_dense == dense
+    if not measures and not dense:  # many threads speed up a scan more than an index
+        choose_plan(RetrievalConfig(**options), work, estimate=False, **{**chosen, "threads": 32})
+        assert asked
 
 
 def test_rates_are_measured_once_kept_and_measured_again_when_damaged(monkeypatch, tmp_path):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
-from dbattn.index.segmented import SEGMENT_ROWS, Reading, budget, segment_bounds
-from index_kernels import merge_states
+from dbattn.index.segmented import SEGMENT_ROWS, Reading, SegmentedIndex, budget, segment_bounds
+from index_kernels import merge_states, top_k
 
 
 def clustered(n, batch=1, kv_heads=2, dim=16, value_dim=16, dtype=torch.float32):
@@ -192,6 +192,65 @@ def test_same_inputs_give_the_same_bits():
     query = torch.randn(1, 4, 1, 16)
     answers = [database(keys, values).attend(query) for _ in range(3)]
     assert all(torch.equal(answers[0], other) for other in answers)
+
+
+@pytest.mark.parametrize("place", [50, 3000, 5800])
+def test_a_lone_best_row_is_found_and_has_its_weight_wherever_it_stands(place):
+    """Its list has one row and no variance, so that reading it is worth nothing to the answer: the summary says it."""
+    keys, values = 2 * torch.randn(2, 1, 2, 6000, 16)
+    query = torch.randn(1, 4, 1, 16)
+    keys[0, 0, place] = 100 * query[0, 0, 0] / query[0, 0, 0].norm()
+    db = database(keys, values)
+    hits = db.search(query, 1)
+    assert hits.ids[0, 0, 0, 0] == place
+    assert hits.exact
+    weights = db.row_weights(query)
+    torch.testing.assert_close(weights.total.sum(dim=-1), torch.ones(1, 4), atol=1e-5, rtol=0)
+    assert weights.total[0, 0, place] > 0.99
+    # What was not read is not counted as read: the answer is right, and its audit says where it comes from.
+    report = db.audit(query)
+    assert report.relative_error_by_query[0, 0] < 0.02
+    assert report.attention_mass_by_query[0, 0] == pytest.approx(float(weights.read[0, 0].sum()), abs=0.02)
+
+
+def test_search_looks_at_every_row_in_the_order_of_positions():
+    keys, values = clustered(3000, batch=2)
+    keys[:, :, 2000:2010] = keys[:, :, 1000:1010]
+    query, start = torch.randn(2, 4, 3, 16), torch.tensor([0, 700])
+    hits = database(keys, values, start=start).search(query, 40)
+    exact = top_k(query, keys, 40, start=start, stop=torch.arange(2998, 3001))
+    assert torch.equal(hits.ids, exact[0])
+    torch.testing.assert_close(hits.scores, exact[1])
+
+
+def plain_weights(db, query, keys):
+    """Softmax weights by position, the rows of each unread list or super-list under its summary's even share."""
+    how = Reading(db.config.k, 0.25, None, n_sink=2, tail=True, want_slots=True)
+    answer = db.index.attend(query, db.store, how)
+    logits = (query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0] @ keys.transpose(2, 3)).flatten(1, 2) * 0.25
+    return torch.exp(logits - answer.lse), answer
+
+
+@pytest.mark.parametrize("rows", [3000, 20000])  # one level, and two
+@pytest.mark.parametrize("portable", [False, True])
+def test_weights_give_rows_not_read_their_summarys_weight(rows, portable, monkeypatch):
+    keys, values = clustered(rows)
+    query = torch.randn(1, 4, 1, 16)
+    db = database(keys, values, k=300)
+    if portable:
+        monkeypatch.setattr(SegmentedIndex, "_attend_fused", SegmentedIndex._attend_portable)
+    own, answer = plain_weights(db, query, keys)
+    weights = db.row_weights(query)
+    read, unread = weights.read > 0, weights.for_unread > 0
+    torch.testing.assert_close(weights.read[read], own[read], atol=1e-6, rtol=1e-3)
+    # Each row one way or the other (a weight may round to nothing), and together what each source weighs.
+    assert not (read & unread).any()
+    assert (read | unread).float().mean() > 0.99
+    torch.testing.assert_close(weights.for_unread.sum(-1), torch.exp(answer.lse_by_source[2] - answer.lse)[..., 0])
+    torch.testing.assert_close(weights.total.sum(-1), torch.ones(1, 4), atol=1e-5, rtol=0)
+    # By clusters of rows, a summary's share is near what its rows would have weighed.
+    shares, exact = (x.unflatten(-1, (-1, 40)).sum(-2) for x in (weights.for_unread, own.masked_fill(~unread, 0)))
+    assert torch.cosine_similarity(shares, exact, dim=-1).min() > 0.9
 
 
 def test_missing_numba_names_the_extra(monkeypatch):

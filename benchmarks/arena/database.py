@@ -63,8 +63,8 @@ class Database(Operator):
         return with_config(self._db, k=setting or None)
 
     def _ids(self, db: AttentionDB, query: Tensor) -> Tensor:
-        """Rows that the answer gives weight to, ``[1, Hq, 1, n]``."""
-        return ids_of(db.weights(query)[:, :, None] > 0)
+        """Rows that the answer reads, ``[1, Hq, 1, n]``."""
+        return ids_of(db.row_weights(query).read[:, :, None] > 0)
 
     def _distinct_bytes(self, ids: Tensor) -> int:
         return distinct(ids[0, :, 0].unflatten(0, (len(self.keys), -1)), len(self)) * self.row_bytes

@@ -27,13 +27,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """The passages most read, best first, and where an answer's attention went; the four shares add up to 1.
+    """The passages most read, best first, and where an answer's attention went; text, before and after add up to 1.
 
     Attributes:
-        text: share of the softmax weight, mean over layers, heads and answer tokens, on rows of the passages.
+        text: share of the softmax weight, mean over layers, heads and answer tokens, on rows of the passages, read or
+            not: those of a list not read share the weight of its summary.
         before: on the sinks and the instruction.
         after: on the question and the answer itself.
-        summaries: on rows that were not read, through the summaries that answer for them.
+        summaries: how much of all this lies on rows that were not read, through the summaries that answer for them.
     """
 
     found: tuple[Source, ...]
@@ -58,8 +59,8 @@ class Sources:
             ]
         lines.append(
             f"Attention while answering: {self.text:.0%} on the text, {self.before:.0%} on its first rows (sinks, "
-            f"instruction), {self.after:.0%} on question and answer, {self.summaries:.0%} on summaries of rows not "
-            "read. Passages are ranked by what they have more than for a question about nothing in particular."
+            f"instruction), {self.after:.0%} on question and answer; {self.summaries:.0%} of it through summaries of "
+            "rows not read. Passages are ranked by what they have more than for a question about nothing in particular."
         )
         return lines
 
@@ -86,4 +87,4 @@ def find_sources(opened: Opened, trace: Trace, neutral: Trace) -> Sources:
     found.sort(key=lambda source: -source.excess)
     text, before, after = (float(asked[a:b].sum()) for a, b in ((first, rows), (0, first), (rows, None)))
     top = tuple(source for source in found[:SHOWN] if source.excess > 0)
-    return Sources(top, text, before, after, max(0.0, 1.0 - text - before - after))
+    return Sources(top, text, before, after, float(trace.for_unread[0]) / max(1, trace.total))

@@ -1,9 +1,9 @@
 """Operators: the FLOPs and bytes of one layer's parts, by the formulas of this package, and what a plan reads."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..config import RetrievalConfig
+from ..config import DENSE_BELOW, RetrievalConfig
 from ..index import BLOCK
 from ..index._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, vector_bytes
 from ..index.ivf import MIN_ROWS, _lists_for, _rows_to_train
@@ -76,12 +76,16 @@ def plan_of(
     shape: ModelShape, tokens: int, new: int, batch: int, config: RetrievalConfig | None, threads: int | None
 ) -> QueryPlan:
     """What a layer that sees all rows reads."""
+    retrieve, config = config is not None, config or RetrievalConfig()
+    if threads is None and config.dense_below_rows is None:
+        # No machine is meant: an index is used from where it usually pays.
+        config = replace(config, dense_below=DENSE_BELOW[config.index_name])
     return choose_plan(
-        config or RetrievalConfig(),
-        workload_of(shape, tokens, new, batch, config),
+        config,
+        workload_of(shape, tokens, new, batch, config if retrieve else None),
         backend="numba" if threads else "reference",
         threads=threads,
-        retrieve=config is not None,
+        retrieve=retrieve,
         estimate=threads is not None and new == 1,
     )
 

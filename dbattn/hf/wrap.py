@@ -270,7 +270,8 @@ class Handle:
 
         def add(layer: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
             retrieve = self._session.switches.retrieve
-            trace.add(db.weights(query, scale=scale, softcap=softcap, retrieve=retrieve))
+            weights = db.row_weights(query, scale=scale, softcap=softcap, retrieve=retrieve)
+            trace.add(weights.total, weights.for_unread)
 
         with self.watch(add):
             yield trace

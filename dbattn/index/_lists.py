@@ -229,6 +229,23 @@ class Lists:
         begin, size = (torch.from_numpy(array).long() for array in (self.begin, self.size))
         return list_slots(begin, size, torch.from_numpy(chosen), heads)
 
+    def unread_weights(self, heads: int, rows: int) -> Tensor:
+        """Weights that the latest fused call (tail=True) gave to rows through the summaries of their lists and
+        super-lists, shared evenly by each one's rows: ``[B, Hq, rows]`` by place, up to a factor for each head.
+        """
+        scratch, stats = self.workspace(heads)
+        scored, weight, count, super_weight = scratch[6], scratch[9], scratch[14], scratch[0]
+        found = torch.zeros(*self.count.shape, heads // self.count.shape[1], rows)
+        for b, h in np.ndindex(*self.count.shape):
+            lists, supers = scored[b, h, : count[b, h]], self.super_first[b, h, : self.super_count[b, h]]
+            runs = [(self.begin[b, h, lists], self.size[b, h, lists], weight[b, h])]
+            if stats[b, 3] > 0:
+                runs += [(self.begin[b, h, supers], self.super_size[b, h, : len(supers)], super_weight[b, h])]
+            for begin, size, weights in runs:
+                places = row_places(torch.from_numpy(begin).long(), torch.from_numpy(size).long())
+                found[b, h][:, places] += torch.from_numpy(np.repeat(weights[:, : len(size)] / size, size, axis=1))
+        return found.flatten(1, 2)
+
     def unread(self, scratch: tuple[np.ndarray[Any, Any], ...]) -> tuple[np.ndarray[Any, Any], ...]:
         """What the latest fused call left in its scratch arrays about lists and super-lists, for unread_deviation."""
         return (*(scratch[i] for i in (9, 7, 8, 14, 0)), self.super_size, self.super_variance, self.super_count)
@@ -282,6 +299,26 @@ def _check_counts(
     return np.asarray(used)
 
 
+def row_places(begin: Tensor, size: Tensor) -> Tensor:
+    """Places of the rows of runs ``begin .. begin + size`` (``[n]`` each), one run after the other."""
+    offsets = torch.arange(int(size.sum()), device=begin.device) - (size.cumsum(dim=0) - size).repeat_interleave(size)
+    return begin.repeat_interleave(size) + offsets
+
+
+def summary_weights(begin: Tensor, size: Tensor, chosen: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """Weights ``[B, Hq, rows]`` by place of the rows of lists not chosen (``[B, Hkv, L]``), where each row of a list
+    has ``weights [B, Hq, L]``; 0 elsewhere."""
+    batch, kv_heads, _ = begin.shape
+    grouped = weights.view(batch, kv_heads, -1, weights.shape[2])
+    found = weights.new_zeros(*grouped.shape[:3], rows)
+    for b, h in np.ndindex(batch, kv_heads):
+        which = (~chosen[b, h]).nonzero()[:, 0]
+        counts = size[b, h, which]
+        shares = grouped[b, h][:, which].repeat_interleave(counts, dim=1)
+        found[b, h][:, row_places(begin[b, h, which], counts)] = shares
+    return found.flatten(1, 2)
+
+
 def list_slots(begin: Tensor, size: Tensor, chosen: Tensor, heads: int) -> Tensor:
     """Places of all rows of the chosen lists (``[B, Hkv, L]`` each): ``[B, Hq, n]``, -1 = none."""
     batch, kv_heads, _ = begin.shape
@@ -289,9 +326,6 @@ def list_slots(begin: Tensor, size: Tensor, chosen: Tensor, heads: int) -> Tenso
     for b in range(batch):
         for h in range(kv_heads):
             which = chosen[b, h].nonzero()[:, 0]
-            counts = size[b, h, which]
-            offsets = torch.arange(int(counts.sum()), device=begin.device)
-            offsets -= (counts.cumsum(dim=0) - counts).repeat_interleave(counts)
-            runs.append(begin[b, h, which].repeat_interleave(counts) + offsets)
+            runs.append(row_places(begin[b, h, which], size[b, h, which]))
     padded = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=-1)
     return padded.view(batch, kv_heads, -1).repeat_interleave(heads // kv_heads, dim=1)

@@ -32,6 +32,8 @@ class KeyIndex(ABC):
     name: str
     # Whether rows stand permuted inside the runs that ``bounds`` marks.
     moves_rows = False
+    # Whether ``search`` scores every row that it may find.
+    searches_all = False
 
     @abstractmethod
     def __len__(self) -> int:

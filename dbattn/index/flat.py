@@ -16,6 +16,7 @@ class FlatIndex(KeyIndex):
     """Scores every row with the top_k kernel; holds nothing of its own."""
 
     name = "flat"
+    searches_all = True
 
     def __init__(self) -> None:
         self._length = 0

@@ -109,7 +109,7 @@ class _HnswUnit(Unit):
             if not seen:
                 continue
             options = {} if seen == len(graph.rows) else {"sel": faiss.IDSelectorRange(0, seen)}
-            params = faiss.SearchParametersHNSW(efSearch=max(self.ef_search, k), **options)
+            params = faiss.SearchParametersHNSW(efSearch=max(min(self.ef_search, len(graph.rows)), k), **options)
             distances, local = graph.index.search(flat, k, params=params)
             products = np.where(local >= 0, graph.radius**2 - distances.astype(np.float64), -np.inf)
             found = np.where(local >= 0, graph.rows[np.maximum(local, 0)], -1)

@@ -28,12 +28,14 @@ from index_kernels import (
     merge_states,
     probe_lists,
     summary_logits,
+    top_k,
     unread_deviation,
 )
+from index_kernels.ops import check_fork
 
 from ..dense import exact_ranges
 from ..store import KVStore
-from ._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, list_slots
+from ._lists import ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, list_slots, summary_weights
 from .base import Arrays, Candidates, KeyIndex
 
 ITERATIONS = 6
@@ -95,6 +97,8 @@ class ListAnswer:
         seconds: time of sinks and hot rows, of choosing and reading lists, of the tail.
         deviation: ``[B, Hq, m]``, standard deviation of the unread rows' weight as a share of all (where asked for).
         slots: rows read from lists, ``[B, Hq, m, n]`` places in the store, -1 = none (where asked for).
+        unread: ``[B, Hq, sealed]``, share of the newest query's weight that each sealed row, by place, has through a
+            summary: a list's or super-list's, shared evenly by its rows (where slots were asked for).
     """
 
     out: Tensor
@@ -107,6 +111,7 @@ class ListAnswer:
     seconds: tuple[float, float, float]
     deviation: Tensor | None
     slots: Tensor | None
+    unread: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ class SegmentedIndex(KeyIndex):
 
     name = "segmented"
     moves_rows = True
+    searches_all = True
 
     def __init__(self, window: int) -> None:
         _require_numba()
@@ -154,6 +160,7 @@ class SegmentedIndex(KeyIndex):
             self._unseal(store, lo, keep)
         if keep + 1 == len(target):
             return
+        check_fork()
         rows = store.buffers[0]
         if self._lists is None:
             self._lists = Lists(rows.shape[0], store.num_kv_heads, store.head_dim, store.value_dim)
@@ -201,25 +208,22 @@ class SegmentedIndex(KeyIndex):
             (hot, lists, tail),
             torch.cat([a.deviation for a in answers if a.deviation is not None], dim=2) if how.want_deviation else None,
             slots,
+            answers[-1].unread,
         )
 
     def search(
         self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
     ) -> Candidates:
-        """See KeyIndex; scores the rows of the lists that a budget of 32 k rows a head would read. No lift."""
-        scale = query.shape[-1] ** -0.5
-        read = self.attend(query, store, Reading(32 * k, scale, None, n_sink=0, tail=False, want_slots=True))
-        assert read.slots is not None
-        scores = store.scores(query, read.slots, 1.0)
-        at = self.positions(read.slots)
-        scores = scores.masked_fill((at < lo[:, None, None, None]) | (at >= stop), float("-inf"))
-        if scores.shape[-1] < k:
-            scores = pad(scores, (0, k - scores.shape[-1]), value=float("-inf"))
-        best = scores.topk(k, dim=-1)
-        slots = pad(read.slots, (0, scores.shape[-1] - read.slots.shape[-1]), value=-1)
-        ids = slots.gather(-1, best.indices).masked_fill(best.values == float("-inf"), -1)
-        key_bytes = store.rows[0].element_size() * store.rows[0].shape[3]
-        return Candidates(ids, read.summaries_read * self.summary_bytes + read.slots.numel() * key_bytes)
+        """See KeyIndex; exact: lists answer by summary as well, so those left unread may hold the best row. No lift."""
+        assert self._lists is not None
+        keys = store.rows[0][:, :, : len(self)]
+        places = torch.from_numpy(self._lists.positions[:, :, : len(self)]).to(keys.device).long().argsort(dim=-1)
+        keys = keys.gather(2, places[..., None].expand_as(keys))[:, :, :stop]
+        rows, _ = top_k(query, keys, k, scale=1.0, start=lo)
+        group = query.shape[1] // store.num_kv_heads
+        found = places.repeat_interleave(group, dim=1)[:, :, None].expand(-1, -1, query.shape[2], -1)
+        ids = torch.where(rows >= 0, found.gather(-1, rows.clamp(min=0)), rows)
+        return Candidates(ids, keys.numel() * keys.element_size())
 
     def positions(self, slots: Tensor) -> Tensor:
         """Row positions of places in the store, ``[B, Hq, m, n]``; -1 stays -1."""
@@ -312,7 +316,12 @@ class SegmentedIndex(KeyIndex):
                 deviation.numpy(),
             )  # fmt: skip
             deviation = deviation[..., None]
-        slots = lists.chosen_slots(heads)[:, :, None] if how.want_slots else None
+        slots = unread = None
+        if how.want_slots:
+            slots, unread = lists.chosen_slots(heads)[:, :, None], torch.zeros(batch, heads, len(self))
+            if how.tail:
+                unread = lists.unread_weights(heads, len(self))
+                unread *= torch.exp(by_source[2] - lse).nan_to_num()[..., None] / unread.sum(-1, True).clamp(min=1e-30)
         return ListAnswer(
             out[:, :, None],
             lse[:, :, None],
@@ -324,6 +333,7 @@ class SegmentedIndex(KeyIndex):
             (cycles[0] * share, cycles[1] * share, cycles[2] * share) if sum(cycles) else (0.0, took, 0.0),
             deviation,
             slots,
+            unread,
         )
 
     def _flat_buffers(self, store: KVStore) -> tuple[Any, ...]:
@@ -354,15 +364,21 @@ class SegmentedIndex(KeyIndex):
         )
         outs, lses = torch.cat([exact[0][None], outs]), torch.cat([exact[1][None], lses])
         rows = float((lists.size * chosen).sum()) / chosen.shape[0] / chosen.shape[1]
-        slots = list_slots(lists.begin, lists.size, chosen, query.shape[1])[:, :, None] if how.want_slots else None
         seconds = scanned - began, time.perf_counter() - scanned, 0.0
         out, lse = merge_states(outs, lses)
         deviation = None
         if how.want_deviation:
             deviation = unread_deviation(logits, spread, lists, chosen, lse[..., 0])[..., None]
+        slots = unread = None
+        if how.want_slots:
+            slots = list_slots(lists.begin, lists.size, chosen, query.shape[1])[:, :, None]
+            unread = torch.zeros(*lse.shape[:2], len(self), device=query.device)
+            if how.tail:
+                weights = torch.exp(logits - lse).nan_to_num()
+                unread = summary_weights(lists.begin, lists.size, chosen, weights, len(self))
         scored, taken = chosen.numel(), int(chosen.sum())
-        unread = scored - taken if how.tail else 0
-        return ListAnswer(out, lse, lses, rows, taken, scored, unread, seconds, deviation, slots)
+        summaries = scored - taken if how.tail else 0
+        return ListAnswer(out, lse, lses, rows, taken, scored, summaries, seconds, deviation, slots, unread)
 
     def _shared_segments(self, target: list[int]) -> int:
         """How many leading segments the present and the target bounds share."""
@@ -377,6 +393,7 @@ class SegmentedIndex(KeyIndex):
         """Return the segments after the first ``keep`` to hot rows in the order of their positions."""
         if keep + 1 >= len(self._bounds):
             return
+        check_fork()
         from index_kernels._cpu_seal import unseal_rows
 
         assert self._lists is not None

@@ -12,7 +12,7 @@ from index_kernels.packed import SCALE_BYTES
 
 from ..config import RetrievalConfig
 from ..index import KeyIndex
-from ..storage import check_finite
+from ..storage import check_range
 from ..store import KVStore, MappedRows
 from .folder import MANIFEST, SnapshotError, check_content, map_tensors, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
@@ -135,7 +135,7 @@ class Snapshot:
                 found = "missing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
                 raise SnapshotError(f"{where} is refused: {name} are {found}, expected torch.{layer.dtype} {shape}")
             try:
-                check_finite(name, rows)
+                check_range(name, rows)
             except ValueError as error:
                 raise SnapshotError(f"{where} is refused: {error}") from None
             both.append(rows)
