@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ..config import DENSE_BELOW, RetrievalConfig
+from ..config import RetrievalConfig
 from ..index import BLOCK
 from ..index._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, vector_bytes
 from ..index.ivf import MIN_ROWS, _lists_for, _rows_to_train
@@ -78,8 +78,8 @@ def plan_of(
     """What a layer that sees all rows reads."""
     retrieve, config = config is not None, config or RetrievalConfig()
     if threads is None and config.dense_below_rows is None:
-        # No machine is meant: an index is used from where it usually pays.
-        config = replace(config, dense_below=DENSE_BELOW[config.index_name])
+        # No machine is meant: asked for by name, an index is used from where it usually pays.
+        config = replace(config, index=config.index_name, dense_below=None)
     return choose_plan(
         config,
         workload_of(shape, tokens, new, batch, config if retrieve else None),
