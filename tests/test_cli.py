@@ -229,7 +229,7 @@ def test_where_answers_part_is_the_first_word_and_token_that_differ():
 
 
 def test_compare_says_which_calls_were_answered_densely(tmp_path, capsys):
-    options = ["--index", "flat", "--k", "64,3830", "--queries", "2", "--layers", "8"]
+    options = ["--index", "flat", "--k", "64,3830", "--queries", "2", "--layers", "22"]
     assert main(["compare", "--capture", str(CAPTURE), *options, "--json", str(tmp_path / "c.json")]) == 0
     dense, few, all_rows = json.loads((tmp_path / "c.json").read_text())["results"]
     assert dense["dense"] == few["dense"] == {}
