@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dbattn import dense_attention, relative_error
-from dbattn.config import STORAGES, TAILS
+from dbattn.config import INDEX_TRAITS, STORAGES
 from dbattn.origin import origin
 
 from ._common import RESULTS, SIZES, parser, print_table, progress, write_json
@@ -70,7 +70,7 @@ def storage_point(captures: Sequence[Rows], storage: str) -> dict[str, Any]:
 
 def bench_size(captures: Sequence[Rows], tokens: int, budgets: Sequence[int]) -> dict[str, Any]:
     """All indexes and tails at one size: an entry of the results."""
-    pairs = [(index, tail) for index in ("flat", "ivf", "hnsw", "segmented") for tail in TAILS[index]]
+    pairs = [(index, tail) for index in ("flat", "ivf", "hnsw", "segmented") for tail in INDEX_TRAITS[index].tails]
     curves = []
     with progress(f"{tokens:,} tokens: indexes and tails", len(pairs)) as tick:
         for index, tail in pairs:

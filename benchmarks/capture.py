@@ -32,8 +32,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from dbattn.files import cache_folder, written_whole
-from dbattn.haystack import read_haystack
 from dbattn.hf import load_model
+from dbattn.text.haystack import read_haystack
 
 CONTEXT, WINDOW = 8192, 4096
 SINKS = 8

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import AttentionDB, Hits
-    from .audit import AuditReport
     from .config import RetrievalConfig
     from .dense import dense_attention
     from .metrics import attention_mass, recall_at_k, relative_error
-    from .plan import QueryPlan
-    from .rows import RowSource
-    from .sample import sample_rows
+    from .query.audit import AuditReport
+    from .query.plan import QueryPlan
+    from .store import RowSource, StateSource
+    from .text.sample import sample_rows
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ __all__ = [
     "QueryPlan",
     "RetrievalConfig",
     "RowSource",
+    "StateSource",
     "attention_mass",
     "dense_attention",
     "recall_at_k",
@@ -37,16 +38,17 @@ __all__ = [
 # Imported when first asked for: torch takes seconds to load, and `dbattn --help` needs none of it.
 _HOMES = {
     "AttentionDB": "attention",
-    "AuditReport": "audit",
+    "AuditReport": "query.audit",
     "Hits": "attention",
-    "QueryPlan": "plan",
+    "QueryPlan": "query.plan",
     "RetrievalConfig": "config",
-    "RowSource": "rows",
+    "RowSource": "store",
+    "StateSource": "store",
     "attention_mass": "metrics",
     "dense_attention": "dense",
     "recall_at_k": "metrics",
     "relative_error": "metrics",
-    "sample_rows": "sample",
+    "sample_rows": "text.sample",
 }
 
 

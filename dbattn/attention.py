@@ -1,29 +1,30 @@
 """AttentionDB: the rows of one attention layer as a database that answers attention queries."""
 
 import os
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from index_kernels import top_k
+from index_kernels import resolve_backend
+from index_kernels.fork import check_fork
 from index_kernels.inference import inference_only
-from index_kernels.ops import check_fork
 
-from .audit import AuditReport, RunningStats
 from .config import RetrievalConfig, check_integer
-from .dense import merge_sink
 from .index import make_index
-from .plan import QueryPlan
-from .query import Query
-from .rows import RowSource
-from .storage import check_finite
-from .store import KVStore
-from .trace import Weights
-from .usage import Usage
+from .index.search import search_rows
+from .query.audit import AuditReport, audit_dense
+from .query.audit import audit as compare
+from .query.call import Call
+from .query.choose import choose_plan
+from .query.execute import Answer, run_plan
+from .query.ladder import Ladder, finish_climb
+from .query.plan import QueryPlan
+from .query.stats import RunningStats
+from .query.steps import steps_of_call
+from .query.weights import Weights, dense_weights, weights_of
+from .store import KVStore, RowSource, StateSource
 
 if TYPE_CHECKING:
     from .snapshot import SaveReport, Snapshot, SnapshotWriter
@@ -78,9 +79,8 @@ class AttentionDB:
             start: int64 ``[B]``, first valid row of each batch row (left padding); with the first rows only.
 
         Raises:
-            ValueError: shapes, dtype or device that do not fit the rows stored, or elements that are not finite, or
-                larger than ``storage.LARGEST`` in size. The store is unchanged then.
-            RuntimeError: a process forked after the kernels' threads had started.
+            ValueError: shapes, dtype or device that do not fit the rows stored, or elements that are not finite or
+                larger than ``storage.LARGEST``. The store is unchanged then.
         """
         check_fork()  # before anything changes: the index may need kernels
         before = len(self.store)
@@ -119,7 +119,7 @@ class AttentionDB:
         scale: float | None = None,
         softcap: float | None = None,
         sink_logits: Tensor | None = None,
-        extra: RowSource | None = None,
+        extra: RowSource | StateSource | None = None,
         return_lse: bool = False,
         retrieve: bool = True,
         audit: bool = False,
@@ -131,7 +131,7 @@ class AttentionDB:
             scale: factor of the logits, default ``1 / sqrt(D)``.
             softcap: logits become ``softcap * tanh(logits / softcap)``.
             sink_logits: ``[Hq]``, logit of one more row with value zero per head (a model's attention sink).
-            extra: rows of other origin that every query reads as well.
+            extra: rows of other origin that every query reads as well, or the state of a query over such rows.
             return_lse: also return the log-sum-exp over the rows read, ``[B, Hq, m]`` float32.
             retrieve: False scans all rows.
             audit: compare a retrieving call with dense whatever ``audit_rate`` says; see ``stats.audits``.
@@ -142,36 +142,25 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, or a query that does not fit it; states what was received.
         """
-        asked = self._query(query, scale, softcap)
-        if sink_logits is not None:
-            if sink_logits.shape != (query.shape[1],):
-                raise ValueError(f"sink_logits have shape {list(sink_logits.shape)}, expected [{query.shape[1]}]")
-            check_finite("sink_logits", sink_logits)
-        if extra is not None:
-            extra.check(query, self.store.value_dim)
-        plan, stats = asked.plan(retrieve=retrieve), self.stats
+        call = self._call(query, scale, softcap, extra, sink_logits)
+        plan, stats = self._plan(call, retrieve=retrieve), self.stats
         stats.rows_stored = len(self)
         if plan.is_dense:
-            rows, size = (0.0, 0) if asked.is_prompt else (asked.rows_visible, asked.bytes_dense)
-            stats.add_dense(plan.reason, rows, size, prompt=asked.is_prompt)
-            if sink_logits is None and extra is None and not return_lse:
-                return asked.dense()
-            out, lse = asked.dense_state()
+            call.needs_lse = return_lse or len(plan.steps) > 1
+            answer = run_plan(plan, call)
+            prompt = call.is_prompt
+            stats.add_dense(plan.reason, answer.rows_read, 0 if prompt else answer.bytes_read, prompt=prompt)
         else:
-            audit = audit or stats.audit_is_due(self.config)
-            answer = asked.answer(plan, measure=audit, learn=True)
-            out, lse = answer.out, answer.lse
-            stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, asked.bytes_dense)
+            call.measure = audit = audit or stats.audit_is_due(self.config)
+            answer = self._answer(call, plan, learn=True)
+            stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense)
             if stats.index.get("rows") != len(self.index):
                 stats.index = self.index.describe()
             if audit:
-                stats.add_audit(asked.audit(answer, learn=True), self.config.max_error)
+                stats.add_audit(compare(call, answer, stats.ladder), self.config.max_error)
                 stats.plan = answer.plan
-        if extra is not None:
-            out, lse = extra.merge_into(out, lse, query, scale=asked.scale, softcap=softcap)
-        if sink_logits is not None:
-            out, lse = merge_sink(out, lse, sink_logits)
-        return (out.to(query.dtype), lse) if return_lse else out.to(query.dtype)
+        out = answer.out.to(query.dtype)
+        return (out, answer.state[1]) if return_lse else out
 
     def search(self, query: Tensor, k: int, *, scale: float | None = None) -> Hits:
         """The k rows with the largest logits, equal ones by rising id.
@@ -187,69 +176,67 @@ class AttentionDB:
         Raises:
             ValueError: an empty store, a query that does not fit it, or k out of range.
         """
-        return Hits(*self._search(query, k, scale))
+        ids, scores, exact = self._search(query, k, scale)
+        return Hits(ids, scores, exact)
 
     @inference_only
     def _search(self, query: Tensor, k: int, scale: float | None) -> tuple[Tensor, Tensor, bool]:
-        asked = self._query(query, scale, None)
+        call = self._call(query, scale)
         check_integer("k", k, 1)
-        if asked.is_sealed_ahead:
+        if call.is_sealed_ahead:
             # Some queries may not see all sealed rows: search the rows in order, and seal them again.
             self.release()
             found = self._search(query, k, scale)
             self.sync()
             return found
-        keys, m, scale, wanted = self.store.rows[0], query.shape[2], asked.scale, k
-        k = min(k, len(self))
-        hot = min(len(self) - m + 1, len(self.index))
-        positions = torch.arange(len(self) - m + 1, len(self) + 1, device=query.device)
-        start = (self.store.start - hot).clamp(min=0)
-        newest, _ = top_k(query, keys[:, :, hot:], k, scale=scale, start=start, stop=positions - hot)
-        slots = torch.where(newest >= 0, newest + hot, newest)
-        if hot > 0:
-            indexed = self.index.search(query, self.store, k, self._first_index_row(), hot).ids
-            slots = torch.cat([slots, asked.sink_slots(hot), indexed], dim=-1)
-        # All of them by one piece of code: equal keys must get equal scores for the rule of ties to hold.
-        ids, scores = self.index.positions(slots), self.store.scores(query, slots, scale)
-        # Rising ids first, then a stable sort by score: equal scores stay in the order of their ids.
-        by_id = ids.argsort(dim=-1)
-        ids, scores = ids.gather(-1, by_id), scores.gather(-1, by_id)
-        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-        ids, scores = (
-            pad(found.gather(-1, best), (0, wanted - best.shape[-1]), value=none)
-            for found, none in ((ids, -1), (scores, float("-inf")))
-        )
-        return ids, scores, hot <= 0 or self.index.searches_all
+        return search_rows(call, self.index, k)
 
     @inference_only
-    def explain(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> QueryPlan:
+    def explain(
+        self,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        extra: RowSource | StateSource | None = None,
+    ) -> QueryPlan:
         """Run the query and return its plan with what each source read; prints as a tree, like EXPLAIN ANALYZE.
 
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
-        asked = self._query(query, scale, softcap)
-        plan = asked.plan(estimate=True)
-        if not plan.is_dense:
-            # Once unmeasured: the first call of a process may load and compile kernels.
-            asked.answer(plan, measure=False)
-            return asked.answer(plan, measure=True).plan
-        began = time.perf_counter()
-        asked.dense()
-        took = time.perf_counter() - began
-        actual = Usage(asked.rows_visible, asked.bytes_dense, 0.0, took)
-        return replace(plan, sources=(replace(plan.sources[0], actual=actual, mass=1.0),), seconds=took)
+        call = self._call(query, scale, softcap, extra, sink_logits)
+        plan = self._plan(call, estimate=True)
+        if plan.is_dense:
+            call.measure, call.needs_lse = True, len(plan.steps) > 1
+            return run_plan(plan, call).plan
+        # Once unmeasured: the first call of a process may load and compile kernels.
+        self._answer(call, plan)
+        call.measure = True
+        return self._answer(call, plan).plan
 
     @inference_only
-    def audit(self, query: Tensor, *, scale: float | None = None, softcap: float | None = None) -> AuditReport:
+    def audit(
+        self,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+        extra: RowSource | StateSource | None = None,
+    ) -> AuditReport:
         """Answer the query as ``attend`` would and densely, and compare. Changes nothing.
 
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
-        asked = self._query(query, scale, softcap)
-        plan = asked.plan()
-        return asked.audit_dense() if plan.is_dense else asked.audit(asked.answer(plan, measure=True))
+        call = self._call(query, scale, softcap, extra, sink_logits)
+        plan = self._plan(call)
+        if plan.is_dense:
+            return audit_dense(call)
+        call.measure = True
+        return compare(call, self._answer(call, plan))
 
     @inference_only
     def weights(
@@ -270,12 +257,17 @@ class AttentionDB:
         """
         return self.row_weights(query, scale=scale, softcap=softcap, retrieve=retrieve).total
 
+    @inference_only
     def row_weights(
         self, query: Tensor, *, scale: float | None = None, softcap: float | None = None, retrieve: bool = True
     ) -> Weights:
         """``weights``, and how much of them comes from rows that were read."""
-        asked = self._query(query, scale, softcap)
-        return asked.weights(asked.plan(retrieve=retrieve))
+        call = self._call(query, scale, softcap)
+        plan = self._plan(call, retrieve=retrieve)
+        if plan.is_dense:
+            return dense_weights(call)
+        call.measure = True
+        return weights_of(call, self._answer(call, plan))
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows, as if the others had never come.
@@ -383,8 +375,53 @@ class AttentionDB:
         """Bytes held: the rows' buffers (spare capacity included) and the index."""
         return self.store.nbytes + self.index.nbytes
 
-    def _query(self, query: Tensor, scale: float | None, softcap: float | None) -> Query:
-        return Query.checked(query, self.store, self.index, self.config, self.stats, scale, softcap)
+    def _call(
+        self,
+        query: Tensor,
+        scale: float | None,
+        softcap: float | None = None,
+        extra: RowSource | StateSource | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Call:
+        return Call.checked(
+            query, self.store, self.index, self.config, scale=scale, softcap=softcap, extra=extra,
+            sink_logits=sink_logits,
+        )  # fmt: skip
+
+    def _plan(
+        self, call: Call, *, retrieve: bool = True, estimate: bool = False, config: RetrievalConfig | None = None
+    ) -> QueryPlan:
+        """How a call will be answered under ``config`` (default: our own)."""
+        backend = resolve_backend(call.query)
+        plan = choose_plan(
+            type(self.index),
+            config or self.config,
+            call.workload,
+            backend=backend,
+            threads=torch.get_num_threads() if backend == "numba" else None,
+            retrieve=retrieve,
+            estimate=estimate,
+        )
+        brought = steps_of_call(call)
+        return replace(plan, steps=(*plan.steps, *brought)) if brought else plan
+
+    def _answer(self, call: Call, plan: QueryPlan, *, learn: bool = False) -> Answer:
+        """Run a plan that is not dense; with ``max_error``, climb the ladder, which ``learn`` lets remember it."""
+        config, stats = self.config, self.stats
+        if config.max_error is None:
+            return run_plan(plan, call)
+        ladder = stats.ladder or Ladder(config)
+        climb = ladder.climb(
+            call,
+            lambda at_rung: self._plan(call, config=at_rung),
+            base=self.index.rows_asked(config, len(self.index)),
+            eligible=plan.hot - config.n_sink,
+            learn=learn,
+        )
+        if learn:
+            stats.ladder = ladder
+            stats.rungs[climb.name] += 1
+        return finish_climb(climb, call)
 
     def _by_position(self, rows: Tensor) -> Tensor:
         ordered, sealed = rows.clone(), len(self.index) if self.index.moves_rows else 0

@@ -1,26 +1,35 @@
 """RetrievalConfig: every choice a user can make about retrieval, checked when it is made."""
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-# The options that belong to one index only, with their defaults.
-INDEX_OPTIONS: dict[str, dict[str, int]] = {
-    "flat": {},
-    "ivf": {"nprobe": 128},
-    "hnsw": {"ef_search": 256, "neighbors": 32},
-    "segmented": {},
+
+@dataclass(frozen=True)
+class IndexTraits:
+    """What a config must know of an index before it is built.
+
+    Attributes:
+        home: "module:class" of its KeyIndex.
+        tails: how rows that were not retrieved are answered for; the first is the default.
+        dense_below: rows under which a dense scan takes less time, where no estimate says it better.
+        options: names and defaults of the options of RetrievalConfig that are its own.
+    """
+
+    home: str
+    tails: tuple[str, ...] = ("none", "sample")
+    dense_below: int = 1024
+    options: Mapping[str, int] = field(default_factory=dict)
+
+
+INDEX_TRAITS = {
+    "flat": IndexTraits("dbattn.index.flat:FlatIndex"),
+    "ivf": IndexTraits("dbattn.index.ivf:IvfIndex", options={"nprobe": 128}),
+    "hnsw": IndexTraits("dbattn.index.hnsw:HnswIndex", options={"ef_search": 256, "neighbors": 32}),
+    "segmented": IndexTraits("dbattn.index.segmented:SegmentedIndex", ("centroid", "none"), 2048),
 }
 AUTO_INDEX = "segmented"
-# How rows that were not retrieved are answered for, per index; the first is the default.
-TAILS = {
-    "flat": ("none", "sample"),
-    "ivf": ("none", "sample"),
-    "hnsw": ("none", "sample"),
-    "segmented": ("centroid", "none"),
-}
-# Rows under which a dense scan takes less time than the index does, where no estimate says it better.
-DENSE_BELOW = {"flat": 1024, "ivf": 1024, "hnsw": 1024, "segmented": 2048}
 DEFAULT_K = 128
 # What an integer option may be at most. Counts of rows are compared with a store's and may be any size a machine knows;
 # the others reach arrays or FAISS, where they are 32-bit.
@@ -75,16 +84,16 @@ class RetrievalConfig:
     neighbors: int | None = None
 
     def __post_init__(self) -> None:
-        if self.index != "auto" and self.index not in INDEX_OPTIONS:
-            raise ValueError(f"index is {self.index!r}, expected one of auto, {', '.join(INDEX_OPTIONS)}")
+        if self.index != "auto" and self.index not in INDEX_TRAITS:
+            raise ValueError(f"index is {self.index!r}, expected one of auto, {', '.join(INDEX_TRAITS)}")
         for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("max_queries", 1)):
             if getattr(self, name) is not None or name != "k":
                 check_integer(name, getattr(self, name), least)
         below = self.dense_below
         if below not in (None, "auto"):
             check_integer("dense_below", below, 0, ", or 'auto'")
-        if self.tail is not None and self.tail not in TAILS[self.index_name]:
-            allowed = " or ".join(repr(tail) for tail in TAILS[self.index_name])
+        if self.tail is not None and self.tail not in self.traits.tails:
+            allowed = " or ".join(repr(tail) for tail in self.traits.tails)
             raise ValueError(f"tail is {self.tail!r}, expected {allowed} with index={self.index!r}")
         if self.storage is not None and self.storage not in STORAGES:
             raise ValueError(f"storage is {self.storage!r}, expected one of {', '.join(STORAGES)}, or None")
@@ -93,12 +102,12 @@ class RetrievalConfig:
         bound = self.max_error
         if bound is not None and (not _is_number(bound) or not 0 < bound < 1):
             raise ValueError(f"max_error is {bound!r}, expected a number between 0 and 1, or None")
-        if bound is not None and self.index_name == "segmented" and self.tail_name == "none":
+        if bound is not None and self.tail_name == "none" and "sample" not in self.traits.tails:
             raise ValueError(
                 "max_error needs tail='centroid' with lists: without a tail their errors are not estimated"
             )
-        for owner, options in INDEX_OPTIONS.items():
-            for name in options:
+        for owner, traits in INDEX_TRAITS.items():
+            for name in traits.options:
                 value = getattr(self, name)
                 if value is None:
                     continue
@@ -121,9 +130,14 @@ class RetrievalConfig:
         return AUTO_INDEX if self.index == "auto" else self.index
 
     @property
+    def traits(self) -> IndexTraits:
+        """What is known of the index that will be built."""
+        return INDEX_TRAITS[self.index_name]
+
+    @property
     def tail_name(self) -> str:
         """The tail in force: the index's default filled in."""
-        return self.tail or TAILS[self.index_name][0]
+        return self.tail or self.traits.tails[0]
 
     @property
     def samples(self) -> bool:
@@ -141,7 +155,7 @@ class RetrievalConfig:
         if isinstance(self.dense_below, int):
             return self.dense_below
         by_name = self.dense_below is None and self.index_name != AUTO_INDEX
-        return DENSE_BELOW[self.index_name] if by_name else None
+        return self.traits.dense_below if by_name else None
 
     @property
     def wishes_retrieval(self) -> bool:
@@ -151,9 +165,9 @@ class RetrievalConfig:
     @property
     def index_options(self) -> dict[str, int]:
         """The options of the chosen index, defaults filled in."""
-        defaults = INDEX_OPTIONS[self.index_name]
         return {
-            name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()
+            name: default if getattr(self, name) is None else getattr(self, name)
+            for name, default in self.traits.options.items()
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dbattn.demo import run_demo, summary
+from dbattn.cli.demo import run_demo, summary
 
 
 def main(tokens: int, k: int, needles: int, model: Path | None) -> None:

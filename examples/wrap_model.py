@@ -5,8 +5,8 @@ import argparse
 import torch
 
 import dbattn
-from dbattn.haystack import read_haystack
 from dbattn.hf import load_model, wrap
+from dbattn.text.haystack import read_haystack
 
 
 def main(tokens: int, k: int, model: str | None) -> None:

@@ -1,13 +1,23 @@
 """Kernels of attention as a query: exact top-k, attention over chosen rows, dense decode, the merge of states."""
 
-from .lists import Summaries, attend_lists, probe_lists, summary_logits, unread_deviation
+from .lists import attend_lists, probe_lists, summary_logits, unread_deviation
 from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
 from .packed import floats, pack_rows
+from .seal import seal_rows, unseal_rows
+from .segmented import attend_segmented
+from .summaries import ListArrays, ListReading, ListTable, SegmentArrays, SegmentedAnswer, Summaries, SuperListArrays
 
 __all__ = [
+    "ListArrays",
+    "ListReading",
+    "ListTable",
+    "SegmentArrays",
+    "SegmentedAnswer",
     "Summaries",
+    "SuperListArrays",
     "attend_lists",
     "attend_rows",
+    "attend_segmented",
     "dense_decode",
     "floats",
     "merge_states",
@@ -15,7 +25,9 @@ __all__ = [
     "probe_lists",
     "read_bandwidth",
     "resolve_backend",
+    "seal_rows",
     "summary_logits",
     "top_k",
     "unread_deviation",
+    "unseal_rows",
 ]

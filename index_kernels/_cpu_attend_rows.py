@@ -8,7 +8,8 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ._cpu_common import FAST, NEG, TILE, F, flat_rows, flush, softcapped, use_torchs_threads
+from ._cpu_common import FAST, NEG, TILE, F, flat_rows, flush, softcapped
+from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes, score_rows
 from .packed import row_dim
 

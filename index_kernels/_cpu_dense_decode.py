@@ -19,8 +19,8 @@ from ._cpu_common import (
     numpy_queries,
     scan_range,
     store_state,
-    use_torchs_threads,
 )
+from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes
 from .packed import row_dim
 

@@ -1,173 +1,30 @@
-"""Numba kernels that seal hot rows into segments: two-level k-means, in-place permutation, list statistics."""
+"""Numba kernels that seal hot rows into segments: clustering, in-place permutation, statistics of lists."""
 
 # mypy: ignore-errors
 # (Numba compiles these functions and infers their types itself.)
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import njit, prange
 
-from ._cpu_common import FAST, F, row_scale, set_row_scale, to_f32
+from ._cpu_common import FAST, PRANGE, F, row_scale, set_row_scale, to_f32
+from ._cpu_kmeans import cluster, copy_row
 from .packed import SMALLEST, STEP
+from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
-FLAT_SUPERS = 128
 _STEP, _SMALLEST = F(STEP), F(SMALLEST)
+CLUSTER, WRITE = 0, 1
 
 
-@njit
-def _copy(row, to):
-    """to[:] = row. Numba's own assignment takes seconds more to compile, for the words of an error."""
-    for d in range(row.size):
-        to[d] = row[d]
+class Clusters(NamedTuple):
+    """What clustering found, per segment and (batch row, KV head): the order of rows, and where lists end in it."""
 
-
-@njit(fastmath=FAST)
-def _assign(x, rows, cent, half, out):
-    """Nearest centroid (argmax x.c - |c|^2 / 2) of the rows x[rows]; returns how many changed."""
-    C, D = cent.shape
-    changed = 0
-    for i in range(rows.size):
-        r = rows[i]
-        best = F(-3.4e38)
-        arg = 0
-        c = 0
-        # four dot products at a time share the row's registers
-        while c + 4 <= C:
-            a0 = F(0.0)
-            a1 = F(0.0)
-            a2 = F(0.0)
-            a3 = F(0.0)
-            for d in range(D):
-                v = x[r, d]
-                a0 += v * cent[c, d]
-                a1 += v * cent[c + 1, d]
-                a2 += v * cent[c + 2, d]
-                a3 += v * cent[c + 3, d]
-            a0 -= half[c]
-            a1 -= half[c + 1]
-            a2 -= half[c + 2]
-            a3 -= half[c + 3]
-            if a0 > best:
-                best = a0
-                arg = c
-            if a1 > best:
-                best = a1
-                arg = c + 1
-            if a2 > best:
-                best = a2
-                arg = c + 2
-            if a3 > best:
-                best = a3
-                arg = c + 3
-            c += 4
-        while c < C:
-            a0 = F(0.0)
-            for d in range(D):
-                a0 += x[r, d] * cent[c, d]
-            a0 -= half[c]
-            if a0 > best:
-                best = a0
-                arg = c
-            c += 1
-        if out[i] != arg:
-            changed += 1
-        out[i] = arg
-    return changed
-
-
-@njit(fastmath=FAST)
-def _lloyd(x, rows, C, iterations, out):
-    """Lloyd's k-means of the rows x[rows] into C lists; uniform-stride start; an emptied list keeps its centroid."""
-    n = rows.size
-    D = x.shape[1]
-    cent = np.empty((C, D), F)
-    half = np.empty(C, F)
-    count = np.zeros(C, np.int64)
-    s = np.zeros((C, D), F)
-    for c in range(C):
-        _copy(x[rows[(2 * c + 1) * n // (2 * C)]], cent[c])
-    out[:] = -1
-    for it in range(iterations + 1):
-        for c in range(C):
-            a = F(0.0)
-            for d in range(D):
-                a += cent[c, d] * cent[c, d]
-            half[c] = F(0.5) * a
-        changed = _assign(x, rows, cent, half, out)
-        if it == iterations or changed == 0:
-            break
-        count[:] = 0
-        s[:] = F(0.0)
-        for i in range(n):
-            c = out[i]
-            count[c] += 1
-            for d in range(D):
-                s[c, d] += x[rows[i], d]
-        for c in range(C):
-            if count[c] > 0:
-                inv = F(1.0) / F(count[c])
-                for d in range(D):
-                    cent[c, d] = s[c, d] * inv
-    return cent, half
-
-
-@njit(fastmath=FAST)
-def _split(x, rows, parts, iterations, stride):
-    """Split rows into at most `parts` clusters (k-means on every stride-th row): rows grouped, offsets [parts + 1]."""
-    n = rows.size
-    owner = np.zeros(n, np.int64)
-    if parts > 1:
-        train = rows[::stride].copy()
-        cent, half = _lloyd(x, train, parts, iterations, np.empty(train.size, np.int64))
-        _assign(x, rows, cent, half, owner)
-    end = np.zeros(parts + 1, np.int64)
-    for i in range(n):
-        end[owner[i] + 1] += 1
-    for part in range(parts):
-        end[part + 1] += end[part]
-    fill = end.copy()
-    grouped = np.empty(n, np.int64)
-    for i in range(n):
-        grouped[fill[owner[i]]] = rows[i]
-        fill[owner[i]] += 1
-    return grouped, end
-
-
-@njit(fastmath=FAST)
-def _cluster(x, rows_per_super, rows_per_list, iterations, stride, perm, list_end, super_end):
-    """k-means of x [n, D] level by level: groups of 32 super-lists, super-lists, lists.
-
-    The levels above the lists are trained on a sample. Writes perm [n] (row order that makes lists contiguous,
-    ascending inside a list), list_end (row offsets), super_end (list offsets); returns (lists, supers).
-    """
-    n = x.shape[0]
-    lists = 0
-    supers = 0
-    at = 0
-    # a flat split into S super-lists costs S dot products per row; by way of groups about 32 + S / groups
-    S = n / rows_per_super
-    groups = 1 if S <= FLAT_SUPERS else round(S / 32)
-    by_group, group_end = _split(x, np.arange(n), groups, iterations, stride * max(1, groups // 8))
-    for p in range(groups):
-        rows = by_group[group_end[p] : group_end[p + 1]]
-        if rows.size == 0:
-            continue
-        count = max(1, (rows.size + rows_per_super // 2) // rows_per_super)
-        by_super, end = _split(x, rows, count, iterations, stride)
-        for u in range(count):
-            rows_u = by_super[end[u] : end[u + 1]]
-            if rows_u.size == 0:
-                continue
-            by_list, e = _split(x, rows_u, max(1, (rows_u.size + rows_per_list // 2) // rows_per_list), iterations, 1)
-            for c in range(e.size - 1):
-                if e[c + 1] > e[c]:
-                    list_end[lists] = at + e[c + 1]
-                    lists += 1
-            for i in range(rows_u.size):
-                perm[at + i] = by_list[i]
-            at += rows_u.size
-            super_end[supers] = lists
-            supers += 1
-    return lists, supers
+    order: Any
+    list_end: Any
+    super_end: Any
+    lists: Any
+    supers: Any
 
 
 @njit(fastmath=FAST)
@@ -175,8 +32,10 @@ def _summary(x, y, lo, hi, key, value):
     """Mean key, mean value of rows lo..hi of x, y; returns the keys' summed variance."""
     D = x.shape[1]
     Dv = y.shape[1]
-    key[:] = F(0.0)
-    value[:] = F(0.0)
+    for d in range(D):
+        key[d] = F(0.0)
+    for d in range(Dv):
+        value[d] = F(0.0)
     for i in range(lo, hi):
         for d in range(D):
             key[d] += x[i, d]
@@ -208,152 +67,211 @@ def _pack(numbers, row):
     set_row_scale(row, D, scale)
 
 
-@njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
-def seal_rows(
-    keys, values, ids, start, n_sink, bounds, rows_per_super, rows_per_list, iterations, stride, list_begin,
-    list_size, list_var, list_key, list_value, n_lists, super_first, super_size, super_var, super_key, super_value,
-    n_supers, seg_lists, seg_supers, shape, cross, trace, first_segment,
-):  # fmt: skip
-    """Seal the rows bounds[s]..bounds[s + 1] into segment first_segment + s, for every batch row and KV head.
+@njit(fastmath=FAST)
+def _centred(keys, lo, n, D):
+    """Keys lo..lo + n of one KV head as floats around their mean.
 
-    Rows must be in position order; packed ones move with their scales. Permutes keys, values, ids [B, Hkv, cap] in
-    place and appends to the list and super-list arrays, whose vectors are packed; seg_lists, seg_supers
-    [B, Hkv, segments + 1] mark where each segment's begin and end; shape [B, Hkv, segments, D, D], cross [.., D, Dv],
-    trace [..] are sums over residuals (key - centroid). The order of the list arrays: segment by segment, so dropping
-    the newest segments is lowering a count.
+    Softmax ignores a shift of all keys; around the segment's mean fewer bits are lost.
     """
-    B, H = keys.shape[:2]
-    D, Dv = cross.shape[3:]
+    x = np.empty((n, D), F)
+    mean = np.zeros(D, F)
+    for i in range(n):
+        unit = row_scale(keys[lo + i], D)
+        for d in range(D):
+            v = to_f32(keys[lo + i, d]) * unit
+            x[i, d] = v
+            mean[d] += v
+    for d in range(D):
+        mean[d] /= F(n)
+    for i in range(n):
+        for d in range(D):
+            x[i, d] -= mean[d]
+    return x
+
+
+@njit(fastmath=FAST)
+def _room(bounds, heads, rows_per_super):
+    """Room for the clusters of every segment and KV head."""
     N = bounds.size - 1
-    BH = B * H
     longest = 0
     for s in range(N):
         longest = max(longest, bounds[s + 1] - bounds[s])
-    max_supers = longest // rows_per_super + longest // (32 * rows_per_super) + 2
-    perm = np.empty((N, BH, longest), np.int32)
-    ends = np.empty((N, BH, longest), np.int32)
-    super_ends = np.empty((N, BH, max_supers), np.int32)
-    lists = np.zeros((N, BH), np.int64)
-    supers = np.zeros((N, BH), np.int64)
-    for w in prange(N * BH):
-        s = w // BH
-        b = (w % BH) // H
-        h = w % H
-        lo = max(bounds[s], start[b] + n_sink)
-        n = bounds[s + 1] - lo
-        if n > 0:
-            x = np.empty((n, D), F)
-            mean = np.zeros(D, F)
-            for i in range(n):
-                unit = row_scale(keys[b, h, lo + i], D)
-                for d in range(D):
-                    v = to_f32(keys[b, h, lo + i, d]) * unit
-                    x[i, d] = v
-                    mean[d] += v
-            # softmax ignores a shift of all keys, so cluster around the segment's mean: fewer lost bits
-            for d in range(D):
-                mean[d] /= F(n)
-            for i in range(n):
-                for d in range(D):
-                    x[i, d] -= mean[d]
-            lists[s, w % BH], supers[s, w % BH] = _cluster(
-                x, rows_per_super, rows_per_list, iterations, stride, perm[s, w % BH], ends[s, w % BH],
-                super_ends[s, w % BH],
-            )  # fmt: skip
+    most = longest // rows_per_super + longest // (32 * rows_per_super) + 2
+    return (
+        np.empty((N, heads, longest), np.int32),
+        np.empty((N, heads, longest), np.int32),
+        np.empty((N, heads, most), np.int32),
+        np.zeros((N, heads), np.int64),
+        np.zeros((N, heads), np.int64),
+    )
+
+
+@njit(fastmath=FAST)
+def _cluster_head(w, keys, start, bounds, how, D, found):
+    """Cluster the rows of one segment and KV head."""
+    B, H = keys.shape[:2]
+    s = w // (B * H)
+    bh = w % (B * H)
+    b = bh // H
+    h = bh % H
+    lo = max(bounds[s], start[b])
+    n = bounds[s + 1] - lo
+    if n > 0:
+        x = _centred(keys[b, h], lo, n, D)
+        found.lists[s, bh], found.supers[s, bh] = cluster(
+            x, how.rows_per_super_list, how.rows_per_list, how.iterations, how.training_stride,
+            found.order[s, bh], found.list_end[s, bh],
+            found.super_end[s, bh],
+        )  # fmt: skip
+
+
+@njit(fastmath=FAST)
+def _count(found, first_segment, lists, supers, segments):
+    """Note where each segment's lists and super-lists begin and end, and how many there are in all."""
+    B, H = lists.used.shape
+    N = found.lists.shape[0]
     for b in range(B):
         for h in range(H):
             for s in range(N):
-                k = first_segment + s
-                seg_lists[b, h, k + 1] = seg_lists[b, h, k] + lists[s, b * H + h]
-                seg_supers[b, h, k + 1] = seg_supers[b, h, k] + supers[s, b * H + h]
-            n_lists[b, h] = seg_lists[b, h, first_segment + N]
-            n_supers[b, h] = seg_supers[b, h, first_segment + N]
-            super_first[b, h, n_supers[b, h]] = n_lists[b, h]
-    for w in prange(N * BH):
-        s = w // BH
-        bh = w % BH
-        b = bh // H
-        h = bh % H
-        k = first_segment + s
-        lo = max(bounds[s], start[b] + n_sink)
-        n = max(bounds[s + 1] - lo, 0)
-        rk = keys[b, h, lo : lo + n].copy()
-        rv = values[b, h, lo : lo + n].copy()
-        ri = ids[b, h, lo : lo + n].copy()
-        x = np.empty((n, D), F)
-        y = np.empty((n, Dv), F)
-        for i in range(n):
-            p = perm[s, bh, i]
-            ids[b, h, lo + i] = ri[p]
-            _copy(rk[p], keys[b, h, lo + i])
-            _copy(rv[p], values[b, h, lo + i])
-            unit = row_scale(rk[p], D)
-            for d in range(D):
-                x[i, d] = to_f32(rk[p, d]) * unit
-            unit = row_scale(rv[p], Dv)
-            for d in range(Dv):
-                y[i, d] = to_f32(rv[p, d]) * unit
-        key = np.empty(D, F)
-        value = np.empty(Dv, F)
-        S = shape[b, h, k]
-        C = cross[b, h, k]
-        S[:] = F(0.0)
-        C[:] = F(0.0)
-        tr = F(0.0)
-        at = 0
-        base = seg_lists[b, h, k]
-        for j in range(lists[s, bh]):
-            end = ends[s, bh, j]
-            o = base + j
-            list_begin[b, h, o] = lo + at
-            list_size[b, h, o] = end - at
-            list_var[b, h, o] = _summary(x, y, at, end, key, value)
-            _pack(key, list_key[b, h, o])
-            _pack(value, list_value[b, h, o])
-            # residual covariance from every eighth list: one matrix per head needs no more
-            if j % 8 == 0:
-                for i in range(at, end):
-                    for d in range(D):
-                        r = x[i, d] - key[d]
-                        tr += r * r
-                        for e in range(D):
-                            S[d, e] += r * (x[i, e] - key[e])
-                        for e in range(Dv):
-                            C[d, e] += r * (y[i, e] - value[e])
-            at = end
-        trace[b, h, k] = tr
-        first = 0
-        at = 0
-        for j in range(supers[s, bh]):
-            last = super_ends[s, bh, j]
-            end = ends[s, bh, last - 1]
-            o = seg_supers[b, h, k] + j
-            super_first[b, h, o] = base + first
-            super_size[b, h, o] = end - at
-            super_var[b, h, o] = _summary(x, y, at, end, key, value)
-            _pack(key, super_key[b, h, o])
-            _pack(value, super_value[b, h, o])
-            at = end
-            first = last
+                at = first_segment + s
+                segments.lists[b, h, at + 1] = segments.lists[b, h, at] + found.lists[s, b * H + h]
+                segments.supers[b, h, at + 1] = segments.supers[b, h, at] + found.supers[s, b * H + h]
+            lists.used[b, h] = segments.lists[b, h, first_segment + N]
+            supers.used[b, h] = segments.supers[b, h, first_segment + N]
+            supers.first[b, h, supers.used[b, h]] = lists.used[b, h]
 
 
-@njit(parallel=True, cache=True, nogil=True)
-def unseal_rows(keys, values, ids, start, n_sink, bounds):
-    """Put the rows of each bounds[s]..bounds[s + 1] back in position order, in place."""
+@njit(fastmath=FAST)
+def _permute(rows, lo, order, x):
+    """Put the n rows of one KV head from place lo on into an order, and as floats into x [n, D]."""
+    n, D = x.shape
+    old = np.empty((n, rows.shape[1]), rows.dtype)
+    for i in range(n):
+        copy_row(rows[lo + i], old[i])
+    for i in range(n):
+        row = old[order[i]]
+        copy_row(row, rows[lo + i])
+        unit = row_scale(row, D)
+        for d in range(D):
+            x[i, d] = to_f32(row[d]) * unit
+
+
+@njit(fastmath=FAST)
+def _write_lists(x, y, lo, list_end, count, begin, size, variance, keys, values, shape, cross):
+    """Write the summaries of one segment's lists, sum residuals into shape and cross; returns the trace of shape."""
+    D = x.shape[1]
+    Dv = y.shape[1]
+    key = np.empty(D, F)
+    value = np.empty(Dv, F)
+    for d in range(D):
+        for e in range(D):
+            shape[d, e] = F(0.0)
+        for e in range(Dv):
+            cross[d, e] = F(0.0)
+    trace = F(0.0)
+    at = 0
+    for j in range(count):
+        end = list_end[j]
+        begin[j] = lo + at
+        size[j] = end - at
+        variance[j] = _summary(x, y, at, end, key, value)
+        _pack(key, keys[j])
+        _pack(value, values[j])
+        # residual covariance from every eighth list: one matrix per head needs no more
+        if j % 8 == 0:
+            for i in range(at, end):
+                for d in range(D):
+                    r = x[i, d] - key[d]
+                    trace += r * r
+                    for e in range(D):
+                        shape[d, e] += r * (x[i, e] - key[e])
+                    for e in range(Dv):
+                        cross[d, e] += r * (y[i, e] - value[e])
+        at = end
+    return trace
+
+
+@njit(fastmath=FAST)
+def _write_supers(x, y, list_end, super_end, count, list_base, firsts, size, variance, keys, values):
+    """Write the summaries of one segment's super-lists, whose lists are numbered from list_base on."""
+    key = np.empty(x.shape[1], F)
+    value = np.empty(y.shape[1], F)
+    first = 0
+    at = 0
+    for j in range(count):
+        last = super_end[j]
+        end = list_end[last - 1]
+        firsts[j] = list_base + first
+        size[j] = end - at
+        variance[j] = _summary(x, y, at, end, key, value)
+        _pack(key, keys[j])
+        _pack(value, values[j])
+        at = end
+        first = last
+
+
+@njit(fastmath=FAST)
+def _write_head(w, keys, values, positions, start, bounds, first_segment, found, lists, supers, segments):
+    """Permute the rows of one segment and KV head, and write what is known of their lists."""
     B, H = keys.shape[:2]
-    N = bounds.size - 1
-    for w in prange(N * B * H):
-        s = w // (B * H)
-        b = (w % (B * H)) // H
-        h = w % H
-        lo = max(bounds[s], start[b] + n_sink)
-        n = bounds[s + 1] - lo
-        if n > 0:
-            rk = keys[b, h, lo : lo + n].copy()
-            rv = values[b, h, lo : lo + n].copy()
-            ri = ids[b, h, lo : lo + n].copy()
-            for i in range(n):
-                to = np.int64(ri[i])
-                _copy(rk[i], keys[b, h, to])
-                _copy(rv[i], values[b, h, to])
-                ids[b, h, to] = to
+    D, Dv = segments.cross.shape[3:]
+    s = w // (B * H)
+    bh = w % (B * H)
+    b = bh // H
+    h = bh % H
+    segment = first_segment + s
+    lo = max(bounds[s], start[b])
+    n = max(bounds[s + 1] - lo, 0)
+    x = np.empty((n, D), F)
+    y = np.empty((n, Dv), F)
+    order, at = found.order[s, bh], positions[b, h]
+    came = np.empty(n, np.int32)
+    for i in range(n):
+        came[i] = at[lo + i]
+    for i in range(n):
+        at[lo + i] = came[order[i]]
+    _permute(keys[b, h], lo, order, x)
+    _permute(values[b, h], lo, order, y)
+    base, trace = segments.lists[b, h, segment], segments.trace[b, h]
+    trace[segment] = _write_lists(
+        x, y, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:], lists.size[b, h, base:],
+        lists.variance[b, h, base:], lists.key[b, h, base:], lists.value[b, h, base:], segments.shape[b, h, segment],
+        segments.cross[b, h, segment],
+    )  # fmt: skip
+    to = segments.supers[b, h, segment]
+    _write_supers(
+        x, y, found.list_end[s, bh], found.super_end[s, bh], found.supers[s, bh], base, supers.first[b, h, to:],
+        supers.size[b, h, to:], supers.variance[b, h, to:], supers.key[b, h, to:], supers.value[b, h, to:],
+    )  # fmt: skip
+
+
+@njit(fastmath=FAST, parallel=PRANGE, nogil=True)
+def _each_head(phase, keys, values, positions, start, bounds, first_segment, how, found, lists, supers, segments):
+    """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
+
+    It calls functions: what a loop writes itself into an array in a NamedTuple, Numba takes for dead code.
+    """
+    for w in prange((bounds.size - 1) * keys.shape[0] * keys.shape[1]):
+        if phase == CLUSTER:
+            _cluster_head(w, keys, start, bounds, how, segments.cross.shape[3], found)
+        else:
+            _write_head(w, keys, values, positions, start, bounds, first_segment, found, lists, supers, segments)
+
+
+@njit(fastmath=FAST, cache=True, nogil=True)
+def seal(
+    keys, values, positions, start, bounds, first_segment, rows_per_super, rows_per_list, iterations, stride,
+    begin, size, variance, key, value, count,
+    first, super_size, super_variance, super_key, super_value, n_supers,
+    segment_lists, segment_supers, shape, cross, trace,
+):  # fmt: skip
+    """The door: flat arguments, which the phases get as the NamedTuples they came from; see seal.seal_rows."""
+    lists = ListArrays(begin, size, variance, key, value, count)
+    supers = SuperListArrays(first, super_size, super_variance, super_key, super_value, n_supers)
+    segments = SegmentArrays(segment_lists, segment_supers, shape, cross, trace)
+    how = Clustering(rows_per_super, rows_per_list, iterations, stride)
+    order, list_end, super_end, n, n_super = _room(bounds, keys.shape[0] * keys.shape[1], rows_per_super)
+    found = Clusters(order, list_end, super_end, n, n_super)
+    _each_head(CLUSTER, keys, values, positions, start, bounds, first_segment, how, found, lists, supers, segments)
+    _count(found, first_segment, lists, supers, segments)
+    _each_head(WRITE, keys, values, positions, start, bounds, first_segment, how, found, lists, supers, segments)

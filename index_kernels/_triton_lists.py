@@ -14,8 +14,8 @@ from torch import Tensor
 from ._triton_attend_rows import split_count
 from ._triton_common import TILE_ELEMENTS, add_rows, device_of, finish, softcapped
 from ._triton_merge_states import merge_states
-from .lists import Summaries
 from .reference import empty_state
+from .summaries import Summaries
 
 # Lists per program where a list is a few numbers.
 BLOCK_SCALARS = 1024

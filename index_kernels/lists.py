@@ -1,11 +1,5 @@
-"""Lists and their summaries: the torch code is the specification; on CUDA the summaries are read by Triton kernels.
+"""Operators on summaries of lists: the torch code is the specification; on CUDA the summaries are read by Triton."""
 
-A store's older rows stand in lists (contiguous runs of similar keys). A list's summary is its mean key, its mean value,
-its size and the summed variance of its keys; ``shape`` is the covariance of keys around their list's mean, per KV head
-and scaled to trace 1, ``cross`` the covariance of keys and values on the same scale.
-"""
-
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -15,34 +9,7 @@ from torch import Tensor
 from .ops import attend_rows, resolve_backend
 from .packed import row_dim
 from .reference import empty_state
-
-
-@dataclass(frozen=True)
-class Summaries:
-    """What is known of each list without reading its rows; L lists per KV head, of which unused ones have size 0.
-
-    Attributes:
-        begin, size: ``[B, Hkv, L]`` int64, the rows ``begin .. begin + size`` of the store.
-        key, value: ``[B, Hkv, L, D]`` and ``[B, Hkv, L, Dv]`` float32, means.
-        variance: ``[B, Hkv, L]`` float32, mean squared distance of the keys from their mean.
-        shape: ``[B, Hkv, D, D]``, cross: ``[B, Hkv, D, Dv]``, float32.
-    """
-
-    begin: Tensor
-    size: Tensor
-    key: Tensor
-    value: Tensor
-    variance: Tensor
-    shape: Tensor
-    cross: Tensor
-
-    def grouped(self, query: Tensor, scale: float) -> Tensor:
-        """The scaled query ``[B, Hq, 1, D]`` by KV head: ``[B, Hkv, Hq // Hkv, D]`` float32."""
-        return (query.float() * scale).reshape(query.shape[0], self.key.shape[1], -1, query.shape[3])
-
-    def spread(self, query: Tensor) -> Tensor:
-        """Variance of a grouped query's logits per unit of a list's variance, ``[B, Hkv, Hq // Hkv]``."""
-        return ((query @ self.shape) * query).sum(dim=-1).clamp(min=1e-12)
+from .summaries import Summaries
 
 
 def summary_logits(
@@ -77,12 +44,30 @@ def probe_lists(
 
     logits ``[B, Hq, L]`` and spread ``[B, Hq]`` from summary_logits; ``known_lse [B, Hq]`` of the rows read anyway.
     """
-    order = (
-        list_costs(logits, spread, lists, known_lse, backend).flatten(1).argsort(dim=1, descending=True, stable=True)
-    )
-    rows = lists.size.flatten(1).gather(1, order)
-    taken = (rows.cumsum(dim=1) <= budget) & (rows > 0)
-    return torch.zeros_like(taken).scatter(1, order, taken).view_as(lists.size)
+    costs = list_costs(logits, spread, lists, known_lse, backend).flatten(1)
+    return choose(costs, lists.size.flatten(1), budget).view_as(lists.size)
+
+
+def choose(costs: Tensor, rows: Tensor, budget: int) -> Tensor:
+    """The entries of highest cost whose ``rows [B, n]`` fit the budget: bool ``[B, n]``.
+
+    Costs (not negative) compare by the leading 11 bits after the sign of their float32: in the bucket at the threshold,
+    entries are taken in their order, those too large for what is left passed over. No sort is needed then.
+    """
+    bucket = costs.float().contiguous().view(torch.int32).long() >> 20
+    above = torch.zeros(len(costs), 2049, dtype=torch.int64, device=costs.device)
+    above[:, :2048].scatter_add_(1, bucket, rows)
+    above = above.flip(1).cumsum(dim=1).flip(1)
+    cut = (above > budget).sum(dim=1, keepdim=True)
+    left = budget - above.gather(1, cut)
+    taken = (bucket >= cut) & (rows > 0)
+    rest = (bucket == cut - 1) & (rows > 0) & (rows <= left)
+    while bool(rest.any()):
+        fits = rest & ((rows * rest).cumsum(dim=1) <= left)
+        taken |= fits
+        left -= (rows * fits).sum(dim=1, keepdim=True)
+        rest &= ~fits & (rows <= left)
+    return taken
 
 
 def list_costs(logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor, backend: str = "auto") -> Tensor:
@@ -170,6 +155,26 @@ def unread_deviation(logits: Tensor, spread: Tensor, lists: Summaries, chosen: T
     share = torch.exp(logits - lse[..., None]) * unread
     variance = lists.variance.repeat_interleave(group, dim=1) / unread.clamp(min=1)
     return (spread * (share**2 * variance).sum(dim=-1)).sqrt()
+
+
+def weights_by_place(begin: Tensor, size: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """``[B, Hq, rows]``: by place, the weight that each row of a list has; 0 for places of no list.
+
+    begin, size ``[B, Hkv, L]``, size 0 for a list to leave out; weights ``[B, Hq, L]`` of one row of each.
+    """
+    batch, kv_heads, _ = begin.shape
+    grouped = weights.view(batch, kv_heads, -1, weights.shape[2])
+    found = weights.new_zeros(*grouped.shape[:3], rows)
+    for b in range(batch):
+        for h in range(kv_heads):
+            found[b, h][:, row_places(begin[b, h], size[b, h])] = grouped[b, h].repeat_interleave(size[b, h], dim=1)
+    return found.flatten(1, 2)
+
+
+def row_places(begin: Tensor, size: Tensor) -> Tensor:
+    """Places of the rows of lists ``begin .. begin + size`` (``[L]`` each), one list after the other."""
+    offsets = torch.arange(int(size.sum()), device=begin.device) - (size.cumsum(dim=0) - size).repeat_interleave(size)
+    return begin.repeat_interleave(size) + offsets
 
 
 def _kernels() -> Any:

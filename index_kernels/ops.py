@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .fork import check_fork
 from .inference import inference_only
 from .packed import row_dim
 
@@ -19,8 +20,6 @@ _SERVED = {"numba": {"attend_rows", "dense_decode"}, "triton": {"attend_rows", "
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What keys and values may be: int8 is packed rows, see packed.py.
 STORED = (*FLOATS, torch.int8)
-# Set in a child that was forked after the CPU kernels had started their threads.
-_forked = False
 
 
 def top_k(
@@ -221,29 +220,15 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     return "triton"
 
 
-def check_fork() -> None:
-    """Raise RuntimeError in a child forked after the CPU kernels had started: OpenMP's threads do not survive a fork.
-
-    The next kernel would hang or end the process.
-    """
-    if _forked:
-        raise RuntimeError(
-            "this process was forked after dbattn's CPU kernels had started their threads, which do not survive a "
-            'fork: start it with multiprocessing\'s "spawn" or "forkserver" method, or fork before the first call'
-        )
-
-
-def note_fork() -> None:
-    """Say, in a forked child, that the CPU kernels' threads were lost."""
-    global _forked
-    _forked = True
-
-
 def _implementation(op: str, tensor: Tensor, backend: str, *rows: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     chosen = resolve_backend(tensor, backend)
     if chosen == "triton" and any(stored.dtype == torch.int8 for stored in rows):
         raise ValueError("packed int8 rows are read on the CPU only: use float16 rows on a GPU")
-    return _loaded(op, chosen if op in _SERVED.get(chosen, ()) else "reference")
+    served = op in _SERVED.get(chosen, ())
+    if backend not in ("auto", "reference") and not served:
+        having = [name for name, ops in _SERVED.items() if op in ops]
+        raise ValueError(f"backend {backend!r} has no {op}, expected auto, {', '.join([*having, 'reference'])}")
+    return _loaded(op, chosen if served else "reference")
 
 
 @cache

@@ -23,9 +23,12 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _rates(monkeypatch):
     """The planner's choices must not depend on how busy the machine is."""
-    from dbattn.machine import BUILT_IN
+    from dbattn.query.rates import SCAN
 
-    monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads: BUILT_IN[engine])
+    def built_in(engine, threads):
+        return SCAN if engine is None else engine.built_in
+
+    monkeypatch.setattr("dbattn.query.choose.rates", built_in)
 
 
 def real_rows(layer):
@@ -45,7 +48,7 @@ def tokenizer():
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    from dbattn.haystack import read_haystack
+    from dbattn.text.haystack import read_haystack
 
     words = Tokenizer(models.BPE(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.ByteLevel()

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
-from dbattn.config import INDEX_OPTIONS
+from dbattn.config import INDEX_TRAITS
 
-INDEXES = sorted(INDEX_OPTIONS)
+INDEXES = sorted(INDEX_TRAITS)
 SEARCHED = [name for name in INDEXES if name != "segmented"]
 
 

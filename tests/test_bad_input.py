@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
-from dbattn.config import INDEX_OPTIONS
-from dbattn.storage import LARGEST, check_finite
+from dbattn.config import INDEX_TRAITS
+from dbattn.store.storage import LARGEST, check_finite
 
 
 def rows(*shape, dtype=torch.float32):
@@ -52,7 +52,7 @@ def test_a_sum_that_overflows_is_not_mistaken_for_infinity():
     check_finite("rows", torch.full((1, 1, 100, 4), 3e38))
 
 
-@pytest.mark.parametrize("index", sorted(INDEX_OPTIONS))
+@pytest.mark.parametrize("index", sorted(INDEX_TRAITS))
 @pytest.mark.parametrize("size", [1e10, 1e19, 1e37])
 def test_rows_too_large_for_products_in_float32_are_refused_and_the_store_is_as_before(index, size):
     db = AttentionDB(2, 16, config=RetrievalConfig(index=index, dense_below=0, k=16, audit_rate=0.0))
@@ -68,7 +68,7 @@ def test_rows_too_large_for_products_in_float32_are_refused_and_the_store_is_as_
         db.attend(query * size)
 
 
-@pytest.mark.parametrize("index", sorted(INDEX_OPTIONS))
+@pytest.mark.parametrize("index", sorted(INDEX_TRAITS))
 def test_rows_as_large_as_they_may_be_are_answered_like_dense(index):
     db = AttentionDB(2, 16, config=RetrievalConfig(index=index, dense_below=0, k=16, audit_rate=0.0, tail="none"))
     keys = LARGEST * torch.nn.functional.normalize(rows(1, 2, 1500, 16), dim=-1)
@@ -163,7 +163,7 @@ def test_config_names_option_value_and_what_is_allowed(options, message):
         {"index": "hnsw", "ef_search": 2**31 - 1},
         {"index": "hnsw", "neighbors": 1024},
         {"index": "ivf", "nprobe": 2**31 - 1},
-        *({"index": index, "k": 2**63 - 1} for index in sorted(INDEX_OPTIONS)),
+        *({"index": index, "k": 2**63 - 1} for index in sorted(INDEX_TRAITS)),
         {"n_sink": 2**31 - 1},
         {"window": 2**63 - 1, "max_queries": 2**63 - 1},
         {"dense_below": 2**63 - 1},

@@ -20,15 +20,16 @@ import torch
 from rich.console import Console
 
 import dbattn.cli
+from dbattn import AttentionDB
 from dbattn.cli import main
+from dbattn.cli._console import long_work, wrapped
+from dbattn.cli._parser import make_parser
 from dbattn.cli.ask import Answer, Difference, _comparison, first_difference
-from dbattn.console import long_work, wrapped
-from dbattn.haystack import hide, make_needles, read_haystack
 from dbattn.hf import load_model
-from dbattn.prompt import CHUNK, INSTRUCTION, context_ids, passages
-from dbattn.query import Query
+from dbattn.hf.trace import Trace
 from dbattn.snapshot import SnapshotWriter, describe
-from dbattn.trace import Trace
+from dbattn.text.haystack import hide, make_needles, read_haystack
+from dbattn.text.prompt import CHUNK, INSTRUCTION, context_ids, passages
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 COMMANDS = ("demo", "ingest", "ask", "info", "explain", "compare", "cost")
@@ -69,7 +70,7 @@ def files_of(folder):
 
 
 def parsers():
-    (commands,) = (a for a in dbattn.cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return commands.choices
 
 
@@ -168,13 +169,13 @@ def test_ingest_then_ask_info_explain_and_compare(book, model_folder, tmp_path, 
 def test_ask_counts_calls_that_scanned_everything_in_its_average_and_says_why(
     context, model_folder, tmp_path, monkeypatch, capsys
 ):
-    plan, calls = Query.plan, []
+    plan, calls = AttentionDB._plan, []
 
-    def now_and_then(self, **options):
+    def now_and_then(self, call, **options):
         calls.append(1)
-        return plan(self, **options | {"retrieve": len(calls) % 8 == 1})
+        return plan(self, call, **options | {"retrieve": len(calls) % 8 == 1})
 
-    monkeypatch.setattr(Query, "plan", now_and_then)
+    monkeypatch.setattr(AttentionDB, "_plan", now_and_then)
     ask = ["ask", str(context), QUESTION, "--model", str(model_folder), "--k", "32", "--max-tokens", "8"]
     assert main([*ask, "--json", str(tmp_path / "a.json")]) == 0
     said, figures = capsys.readouterr().err, json.loads((tmp_path / "a.json").read_text())["figures"]
@@ -192,7 +193,8 @@ def test_ask_dense_answers_both_ways_from_the_same_state_and_shows_where_they_pa
     assert main([*ask, "--quiet"]) == 0
     planned = capsys.readouterr().out
     with monkeypatch.context() as patched:
-        patched.setattr(Query, "plan", lambda self, plan=Query.plan, **options: plan(self, retrieve=False))
+        plan = AttentionDB._plan
+        patched.setattr(AttentionDB, "_plan", lambda self, call, **options: plan(self, call, retrieve=False))
         assert main([*ask, "--quiet"]) == 0
         exact = capsys.readouterr().out
     # All rows by another way, hardly any, and as planned.
@@ -238,16 +240,6 @@ def test_compare_says_which_calls_were_answered_densely(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "flat, k=3830: 2 of 2 calls were answered densely, and count as such: 2x k=3830 covers every row" in said
     assert "k=64:" not in said
-
-
-def test_compare_passes_words_on_to_the_arena(tmp_path):
-    """As a command of its own, from any folder."""
-    call = "import sys; from dbattn.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", call, "compare", "--arena", "--operators", "nonsense"]
-    found = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2
-    assert "invalid choice: 'nonsense'" in found.stderr
-    assert "RetroInfer" in found.stderr
 
 
 def test_compare_reads_captures_and_plots(tmp_path, capsys):

@@ -7,10 +7,10 @@ import torch
 
 from dbattn import AttentionDB, RetrievalConfig
 from dbattn.cli import main
-from dbattn.config import INDEX_OPTIONS
+from dbattn.config import INDEX_TRAITS
 from dbattn.cost import ModelShape, model_cost
 
-INDEXES = sorted(INDEX_OPTIONS)
+INDEXES = sorted(INDEX_TRAITS)
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 64,

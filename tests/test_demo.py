@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import transformers
 
+from dbattn import AttentionDB
 from dbattn.cli import main
-from dbattn.demo import Answer, summary
+from dbattn.cli.demo import Answer, summary
 from dbattn.files import write_json
-from dbattn.haystack import hide, make_needles, read_haystack
 from dbattn.hf import load_model
-from dbattn.query import Query
+from dbattn.text.haystack import hide, make_needles, read_haystack
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -46,13 +46,13 @@ def test_demo_prints_a_table_and_writes_the_json(model_folder, tmp_path, capsys)
 
 
 def test_demo_counts_calls_that_scanned_everything(model_folder, tmp_path, monkeypatch, capsys):
-    out, plan, calls = tmp_path / "result.json", Query.plan, []
+    out, plan, calls = tmp_path / "result.json", AttentionDB._plan, []
 
-    def half(self, *, retrieve=True, **options):
+    def half(self, call, *, retrieve=True, **options):
         calls.append(1)
-        return plan(self, retrieve=retrieve and len(calls) % 4 < 2, **options)
+        return plan(self, call, retrieve=retrieve and len(calls) % 4 < 2, **options)
 
-    monkeypatch.setattr(Query, "plan", half)
+    monkeypatch.setattr(AttentionDB, "_plan", half)
     options = f"--tokens 1500 --index flat --k 32 --needles 1 --model {model_folder} --json {out}"
     assert main(["demo", *options.split()]) == 0
     result = json.loads(out.read_text())
@@ -132,7 +132,7 @@ def test_ctrl_c_ends_with_130(monkeypatch, model_folder, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for where in ("dbattn.demo._prefill", "dbattn.hf.load.AutoModelForCausalLM.from_pretrained"):
+    for where in ("dbattn.cli.demo._prefill", "dbattn.hf.load.AutoModelForCausalLM.from_pretrained"):
         monkeypatch.setattr(where, interrupted)
         assert main(["demo", "--tokens", "2500", "--model", str(model_folder)]) == 130
         assert "interrupted" in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_two_first_runs_at_once_share_one_conversion(model_folder, tmp_path, mon
 
 
 def test_ctrl_c_between_questions_keeps_the_answers_so_far(monkeypatch, model_folder, tmp_path):
-    import dbattn.demo as demo
+    import dbattn.cli.demo as demo
 
     ask, asked = demo._ask, []
 

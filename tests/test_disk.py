@@ -124,7 +124,7 @@ def test_kernels_of_a_read_only_install_are_cached_elsewhere(no_home, tmp_path):
         ROOT / "index_kernels", tmp_path / "site" / "index_kernels", ignore=shutil.ignore_patterns("__pycache__")
     )
     (copy / "__pycache__").touch()
-    code = "import index_kernels._cpu_unread as kernels; print(kernels._squares.stats.cache_path, kernels.__file__)"
+    code = "import index_kernels._cpu_unseal as kernels; print(kernels.unseal.stats.cache_path, kernels.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=copy.parent,

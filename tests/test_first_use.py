@@ -64,14 +64,14 @@ def test_a_child_forked_after_the_first_call_is_refused_and_one_forked_before_wo
 def test_compiling_is_announced_once_and_kernels_that_are_there_say_nothing(monkeypatch, caplog):
     from numba import njit, prange
 
-    from index_kernels import _cpu_common
+    from index_kernels import _cpu_start
 
     def kernel(x):
         for i in prange(x.size):
             x[i] += 1
 
     kernel.__module__ = "index_kernels.kernel"
-    monkeypatch.setattr(_cpu_common.Notice, "told", False)
+    monkeypatch.setattr(_cpu_start.Notice, "told", False)
     compiled, x = njit(parallel=True)(kernel), np.zeros(3, np.float32)
     with caplog.at_level(logging.INFO, "dbattn"):
         compiled(x)

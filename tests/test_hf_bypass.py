@@ -8,9 +8,8 @@ import torch
 import transformers
 from test_hf import RETRIEVING, SIZES, generate, prompt, tiny
 
-from dbattn import AttentionDB, RetrievalConfig, dense_attention
+from dbattn import AttentionDB, RetrievalConfig, RowSource, dense_attention
 from dbattn.hf import wrap
-from dbattn.rows import RowSource
 
 REFUSED = "dbattn serves inference"
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from conftest import real_rows
 
-from dbattn import AttentionDB, RetrievalConfig, dense_attention, machine, relative_error
-from dbattn.config import INDEX_OPTIONS
-from dbattn.ladder import AUDITS_TO_LEARN, rungs_of
-from dbattn.machine import BUILT_IN, Rates
-from dbattn.plan import choose_plan
-from dbattn.usage import Workload
+from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
+from dbattn.config import INDEX_TRAITS
+from dbattn.index import index_class
+from dbattn.query import rates
+from dbattn.query.choose import choose_plan
+from dbattn.query.ladder import AUDITS_TO_LEARN, rungs_of
+from dbattn.query.usage import Rates, Workload
 
-INDEXES = sorted(INDEX_OPTIONS)
+INDEXES = sorted(INDEX_TRAITS)
 
 
 def database(rows=4096, kv_heads=2, dim=32, **options):
@@ -82,12 +83,11 @@ def test_the_estimated_cheaper_plan_is_chosen(monkeypatch):
     db, query = database()
     free, dear = Rates(0.0, 0.0, 0.0, 0.0), Rates(1.0, 0.0, 0.0, 0.0)
     for dense, lists in ((free, dear), (dear, free)):
-        costs = {"dense": dense, "segmented": lists}
-        monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads, costs=costs: costs[engine])
+        monkeypatch.setattr("dbattn.query.choose.rates", lambda engine, _, a=dense, b=lists: b if engine else a)
         plan = choose_anew(db, query)
         assert plan.is_dense == (lists is dear)
     assert not plan.is_dense
-    monkeypatch.setattr("dbattn.plan.rates", lambda engine, threads: {"dense": free, "segmented": dear}[engine])
+    monkeypatch.setattr("dbattn.query.choose.rates", lambda engine, threads: dear if engine else free)
     assert "estimated to be faster" in choose_anew(db, query).reason
 
 
@@ -120,13 +120,14 @@ def test_an_index_asked_for_by_name_is_used_unless_estimates_are_asked_for_too()
 def test_a_device_without_rates_answers_densely_unless_retrieval_is_asked_for(options, retrieves):
     work = Workload(rows=8192, queries=1, indexed=8064, first_index_row=4)
     config = RetrievalConfig(**options)
-    plan = choose_plan(config, work, backend="triton", threads=None, retrieve=True, estimate=False)
+    index, chosen = index_class(config.index_name), {"backend": "triton", "threads": None, "retrieve": True}
+    plan = choose_plan(index, config, work, estimate=False, **chosen)
     assert plan.is_dense != retrieves
     if not retrieves:
         assert plan.reason.startswith("no rates for cuda: answered densely; ask for an index by name, k= or")
     # Reasons are counted: they do not change as the store grows.
     grown = work._replace(rows=8193, indexed=8064)
-    later = choose_plan(config, grown, backend="triton", threads=None, retrieve=True, estimate=False)
+    later = choose_plan(index, config, grown, estimate=False, **chosen)
     assert (later.reason == plan.reason) != retrieves
 
 
@@ -143,19 +144,21 @@ def test_a_device_without_rates_answers_densely_unless_retrieval_is_asked_for(op
 def test_rates_are_measured_only_where_the_choice_is_open(rows, options, measures, dense, monkeypatch):
     asked = []
 
-    def rates(engine, threads):
+    def measured(engine, threads):
         asked.append(engine)
-        return BUILT_IN[engine]
+        return engine.built_in if engine else rates.SCAN
 
-    monkeypatch.setattr("dbattn.plan.rates", rates)
+    monkeypatch.setattr("dbattn.query.choose.rates", measured)
     choose_plan.cache_clear()
     work = Workload(rows, queries=1, indexed=rows - 128, first_index_row=4, heads=6, kv_heads=2)
     chosen = {"backend": "numba", "threads": 2, "retrieve": True}
-    plan = choose_plan(RetrievalConfig(**options), work, estimate=False, **chosen)
+    config = RetrievalConfig(**options)
+    index = index_class(config.index_name)
+    plan = choose_plan(index, config, work, estimate=False, **chosen)
     assert bool(asked) == measures
     assert dense is None or plan.is_dense == dense
     if not measures and not dense:  # many threads speed up a scan more than an index
-        choose_plan(RetrievalConfig(**options), work, estimate=False, **{**chosen, "threads": 32})
+        choose_plan(index, config, work, estimate=False, **{**chosen, "threads": 32})
         assert asked
 
 
@@ -167,21 +170,21 @@ def test_rates_are_measured_once_kept_and_measured_again_when_damaged(monkeypatc
         return Rates(1e-5, 0.0, 1e-11 * len(measured), 1e-11)
 
     monkeypatch.setenv("DBATTN_CACHE", str(tmp_path))
-    monkeypatch.setattr(machine, "_measure_dense", measure)
-    first = machine.rates.__wrapped__("dense", 3)
-    assert machine.rates.__wrapped__("dense", 3) == first
+    monkeypatch.setattr(rates, "_measure_scan", measure)
+    first = rates.rates.__wrapped__(None, 3)
+    assert rates.rates.__wrapped__(None, 3) == first
     assert len(measured) == 1
     (kept,) = (tmp_path / "machine").iterdir()
     for damage in (b"", b"{", b'{"made on": 1, "rates": {}}', kept.read_bytes().replace(b"1e-11", b"NaN")):
         kept.write_bytes(damage)
-        assert machine.rates.__wrapped__("dense", 3).byte > first.byte
+        assert rates.rates.__wrapped__(None, 3).byte > first.byte
     assert len(measured) == 5
 
 
 def test_other_load_is_not_taken_for_the_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("DBATTN_CACHE", str(tmp_path))
-    monkeypatch.setattr(machine, "_measure_dense", lambda: Rates(1e-2, 0.0, 1e-9, 1e-9))
-    assert machine.rates.__wrapped__("dense", 3) is BUILT_IN["dense"]
+    monkeypatch.setattr(rates, "_measure_scan", lambda: Rates(1e-2, 0.0, 1e-9, 1e-9))
+    assert rates.rates.__wrapped__(None, 3) is rates.SCAN
     assert not (tmp_path / "machine").exists()
 
 
@@ -189,10 +192,10 @@ def test_measuring_leaves_random_numbers_alone():
     torch.manual_seed(5)
     expected = torch.randn(3)
     torch.manual_seed(5)
-    rates = machine._measure_dense()
+    found = rates._measure_scan()
     assert torch.equal(torch.randn(3), expected)
-    assert rates.call >= 0
-    assert rates.byte > 0
+    assert found.call >= 0
+    assert found.byte > 0
 
 
 @pytest.mark.parametrize("layer", [8, 22])

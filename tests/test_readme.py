@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_llama
 
 import dbattn.cli
+from dbattn.cli._parser import make_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ WRAPS = "from dbattn.hf import wrap"
 
 
 def parsers():
-    (commands,) = (a for a in dbattn.cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
     return commands.choices
 
 
@@ -39,7 +40,7 @@ def shown(text):
 def test_the_readme_the_help_and_the_parser_name_the_same_commands():
     there = set(parsers())
     named = {name for names, _ in shown(README) for name in names}
-    helped = set(re.findall(r"^    ([a-z]+) ", dbattn.cli._parser().format_help(), re.MULTILINE))
+    helped = set(re.findall(r"^    ([a-z]+) ", make_parser().format_help(), re.MULTILINE))
     described = set(re.search(r"``dbattn ([a-z |]+)``", dbattn.cli.__doc__)[1].split(" | "))
     files = {file.stem for file in (ROOT / "dbattn" / "cli").glob("[a-z]*.py")} | {"demo"}
     assert named == helped == described == files == there

@@ -8,9 +8,10 @@ import torch
 from conftest import tiny_llama
 
 from dbattn import AttentionDB, RetrievalConfig
-from dbattn.audit import AuditReport, RunningStats, figure
 from dbattn.hf import wrap
-from dbattn.report import Report
+from dbattn.hf.report import Report
+from dbattn.query.audit import AuditReport, figure
+from dbattn.query.stats import RunningStats
 
 RETRIEVING = RetrievalConfig(index="flat", k=16, window=8, dense_below=0, audit_rate=0.0)
 

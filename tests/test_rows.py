@@ -8,7 +8,7 @@ import torch
 from test_attention import database, plain_attention, rows
 
 from dbattn import RowSource, relative_error
-from dbattn.config import INDEX_OPTIONS
+from dbattn.config import INDEX_TRAITS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "depth_attention.py"
 
@@ -20,7 +20,7 @@ def example():
     return module
 
 
-@pytest.mark.parametrize("index", sorted(INDEX_OPTIONS))
+@pytest.mark.parametrize("index", sorted(INDEX_TRAITS))
 @pytest.mark.parametrize("retrieve", [True, False])
 @pytest.mark.parametrize("m", [1, 3])
 def test_extra_rows_are_as_if_they_had_been_stored(index, retrieve, m):

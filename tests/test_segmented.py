@@ -1,6 +1,7 @@
 """The segmented index: its kernel against plain torch, and the invariants in any order of events."""
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
-from dbattn.index.segmented import SEGMENT_ROWS, Reading, SegmentedIndex, budget, segment_bounds
-from index_kernels import merge_states, top_k
+from dbattn.index._list_scan import ListScan, budget
+from dbattn.index.segmented import SEGMENT_ROWS, segment_bounds
+from dbattn.query.call import Call
+from index_kernels import attend_segmented, top_k
 
 
 def clustered(n, batch=1, kv_heads=2, dim=16, value_dim=16, dtype=torch.float32):
@@ -28,72 +31,10 @@ def database(keys, values, start=None, **options):
     return db
 
 
-@pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize(
-    ("dtype", "heads", "dim", "value_dim"), [(torch.float32, 6, 16, 16), (torch.bfloat16, 2, 24, 8)]
-)
-def test_the_fused_kernel_is_the_exact_rows_and_the_summaries(dtype, heads, dim, value_dim, softcap):
-    """Whatever lists it chose: their rows exactly, sinks and hot rows exactly, every other list by its summary."""
-    keys, values = clustered(3000, batch=2, dim=dim, value_dim=value_dim, dtype=dtype)
-    start = torch.tensor([0, 700])
-    query = torch.randn(2, heads, 1, dim)
-    db = database(keys, values, start=start, k=200)
-    for tail in (True, False):
-        how = Reading(200, dim**-0.5, softcap, n_sink=2, tail=tail, want_slots=True)
-        fused = db.index.attend(query, db.store, how)
-        same = _plain(db, query, fused.slots, how.scale, softcap, tail)
-        # Summaries of negligible weight count in the lse, but the kernel does not fetch their values.
-        assert relative_error(fused.out, same[0]).max() < (1e-3 if tail else 2e-5)
-        torch.testing.assert_close(fused.lse, same[1], atol=2e-5, rtol=1e-5)
-
-
-def _plain(db, query, slots, scale, softcap, tail):
-    """The same answer from the formulas, in float64."""
-    store, lists = db.store, db.index._lists.summaries(query.device)
-    group = query.shape[1] // store.num_kv_heads
-    out, lse = torch.zeros(*query.shape[:3], store.value_dim), torch.zeros(query.shape[:3])
-    for b in range(query.shape[0]):
-        for h in range(query.shape[1]):
-            g, q = h // group, scale * query[b, h, 0].double()
-            first, read = int(store.start[b]), slots[b, h, 0][slots[b, h, 0] >= 0]
-            rows = torch.cat([torch.arange(first, first + 2), torch.arange(len(db.index), len(store)), read])
-            logits = store.keys[b, g, rows].double() @ q
-            values = store.values[b, g, rows].double()
-            centre = lists.key[b, g].double() @ q
-            slope = torch.ones_like(centre)
-            if softcap is not None:
-                logits, centre = softcap * torch.tanh(logits / softcap), softcap * torch.tanh(centre / softcap)
-                slope = 1 - (centre / softcap) ** 2
-            unread = ~torch.isin(lists.begin[b, g], read) & (lists.size[b, g] > 0)
-            spread = q @ lists.shape[b, g].double() @ q
-            mean = centre + 0.38 * spread * lists.variance[b, g] * slope**2 + lists.size[b, g].log()
-            moved = lists.value[b, g] + 0.7 * lists.variance[b, g][:, None] * (q @ lists.cross[b, g].double())
-            if tail:
-                logits, values = torch.cat([logits, mean[unread]]), torch.cat([values, moved[unread].double()])
-            out[b, h, 0], lse[b, h, 0] = logits.softmax(0) @ values, logits.logsumexp(0)
-    return out, lse
-
-
-@pytest.mark.parametrize("softcap", [None, 4.0])
-def test_the_portable_path_answers_like_the_fused_one(softcap):
-    keys, values = clustered(3000, batch=2)
-    query = torch.randn(2, 6, 1, 16)
-    db = database(keys, values, start=torch.tensor([0, 700]))
-    how = Reading(300, 0.25, softcap, n_sink=2, tail=True, want_deviation=True, want_slots=True)
-    arguments = (query[:, :, 0], db.store, 3000, how)
-    fused, portable = db.index._attend_fused(*arguments), db.index._attend_portable(*arguments)
-    exact = dense_attention(query, *_in_order(db), start=db.store.start, scale=0.25, softcap=softcap)
-    assert abs(portable.rows_read - fused.rows_read) < 20
-    errors = [float(relative_error(answer.out, exact).mean()) for answer in (fused, portable)]
-    assert errors[1] < 1.1 * errors[0] + 1e-3
-    same = merge_states(*_states(portable))
-    torch.testing.assert_close(same[1], portable.lse)
-    torch.testing.assert_close(portable.deviation, fused.deviation, rtol=0.1, atol=0.1 * float(fused.deviation.mean()))
-
-
-def _states(answer):
-    outs = answer.out.expand(3, *answer.out.shape)
-    return outs, answer.lse_by_source
+def lists_answer(db, query, k):
+    """What the lists answer under a budget of k rows per KV head."""
+    call = Call.checked(query, db.store, db.index, db.config)
+    return ListScan((), k).attend(call, db.index, query, len(db))
 
 
 def _in_order(db):
@@ -110,8 +51,7 @@ def test_reading_every_list_equals_dense_and_an_honest_summary_beats_none():
     query = torch.randn(1, 4, 1, 16)
     exact = dense_attention(query, keys, values)
     db = database(keys, values)
-    everything = db.index.attend(query, db.store, Reading(4096, 0.25, None, n_sink=2, tail=True))
-    assert relative_error(everything.out, exact).max() < 1e-5
+    assert relative_error(lists_answer(db, query, 4096).out, exact).max() < 1e-5
     errors = {
         tail: float(relative_error(database(keys, values, k=256, tail=tail).attend(query), exact).mean())
         for tail in ("centroid", "none")
@@ -225,8 +165,7 @@ def test_search_looks_at_every_row_in_the_order_of_positions():
 
 def plain_weights(db, query, keys):
     """Softmax weights by position, the rows of each unread list or super-list under its summary's even share."""
-    how = Reading(db.config.k, 0.25, None, n_sink=2, tail=True, want_slots=True)
-    answer = db.index.attend(query, db.store, how)
+    answer = lists_answer(db, query, db.config.k)
     logits = (query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0] @ keys.transpose(2, 3)).flatten(1, 2) * 0.25
     return torch.exp(logits - answer.lse), answer
 
@@ -238,7 +177,8 @@ def test_weights_give_rows_not_read_their_summarys_weight(rows, portable, monkey
     query = torch.randn(1, 4, 1, 16)
     db = database(keys, values, k=300)
     if portable:
-        monkeypatch.setattr(SegmentedIndex, "_attend_fused", SegmentedIndex._attend_portable)
+        reference = partial(attend_segmented, backend="reference")
+        monkeypatch.setattr("dbattn.index._list_scan.attend_segmented", reference)
     own, answer = plain_weights(db, query, keys)
     weights = db.row_weights(query)
     read, unread = weights.read > 0, weights.for_unread > 0

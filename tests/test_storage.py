@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
-from dbattn.config import INDEX_OPTIONS, STORAGES
+from dbattn.config import INDEX_TRAITS, STORAGES
 from dbattn.snapshot import SnapshotError
-from dbattn.storage import check_finite
 from dbattn.store import KVStore
+from dbattn.store.storage import check_finite
 from index_kernels import attend_rows, dense_decode, floats, pack_rows, top_k
 from index_kernels.packed import scales
 
-INDEXES = sorted(INDEX_OPTIONS)
+INDEXES = sorted(INDEX_TRAITS)
 # rows, D, Dv, query heads per KV head; the first are aligned to nothing
 SHAPES = [(7, 13, 5, 3), (300, 16, 8, 2), (301, 64, 64, 3)]
 

@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from transformers import AttentionInterface
 
 from dbattn import RetrievalConfig
-from dbattn.haystack import read_haystack
+from dbattn.text.haystack import read_haystack
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("numba")

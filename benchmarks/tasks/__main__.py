@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dbattn.haystack import read_haystack
 from dbattn.hf import load_model
+from dbattn.text.haystack import read_haystack
 
 from .._common import console, print_table, progress, write_json
 from ..arena import DEFAULT

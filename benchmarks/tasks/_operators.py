@@ -13,7 +13,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from dbattn import RetrievalConfig
-from dbattn.config import INDEX_OPTIONS, TAILS
+from dbattn.config import INDEX_TRAITS
 from dbattn.hf import Handle, wrap
 from dbattn.hf.cache import DatabaseLayer
 
@@ -192,8 +192,8 @@ def _configs() -> dict[str, RetrievalConfig]:
     # A wish to retrieve: at these sizes the planner would often choose the dense scan, which is no test.
     options: dict[str, Any] = {"dense_below": 0, "audit_rate": 0.0, "max_queries": QUESTION_TOKENS}
     configs = {DEFAULT: RetrievalConfig(**options)}
-    for index in INDEX_OPTIONS:
-        for tail in TAILS[index]:
+    for index in INDEX_TRAITS:
+        for tail in INDEX_TRAITS[index].tails:
             config = RetrievalConfig(index=index, tail=tail, **options)
             if (config.index_name, config.tail_name) != (configs[DEFAULT].index_name, configs[DEFAULT].tail_name):
                 configs[f"{DEFAULT} {index}, {tail}"] = config

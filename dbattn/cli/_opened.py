@@ -12,10 +12,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import RetrievalConfig
-from ..console import waiting
 from ..hf import Handle, UnsupportedModelError, load_model, wrap
-from ..prompt import QUESTION_TOKENS, check_question, question_ids
 from ..snapshot import SnapshotError, describe
+from ..text.prompt import QUESTION_TOKENS, check_question, question_ids
+from ._console import waiting
 
 AUDIT_RATE = 0.05
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..prompt import Passage, answer_tokens, passages, question_ids
-from ..trace import Trace
+from ..hf.trace import Trace
+from ..text.prompt import Passage, answer_tokens, passages, question_ids
 from ._opened import Opened
 
 SHOWN = 3

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ..console import line_console, wrapped
 from ..files import check_output, write_json
-from ..prompt import answer_tokens
-from ..report import restart_report
+from ..text.prompt import answer_tokens
+from ._console import line_console, wrapped
 from ._opened import Opened, opened
 from ._sources import find_sources, neutral_trace
 
@@ -70,7 +69,7 @@ def run_ask(
         asked = about.asked(question, max_tokens)
         neutral = neutral_trace(about) if show_sources else None
         # The figures are of this question alone.
-        restart_report(about.cache)
+        about.handle.restart_report()
         with about.handle.trace() if neutral is not None else nullcontext() as trace:
             answer = _stream(about, asked, max_tokens)
         sources = None if trace is None or neutral is None else find_sources(about, trace, neutral)

@@ -1,12 +1,10 @@
 """dbattn compare: queries that a model really asked, answered by several indexes and budgets, beside dense."""
 
 import statistics
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,14 +15,14 @@ from rich.table import Table
 from torch import Tensor
 
 from ..attention import AttentionDB
-from ..audit import figure
 from ..config import RetrievalConfig
-from ..console import long_work, table_console
 from ..files import check_output, write_json
+from ..hf.layer_report import counted
 from ..origin import origin
-from ..prompt import answer_tokens
-from ..report import counted
+from ..query.audit import figure
 from ..snapshot.folder import map_tensors
+from ..text.prompt import answer_tokens
+from ._console import long_work, table_console
 from ._opened import opened
 
 
@@ -68,7 +66,6 @@ def run_compare(
     context: Path | None,
     question: str | None,
     capture: Path | None,
-    arena: list[str] | None,
     model: Path | None,
     index: list[str],
     k: list[int],
@@ -84,9 +81,6 @@ def run_compare(
         FileNotFoundError, ValueError: input that is missing, or cannot be compared.
         ImportError: a plot without matplotlib.
     """
-    if arena is not None:
-        _run_arena(arena)
-        return []
     configs = [RetrievalConfig(index=name, k=budget, audit_rate=0.0, dense_below=0) for name in index for budget in k]
     if queries < 1:
         raise ValueError(f"--queries is {queries}, expected at least 1")
@@ -129,15 +123,6 @@ def run_compare(
         title = f"{source}: {length} rows"
         plot_comparison([asdict(result) for result in results], title, measured, png_path)
     return results
-
-
-def _run_arena(arguments: list[str]) -> None:
-    """The arena is part of the benchmarks, which only a source checkout has."""
-    checkout = Path(__file__).parents[2]
-    if not (checkout / "benchmarks" / "arena" / "__main__.py").is_file():
-        raise ImportError("--arena needs the benchmarks of a source checkout: install dbattn from one, or drop it")
-    sys.path.insert(0, str(checkout))
-    import_module("benchmarks.arena.__main__").main(arguments)
 
 
 def _asked(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..attention import AttentionDB
 from ..files import check_output, write_json
-from ..plan import QueryPlan, sum_plans
-from ..prompt import answer_tokens
+from ..query.plan import QueryPlan, sum_plans
+from ..text.prompt import answer_tokens
 from ._opened import opened
 
 

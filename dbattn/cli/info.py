@@ -5,9 +5,9 @@ from typing import Any, TextIO
 
 from rich.table import Table
 
-from ..console import table_console
 from ..files import check_output, write_json
 from ..snapshot import SnapshotInfo, describe
+from ._console import table_console
 
 
 def run_info(*, context: Path, json_path: Path | TextIO | None, quiet: bool) -> None:

@@ -14,11 +14,11 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import RetrievalConfig
-from ..console import line_console, long_work
 from ..files import name_of
 from ..hf import Handle
-from ..prompt import CHUNK, QUESTION_TOKENS, context_ids, context_limit, read_text
 from ..snapshot import SnapshotError, SnapshotWriter, describe
+from ..text.prompt import CHUNK, QUESTION_TOKENS, context_ids, context_limit, read_text
+from ._console import line_console, long_work
 from ._opened import load, serving
 
 

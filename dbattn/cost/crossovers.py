@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..config import RetrievalConfig
-from ..plan import QueryPlan
-from ..usage import scan_usage
+from ..query.plan import QueryPlan
+from ..query.usage import scan_usage
 from .operators import Operator, dense_attention, multiply, plan_of, total, workload_of
 from .shape import Matrices, ModelShape
 

@@ -8,13 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import RetrievalConfig
-from ..plan import QueryPlan
+from ..index import index_class
+from ..query.plan import QueryPlan
 from .crossovers import LONGEST, Crossovers, find_crossovers
 from .operators import (
     Operator,
     dense_attention,
-    index_bytes,
-    indexed_rows,
     multiply,
     plan_of,
     retrieving_attention,
@@ -227,5 +226,9 @@ def _memory(shape: ModelShape, tokens: int, batch: int, config: RetrievalConfig 
     row = batch * shape.kv_heads * 2 * shape.head_dim * shape.element_size
     # A layer with a window forgets the oldest row that the next query will no longer see.
     rows = sum(tokens if window is None else min(tokens, window - 1) for window in shape.windows)
-    index = 0 if config is None else batch * shape.kv_heads * index_bytes(config, indexed_rows(config, tokens), shape)
+    index = 0
+    if config is not None:
+        engine = index_class(config.index_name)
+        rows = engine.rows_indexed(config, tokens)
+        index = batch * shape.kv_heads * engine.bytes_for(config, rows, shape.head_dim)
     return Memory(shape.weights * shape.element_size, row * rows, shape.windows.count(None) * index)

@@ -4,12 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from ..config import RetrievalConfig
-from ..index import BLOCK
-from ..index._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, vector_bytes
-from ..index.ivf import MIN_ROWS, _lists_for, _rows_to_train
-from ..index.segmented import segment_bounds
-from ..plan import QueryPlan, choose_plan
-from ..usage import Workload, index_work, scan_usage
+from ..index import index_class
+from ..query.choose import choose_plan
+from ..query.plan import QueryPlan
+from ..query.usage import Workload, scan_usage
 from .shape import Matrices, ModelShape
 
 
@@ -59,14 +57,11 @@ def retrieving_attention(
 ) -> tuple[Operator, ...]:
     """Scores, values, index and tail of a decode step under a plan that retrieves."""
     work = workload_of(shape, tokens, 1, batch, config)
-    exact, found, *tail = (source.estimated for source in plan.sources)
-    items, rows_bytes, _ = index_work(work, config, config.k)
-    # Query heads of a group share the bytes of a summary, or of a key of "flat", and each multiplies it.
-    shared = shape.heads // shape.kv_heads if config.index_name in ("segmented", "flat") else 1
-    numbers = items * shared * (shape.head_dim if config.index_name == "segmented" else 64)
+    index, (exact, found, *tail) = index_class(config.index_name), (source.estimated for source in plan.sources)
+    rows_bytes = int(index.work(config, work).bytes)
     operators = (
         *_attention(shape, batch, 1, exact.rows + found.rows, exact.bytes + rows_bytes),
-        Operator("index", int(2 * numbers), found.bytes - rows_bytes),
+        Operator("index", int(2 * index.operations_to_choose(config, work)), found.bytes - rows_bytes),
     )
     answered = int(sum(usage.lists for usage in tail) * 2 * batch * shape.heads * shape.head_dim)
     return (*operators, Operator("tail", answered, sum(usage.bytes for usage in tail))) if tail else operators
@@ -81,6 +76,7 @@ def plan_of(
         # No machine is meant: asked for by name, an index is used from where it usually pays.
         config = replace(config, index=config.index_name, dense_below=None)
     return choose_plan(
+        index_class(config.index_name),
         config,
         workload_of(shape, tokens, new, batch, config if retrieve else None),
         backend="numba" if threads else "reference",
@@ -94,40 +90,8 @@ def workload_of(
     shape: ModelShape, tokens: int, new: int, batch: int, config: RetrievalConfig | None = None
 ) -> Workload:
     """The planner's view of a call with ``new`` positions over ``tokens`` rows."""
-    indexed = 0 if config is None else indexed_rows(config, tokens)
+    indexed = 0 if config is None else index_class(config.index_name).rows_indexed(config, tokens)
     return Workload(
         tokens, new, indexed, 0 if config is None else config.n_sink, batch, shape.heads, shape.kv_heads,
         shape.head_dim, shape.head_dim, 2 * shape.head_dim * shape.element_size,
     )  # fmt: skip
-
-
-def indexed_rows(config: RetrievalConfig, tokens: int) -> int:
-    """Rows that the index holds of so many in the store; see each index's ``extend``."""
-    old = max(0, tokens - config.window)
-    match config.index_name:
-        case "flat":
-            return tokens
-        case "segmented":
-            return segment_bounds(old)[-1]
-        case name:
-            return old // BLOCK * BLOCK if old // BLOCK * BLOCK >= (MIN_ROWS if name == "ivf" else BLOCK) else 0
-
-
-def index_bytes(config: RetrievalConfig, rows: int, shape: ModelShape) -> int:
-    """Bytes of one head's index over ``rows`` rows; as each index's ``nbytes`` counts them."""
-    dim, augmented = shape.head_dim, shape.head_dim + config.samples
-    if not rows:
-        return 0
-    match config.index_name:
-        case "segmented":
-            # Lists and super-lists with two vectors and three numbers each, positions, matrices of moments.
-            summaries = rows / ROWS_PER_LIST + rows / ROWS_PER_SUPER_LIST
-            moments = 2 * dim * dim * (2 + 4 * (len(segment_bounds(rows)) - 1))
-            return int(summaries * (2 * vector_bytes(dim) + NUMBERS_BYTES)) + 4 * rows + moments
-        case "ivf":
-            lists = _lists_for(_rows_to_train(rows))
-            return (rows + 2 * lists) * 4 * augmented + 8 * rows + 8 * lists * augmented
-        case "hnsw":
-            return rows * (4 * (augmented + 1) + round(4 * 2.07 * config.index_options["neighbors"]))
-        case _:
-            return 0

@@ -5,7 +5,8 @@ try:
 except ImportError as error:
     raise ImportError('wrapping a model needs transformers: pip install "dbattn[hf]"') from error
 
+from .decoder import UnsupportedModelError
 from .load import load_model
-from .wrap import Handle, UnsupportedModelError, wrap
+from .wrap import Handle, wrap
 
 __all__ = ["Handle", "UnsupportedModelError", "load_model", "wrap"]

@@ -9,7 +9,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from ..dense import masked_attention, merge_sink
-from .cache import DatabaseLayer, forward_pass
+from .cache import DatabaseLayer
+from .session import forward_pass
 from .stored_rows import plain
 
 NAME = "dbattn"

@@ -2,9 +2,6 @@
 
 import inspect
 import os
-import re
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,38 +11,24 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicIndexedLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
-
-from index_kernels.ops import FLOATS
 
 from ..attention import AttentionDB
-from ..audit import AuditReport, RunningStats
 from ..config import RetrievalConfig
-from ..plan import QueryPlan, sum_plans
-from ..report import Report
-from ..snapshot import SaveReport, Snapshot, SnapshotError, SnapshotWriter, save
-from ..trace import Trace
+from ..query.audit import AuditReport
+from ..query.plan import QueryPlan, sum_plans
+from ..query.stats import RunningStats
+from ..snapshot import SaveReport, SnapshotWriter
 from .adapters import active_adapters
-from .cache import (
-    SERVED,
-    DatabaseLayer,
-    ForwardPass,
-    HybridDatabaseLayer,
-    Session,
-    Watcher,
-    forward_pass,
-    left_to_transformers,
-)
-from .fingerprint import difference, fingerprint
+from .cache import SERVED
+from .context import open_context, save_context
+from .decoder import UnsupportedModelError as UnsupportedModelError
+from .decoder import find_decoder
 from .function import NAME, register, unregister
 from .offload import device_of
+from .report import Report
+from .session import ForwardPass, Session, Watcher, forward_pass, left_to_transformers
+from .trace import Trace
 from .travel import residual_stream, stream_errors
-
-WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
-
-
-class UnsupportedModelError(TypeError):
-    """A model that cannot be wrapped; the message names its class and the reason."""
 
 
 def wrap(
@@ -96,11 +79,11 @@ class Handle:
     ) -> None:
         config = None if config is None else RetrievalConfig.checked(config)
         # The decoder inside a composite model: it meets the cache whichever way the model is called.
-        self._decoder = _find_decoder(model)
+        self._decoder = find_decoder(model)
         self._text_config = self._decoder.config
         self.model = model
         layers = DynamicCache(config=model.config).layers
-        snapshot = None if context is None else self._open(context, len(layers))
+        snapshot = None if context is None else open_context(context, self._decoder, len(layers))
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
         self._session = Session(self.config, [RunningStats() for _ in layers])
         self._session.adapters = partial(active_adapters, self._decoder)
@@ -180,32 +163,16 @@ class Handle:
         cache = self._session.newest if cache is None else cache
         if cache is None:
             raise ValueError("no cache went through the model since it was wrapped: pass the cache to save")
-        databases = []
-        for number, layer in enumerate(cache.layers):
-            if not isinstance(layer, DatabaseLayer):
-                raise ValueError(
-                    f"layer {number} is a {type(layer).__name__} of transformers, which cannot be saved: "
-                    "expected only layers that attend to all rows"
-                )
-            if isinstance(layer, HybridDatabaseLayer):
-                raise ValueError(
-                    f"layer {number} keeps a state of linear attention beside its rows, which cannot be saved: "
-                    "expected only layers that attend to all rows"
-                )
-            if layer.db is None or not len(layer.db):
-                raise ValueError(f"layer {number} of the cache has no rows: nothing to save")
-            databases.append((layer.db.store, layer.db.index))
-        if token_ids is None:
-            token_ids, rows = self._session.tokens_of(cache), len(databases[0][0])
-            if token_ids is None or token_ids.shape[1] < rows:
-                raise ValueError(f"the token ids of the cache's {rows} rows are not known: pass token_ids")
-            token_ids = token_ids[:, :rows]
-        self._session.check_adapters(cache)
-        return save(target, databases, self.config, model=fingerprint(self._decoder), token_ids=token_ids)
+        return save_context(target, cache, self._session, self._decoder, token_ids)
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
         return Report.of(self._session.stats)
+
+    def restart_report(self) -> None:
+        """Let ``report`` count from here on."""
+        for stats in self._session.stats:
+            stats.restart()
 
     def explain(self) -> QueryPlan:
         """The plans of each layer's latest audited call, summed: what a token's attention reads in the whole model.
@@ -276,17 +243,6 @@ class Handle:
         with self.watch(add):
             yield trace
 
-    def _open(self, context: str | os.PathLike[str], layers: int) -> Snapshot:
-        snapshot = Snapshot.open(context)
-        if snapshot.info.model is None:
-            raise SnapshotError(f"{context} is not a model's context: AttentionDB.save wrote it")
-        differs = difference(snapshot.info.model, fingerprint(self._decoder))
-        if differs is None and len(snapshot.info.layers) != layers:
-            differs = f"it has {len(snapshot.info.layers)} layers, this one {layers}"
-        if differs is not None:
-            raise SnapshotError(f"{context} is the context of another model: {differs}")
-        return snapshot
-
     def __enter__(self) -> Self:
         return self
 
@@ -327,7 +283,7 @@ class Handle:
             reason = f"attention was set to {self._text_config._attn_implementation!r} while the model was wrapped"
             for stats in self._session.stats:
                 stats.dense_reasons[reason] += 1
-        self._note_missing_context(cache, given.get("input_ids"))
+        self._session.note_missing_context(cache, given.get("input_ids"))
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
             self._session.note_call(cache, given.get("input_ids"))
@@ -337,97 +293,3 @@ class Handle:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         forward_pass.set(None)
-
-    def _note_missing_context(self, cache: Any, token_ids: Tensor | None) -> None:
-        """Say once where a call begins with neither the context's rows nor its tokens."""
-        context = self._session.token_ids
-        if context is None or (cache is not None and cache.get_seq_length()):
-            return
-        if token_ids is not None:
-            begins = min(token_ids.shape[1], context.shape[1])
-            ids, expected = token_ids[:, :begins].cpu(), context[:, :begins]
-            if torch.equal(ids, expected.expand_as(ids)):
-                return  # the context is read again
-        if all(WITHOUT_CONTEXT in stats.dense_reasons for stats in self._session.stats):
-            return
-        for stats in self._session.stats:
-            stats.dense_reasons[WITHOUT_CONTEXT] += 0
-        warnings.warn(
-            f"this call {WITHOUT_CONTEXT}: its cache is empty. To go on after the context: ids = "
-            "torch.cat([handle.context, question], dim=1); model.generate(ids, past_key_values=handle.new_cache())",
-            stacklevel=2,
-        )
-
-
-def _find_decoder(model: Any) -> Any:
-    """The text decoder of a model that can be served; anything else raises and says why."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # of a PeftModel, whose adapters are inside it
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{name} cannot be wrapped: expected a transformers PreTrainedModel (if it holds one, wrap that)"
-        )
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} cannot be wrapped: an encoder-decoder's cross-attention has no causal rows"
-        )
-    text_config = model.config.get_text_config(decoder=True)
-    if text_config._attn_implementation == NAME:
-        raise RuntimeError(f"this {name} is wrapped already: call unwrap() on its handle first")
-    decoders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text_config]
-    if not decoders or not all(decoder._can_set_attn_implementation() for decoder in decoders):
-        raise UnsupportedModelError(f"{name} cannot be wrapped: it does not use transformers' AttentionInterface")
-    if model.dtype not in FLOATS:
-        raise UnsupportedModelError(
-            f"{name} cannot be wrapped: it is {model.dtype}, expected float32, float16 or bfloat16"
-        )
-    try:
-        layers = DynamicCache(config=model.config).layers
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{name} cannot be wrapped: transformers makes no cache from its configuration ({error})"
-        ) from None
-    if not any(type(layer) in SERVED for layer in layers):
-        kinds = ", ".join(sorted({_kind(layer) for layer in layers}))
-        raise UnsupportedModelError(
-            f"{name} cannot be wrapped: no layer attends to all rows, so there is nothing to retrieve. "
-            f"Its layers: {kinds}"
-        )
-    # Some heads call the innermost part past the base model: where it exists, it meets the cache.
-    inner = [part for part in decoders if "past_key_values" in inspect.signature(part.forward).parameters]
-    decoder = inner[-1] if inner else decoders[0].base_model
-    by_itself = next((kind.__name__ for kind in {type(part) for part in decoder.modules()} if _attends(kind)), None)
-    if by_itself is not None:
-        raise UnsupportedModelError(
-            f"{name} cannot be wrapped: its {by_itself} does not use transformers' AttentionInterface"
-        )
-    for kind in vars(sys.modules[type(decoder).__module__]).values():
-        own = isinstance(kind, type) and issubclass(kind, DynamicCache) and kind.__module__ == type(decoder).__module__
-        if own:
-            raise UnsupportedModelError(f"{name} cannot be wrapped: it asks for a cache of its own, a {kind.__name__}")
-    return decoder
-
-
-def _attends(kind: type[nn.Module]) -> bool:
-    """Whether a class reads a cache's rows without the AttentionInterface: the mask of dbattn would be taken wrongly.
-
-    transformers' own check is by file, where a vision tower that uses the interface speaks for the text's attention.
-    """
-    try:
-        source = inspect.getsource(inspect.unwrap(kind.forward))
-    except (OSError, TypeError):
-        return False
-    return bool(re.search(r"past_key_values?\.update\(", source)) and "attention_interface" not in source.lower()
-
-
-def _kind(layer: Any) -> str:
-    """What a cache layer that is not served does instead, and its class."""
-    kinds = []
-    if isinstance(layer, LinearAttentionLayer):
-        kinds.append("linear attention, which keeps a state in place of rows")
-    if type(layer) is DynamicSlidingWindowLayer:
-        kinds.append("a window or chunk of the newest rows")
-    if isinstance(layer, DynamicIndexedLayer):
-        kinds.append("a learnt indexer of the model's own, which chooses the rows already")
-    return f"{' and '.join(kinds) or 'another cache'} ({type(layer).__name__})"

@@ -13,8 +13,10 @@ from torch.nn.functional import pad
 
 from index_kernels import floats
 
+from ..config import RetrievalConfig
 from ..store import KVStore, exponential_noise
-from .base import BLOCK, Arrays, Candidates, KeyIndex, expect_no_more, require_faiss
+from ._scan import SearchIndex
+from .base import BLOCK, Arrays, Candidates, expect_no_more, require_faiss
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -57,12 +59,14 @@ class Unit:
         """What was built."""
 
 
-class FaissIndex(KeyIndex):
+class FaissIndex(SearchIndex):
     """Units on a ``[B][Hkv]`` grid. Copies share units until one of them is about to change."""
 
-    def __init__(self, min_rows: int, window: int, sample: bool) -> None:
+    # Rows below which nothing is built.
+    min_rows = BLOCK
+
+    def __init__(self, window: int, sample: bool) -> None:
         require_faiss()
-        self._min_rows = min_rows
         # The newest rows are scanned exactly anyway; leaving them out, small truncations never reach the index.
         self._window = window
         # Rows that will be sampled carry their noise as one more dimension, which queries weigh by the lift or by 0.
@@ -70,6 +74,12 @@ class FaissIndex(KeyIndex):
         self._length = 0
         self._units: list[list[Unit]] = []
         self._owned: list[list[bool]] = []
+
+    @classmethod
+    def rows_indexed(cls, config: RetrievalConfig, rows: int) -> int:
+        """See KeyIndex; whole blocks, once there are enough rows."""
+        whole = max(0, rows - config.window) // BLOCK * BLOCK
+        return whole if whole >= cls.min_rows else 0
 
     @abstractmethod
     def _new_unit(self) -> Unit:
@@ -81,7 +91,7 @@ class FaissIndex(KeyIndex):
     def extend(self, store: KVStore, lo: Tensor) -> None:
         """See KeyIndex; nothing is built below the index's least size."""
         length = max(0, len(store) - self._window) // BLOCK * BLOCK
-        if length < self._min_rows or length <= self._length:
+        if length < self.min_rows or length <= self._length:
             return
         if not self._units:
             self._make_units(store)
@@ -105,7 +115,7 @@ class FaissIndex(KeyIndex):
 
     def load_state(self, store: KVStore, lo: Tensor, first: int, stop: int, state: Arrays) -> None:
         """See KeyIndex."""
-        if stop % BLOCK or not self._min_rows <= stop <= len(store) - self._window:
+        if stop % BLOCK or not self.min_rows <= stop <= len(store) - self._window:
             raise ValueError(f"{stop} indexed rows are not whole blocks of {BLOCK} within {len(store)} rows")
         self._make_units(store)
         batch, heads = len(self._units), store.num_kv_heads

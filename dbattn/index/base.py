@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from torch import Tensor
 
+from ..config import RetrievalConfig
+from ..query.plan import Step
+from ..query.usage import Rates, Work, Workload
 from ..store import KVStore
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -27,13 +30,71 @@ class KeyIndex(ABC):
     """One index per batch row and KV head over the keys of one store.
 
     ``lo [B]`` is the first row of each batch row that the index answers for: earlier rows are padding or sinks.
+
+    Attributes:
+        name: as ``RetrievalConfig.index`` names it.
+        moves_rows: whether rows stand permuted inside the runs that ``bounds`` marks.
+        searches_all: whether ``search`` scores every row that it may find.
+        built_in: its rates on two cores of an AMD EPYC (Zen 5), for where nothing can be measured.
+        typical: the work of a call over 8K rows: where measured rates make that far slower than the built-in ones,
+            other processes disturbed the measurement.
     """
 
-    name: str
-    # Whether rows stand permuted inside the runs that ``bounds`` marks.
+    name: ClassVar[str]
     moves_rows = False
-    # Whether ``search`` scores every row that it may find.
     searches_all = False
+    built_in: ClassVar[Rates]
+    typical: ClassVar[Work]
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: RetrievalConfig) -> Self:
+        """An empty index as a config wants it."""
+
+    @classmethod
+    @abstractmethod
+    def work(cls, config: RetrievalConfig, work: Workload) -> Work:
+        """What it is expected to do for a call."""
+
+    @classmethod
+    @abstractmethod
+    def steps(cls, config: RetrievalConfig, work: Workload, own: Rates | None, scan: Rates | None) -> tuple[Step, ...]:
+        """The steps that answer a call, rows outside the index included, with estimates at its rates and a scan's."""
+
+    @classmethod
+    @abstractmethod
+    def operations_to_choose(cls, config: RetrievalConfig, work: Workload) -> float:
+        """Multiply-adds over what it scores for a call."""
+
+    @classmethod
+    @abstractmethod
+    def rows_indexed(cls, config: RetrievalConfig, rows: int) -> int:
+        """How many of so many rows in a store ``extend`` takes in."""
+
+    @classmethod
+    @abstractmethod
+    def bytes_for(cls, config: RetrievalConfig, rows: int, dim: int) -> int:
+        """Bytes of one KV head's index over ``rows`` rows of keys and values of ``dim`` numbers; see ``nbytes``."""
+
+    @classmethod
+    def hot(cls, config: RetrievalConfig, work: Workload) -> int:
+        """Rows from here on are scanned exactly: the window of the oldest query, and all that is not indexed yet."""
+        return max(0, min(work.rows - work.queries - config.window + 1, work.indexed))
+
+    @classmethod
+    def rows_asked(cls, config: RetrievalConfig, indexed: int) -> int:
+        """Rows that the config's budget reads per KV head of a store with so many rows in the index."""
+        return config.rows_retrieved
+
+    @classmethod
+    def covers(cls, config: RetrievalConfig, eligible: int) -> bool:
+        """Whether the budget asked for covers ``eligible`` rows, all there are."""
+        return config.rows_retrieved >= eligible
+
+    @classmethod
+    def asked(cls, config: RetrievalConfig) -> str:
+        """The budget in words."""
+        return f"k={config.rows_retrieved}"
 
     @abstractmethod
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """FlatIndex: exact search over every key. The yardstick for recall, and an ordinary member."""
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -8,18 +8,48 @@ from torch.nn.functional import pad
 
 from index_kernels import floats, top_k
 
+from ..config import RetrievalConfig
+from ..query.usage import Rates, Work, Workload
 from ..store import KVStore, exponential_noise
-from .base import Arrays, Candidates, KeyIndex, expect_no_more
+from ._scan import SearchIndex
+from .base import Arrays, Candidates, expect_no_more
 
 
-class FlatIndex(KeyIndex):
+class FlatIndex(SearchIndex):
     """Scores every row with the top_k kernel; holds nothing of its own."""
 
     name = "flat"
     searches_all = True
+    built_in = Rates(6e-4, 1.2e-7, 2.2e-10, 1.2e-11)
+    typical = Work(1 << 14, 1 << 18, 1 << 16)
 
     def __init__(self) -> None:
         self._length = 0
+
+    @classmethod
+    def of(cls, config: RetrievalConfig) -> Self:
+        """See KeyIndex."""
+        return cls()
+
+    @classmethod
+    def rows_scored(cls, config: RetrievalConfig, work: Workload) -> float:
+        """See SearchIndex; the heads of a group share the keys."""
+        return work.units * work.queries * work.eligible * work.dim / 64
+
+    @classmethod
+    def operations_to_choose(cls, config: RetrievalConfig, work: Workload) -> float:
+        """See KeyIndex; each head of a group multiplies the keys they share."""
+        return super().operations_to_choose(config, work) * (work.heads // work.kv_heads)
+
+    @classmethod
+    def rows_indexed(cls, config: RetrievalConfig, rows: int) -> int:
+        """See KeyIndex."""
+        return rows
+
+    @classmethod
+    def bytes_for(cls, config: RetrievalConfig, rows: int, dim: int) -> int:
+        """See KeyIndex."""
+        return 0
 
     def __len__(self) -> int:
         return self._length

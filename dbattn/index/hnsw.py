@@ -1,5 +1,6 @@
 """HnswIndex: FAISS HNSW graphs over keys whose inner product was made a distance."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -7,11 +8,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ..config import RetrievalConfig
+from ..query.usage import Rates, Work, Workload
 from ._faiss import FaissIndex, Ids, Rows, Unit
-from .base import BLOCK, Arrays, expect, require_faiss
+from .base import Arrays, expect, require_faiss
 
 # Head room of M above the longest key seen, so that a slightly longer key does not open another graph.
 HEADROOM = 1.1
+# Links of a row for each neighbour asked for: two on the ground layer, and about 7 % more above it.
+LINKS_PER_NEIGHBOR = 2.07
 # A key longer than this many times the median of its block does not set the radius of the others' graph.
 OUTLIER = 4.0
 
@@ -26,9 +31,27 @@ class HnswIndex(FaissIndex):
     """
 
     name = "hnsw"
+    built_in = Rates(4e-4, 3e-8, 8e-10, 1.2e-11)
+    typical = Work(1 << 14, 1 << 18, 1 << 16)
+
+    @classmethod
+    def of(cls, config: RetrievalConfig) -> Self:
+        """See KeyIndex."""
+        return cls(config.window, **config.index_options, sample=config.samples)
+
+    @classmethod
+    def rows_scored(cls, config: RetrievalConfig, work: Workload) -> float:
+        """See SearchIndex; places of the search queue, for each level of the graph."""
+        queue = max(config.index_options["ef_search"], config.rows_retrieved)
+        return work.asked * queue * math.log2(work.eligible + 1) * work.dim / 64
+
+    @classmethod
+    def bytes_for(cls, config: RetrievalConfig, rows: int, dim: int) -> int:
+        """See KeyIndex."""
+        return _bytes_for(rows, dim + config.samples, config.index_options["neighbors"])
 
     def __init__(self, window: int, ef_search: int, neighbors: int, *, sample: bool = False) -> None:
-        super().__init__(BLOCK, window, sample)
+        super().__init__(window, sample)
         self._ef_search, self._neighbors = ef_search, neighbors
 
     def _new_unit(self) -> Unit:
@@ -127,11 +150,15 @@ class _HnswUnit(Unit):
 
     @property
     def nbytes(self) -> int:
-        # Per row: the augmented key, and two links a neighbour on the ground layer with about 7 % more above it.
-        return self.rows * (4 * (self.dim + 1) + round(4 * 2.07 * self.neighbors))
+        return _bytes_for(self.rows, self.dim, self.neighbors)
 
     def describe(self) -> dict[str, Any]:
         return {"graphs": len(self.graphs), "ef_search": self.ef_search, "neighbors": self.neighbors}
+
+
+def _bytes_for(rows: int, dim: int, neighbors: int) -> int:
+    """Bytes of a graph: for each row the augmented key, and its links."""
+    return rows * (4 * (dim + 1) + round(4 * LINKS_PER_NEIGHBOR * neighbors))
 
 
 def _link(graph: _Graph, links: Ids, entry: Ids) -> None:

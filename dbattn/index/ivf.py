@@ -6,11 +6,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ..config import RetrievalConfig
+from ..query.usage import Rates, Work, Workload
 from ._faiss import FaissIndex, Ids, Rows, Unit, on_gpu
 from .base import Arrays, expect, require_faiss
 
 # Rows below which nothing is trained: an exact scan of so few costs less than probing.
 MIN_ROWS = 1024
+# Lists for each root of the rows trained on.
+LISTS_PER_ROOT = 8
 
 
 class IvfIndex(FaissIndex):
@@ -23,9 +27,30 @@ class IvfIndex(FaissIndex):
     """
 
     name = "ivf"
+    min_rows = MIN_ROWS
+    built_in = Rates(4e-4, 8e-9, 8e-10, 1.2e-11)
+    typical = Work(1 << 15, 1 << 18, 1 << 16)
+
+    @classmethod
+    def of(cls, config: RetrievalConfig) -> Self:
+        """See KeyIndex."""
+        return cls(config.window, config.index_options["nprobe"], sample=config.samples)
+
+    @classmethod
+    def rows_scored(cls, config: RetrievalConfig, work: Workload) -> float:
+        """See SearchIndex; centroids, and the keys of the lists probed."""
+        cells = LISTS_PER_ROOT * math.sqrt(work.eligible)
+        share = min(1.0, config.index_options["nprobe"] / cells)
+        return work.asked * (cells + share * work.eligible) * work.dim / 64
+
+    @classmethod
+    def bytes_for(cls, config: RetrievalConfig, rows: int, dim: int) -> int:
+        """See KeyIndex."""
+        lists, augmented = _lists_for(_rows_to_train(rows)), dim + config.samples
+        return (rows + 2 * lists) * 4 * augmented + 8 * rows + 8 * lists * augmented if rows else 0
 
     def __init__(self, window: int, nprobe: int, *, sample: bool = False) -> None:
-        super().__init__(MIN_ROWS, window, sample)
+        super().__init__(window, sample)
         self._nprobe = nprobe
 
     def _new_unit(self) -> Unit:
@@ -159,4 +184,4 @@ def _rows_to_train(length: int) -> int:
 
 
 def _lists_for(rows: int) -> int:
-    return min(rows, round(8 * math.sqrt(rows)))
+    return min(rows, round(LISTS_PER_ROOT * math.sqrt(rows)))

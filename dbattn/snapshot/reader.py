@@ -12,8 +12,7 @@ from index_kernels.packed import SCALE_BYTES
 
 from ..config import RetrievalConfig
 from ..index import KeyIndex
-from ..storage import check_range
-from ..store import KVStore, MappedRows
+from ..store import KVStore, MappedRows, check_range
 from .folder import MANIFEST, SnapshotError, check_content, map_tensors, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
 

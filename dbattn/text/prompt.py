@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from .files import name_of
+from ..files import name_of
 
 INSTRUCTION = "There is important information hidden inside the following text. Find it and memorize it.\n\n"
 # Room that a context must leave for a question and its answer.

@@ -1,14 +1,12 @@
 """KVStore: the rows of one layer, kept once, in buffers that double."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from index_kernels import floats
 from index_kernels.ops import FLOATS
 
+from .mapped import MappedRows, new_buffer
 from .storage import check_range, stored
 
 
@@ -275,55 +273,5 @@ class KVStore:
             raise ValueError(f"storage='int8' is read on the CPU only, rows are on {device}: use storage='float16'")
 
 
-@dataclass(frozen=True)
-class MappedRows:
-    """Rows that lie in parts, one after the other, each (keys ``[B, Hkv, n, D]``, values ``[B, Hkv, n, Dv]``).
-
-    The parts are mapped from files and never written; copies of a store share them. Rows are wanted on ``device``.
-    """
-
-    parts: list[tuple[Tensor, Tensor]]
-    device: torch.device
-
-    def together(self) -> tuple[Tensor, Tensor]:
-        """Buffers of their own, keys and values, with all rows in them."""
-        both = []
-        for parts in zip(*self.parts, strict=True):
-            buffer = new_buffer(parts[0].to(self.device), max(len(self), 64))
-            at = 0
-            for part in parts:
-                buffer[:, :, at : at + part.shape[2]] = part
-                at += part.shape[2]
-            both.append(buffer)
-        return both[0], both[1]
-
-    def __len__(self) -> int:
-        return sum(keys.shape[2] for keys, _ in self.parts)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "MappedRows":
-        return self
-
-
 def _unpacked(rows: Tensor) -> Tensor:
     return floats(rows) if rows.dtype == torch.int8 else rows
-
-
-def new_buffer(like: Tensor, capacity: int) -> Tensor:
-    """Room for ``capacity`` rows ``[B, H, capacity, D]`` of the kind ``like [B, H, n, D]`` has."""
-    # An ordinary tensor even under inference_mode, whose tensors could not be written to outside it.
-    with torch.inference_mode(False):
-        return torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
-
-
-def exponential_noise(heads: int, first: int, stop: int, device: torch.device) -> Tensor:
-    """``-ln u`` with u uniform in (0, 1], fixed for each KV head and row position: ``[heads, stop - first]`` float32.
-
-    A hash of the position (splitmix64), so that a row keeps its noise however it arrived.
-    """
-    x = torch.arange(first, stop, device=device) * heads + torch.arange(heads, device=device)[:, None]
-    x = (x + 1) * -7046029254386353131
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
-    x = x ^ ((x >> 31) & 0x1FFFFFFFF)
-    uniform = (((x >> 11) & 0x1FFFFFFFFFFFFF).double() + 1) * 2.0**-53
-    return -torch.log(uniform).float()

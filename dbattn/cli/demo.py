@@ -11,16 +11,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .audit import AuditReport, figure
-from .config import DENSE_BELOW, RetrievalConfig
-from .console import long_work, table_console, waiting
-from .files import check_output, write_json
-from .haystack import Needle, hide, make_needles, read_haystack
-from .prompt import CHUNK, QUESTION_TOKENS, answer_tokens, context_ids, context_limit, question_ids
-from .report import counted, restart_report
+from ..config import RetrievalConfig
+from ..files import check_output, write_json
+from ..hf.layer_report import counted
+from ..query.audit import AuditReport, figure
+from ..text.haystack import Needle, hide, make_needles, read_haystack
+from ..text.prompt import CHUNK, QUESTION_TOKENS, answer_tokens, context_ids, context_limit, question_ids
+from ._console import long_work, table_console, waiting
 
 if TYPE_CHECKING:
-    from .hf import Handle
+    from ..hf import Handle
 
 ANSWER_TOKENS = 12
 
@@ -63,11 +63,11 @@ def run_demo(
         FileNotFoundError: a haystack, model or output folder that is not there.
         KeyboardInterrupt: Ctrl-C; the questions answered by then have been printed and written.
     """
-    from .hf import load_model, wrap
+    from ..hf import load_model, wrap
 
     # Everything cheap that can be wrong is checked before the minute-long work starts.
     config = RetrievalConfig(index=index, k=k, audit_rate=0.0, max_queries=QUESTION_TOKENS, dense_below=0)
-    least = max(DENSE_BELOW[config.index_name], config.rows_retrieved) + config.window + config.n_sink
+    least = max(config.traits.dense_below, config.rows_retrieved) + config.window + config.n_sink
     if tokens <= least:
         raise ValueError(
             f"tokens is {tokens}, expected more than {least}: with index={config.index_name!r} and k={k}, "
@@ -156,7 +156,7 @@ def _ask(lm: Any, tokenizer: Any, handle: "Handle", cache: Any, needle: Needle) 
     with handle.dense():
         dense, ms_dense = _generate(lm, question, cache, tokenizer.eos_token_id)
     retrieved, ms_retrieval = _generate(lm, question, cache, tokenizer.eos_token_id)
-    restart_report(cache)
+    handle.restart_report()
     with handle.audit() as audits:
         _generate(lm, question, cache, tokenizer.eos_token_id)
     summary = handle.report().summary

@@ -1,28 +1,7 @@
 """Trace: which row positions a model's answers put their attention on."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Softmax weights of one answer by row position, ``[B, Hq, T]`` each.
-
-    Attributes:
-        read: of rows by their own logits, because they were read.
-        for_unread: of rows through what answers for rows that were not read: through the summary of a list, which its
-            rows share evenly, or what rows of a sample weigh beyond their own logits.
-    """
-
-    read: Tensor
-    for_unread: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """All weight of each position; sums to 1."""
-        return self.read + self.for_unread
 
 
 class Trace:

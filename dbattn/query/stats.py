@@ -1,114 +1,20 @@
-"""Audit: the same query answered densely and compared with what retrieval said."""
+"""What the calls of one store did, summed as they come."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import RetrievalConfig
+from ..config import RetrievalConfig
+from .audit import AuditReport
 from .ladder import AUDITS_TO_LEARN, Ladder
-from .metrics import attention_mass, recall_at_k, relative_error
 from .plan import QueryPlan
 
 # A long generation audits without end; reports are for the present state of affairs.
 AUDITS_KEPT = 1000
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """What retrieval lost on one call.
-
-    Means are over batch, query heads and positions; ``*_by_query`` are ``[B, Hq, m]``, NaN for padded queries.
-
-    Attributes:
-        recall: share of the true top-k (among the rows the index answers for) that was retrieved. Rows that answer
-            through a summary were not, even where the list has one row and its summary says what the row does.
-        attention_mass: share of the dense softmax weight on the rows that were read; summaries add nothing to it.
-        relative_error: L2 distance of the output from the dense one over the norm of the dense one.
-        rows_retrieved: rows the index retrieved, per query head and position.
-        rows_read: rows whose key and value were read, likewise; sinks and hot rows included.
-        rows_stored: rows a dense scan reads.
-        bytes_read: bytes the call read, keys scored by the index included.
-        bytes_dense: bytes a dense scan reads.
-        seconds, seconds_dense: what the call and the dense scan took; None on a device that works asynchronously, and
-            where the call was answered densely anyway.
-    """
-
-    recall_by_query: Tensor
-    attention_mass_by_query: Tensor
-    relative_error_by_query: Tensor
-    rows_retrieved: float
-    rows_read: float
-    rows_stored: int
-    bytes_read: int
-    bytes_dense: int
-    seconds: float | None = None
-    seconds_dense: float | None = None
-
-    @property
-    def recall(self) -> float:
-        """Mean recall@k."""
-        return float(self.recall_by_query.nanmean())
-
-    @property
-    def attention_mass(self) -> float:
-        """Mean attention mass."""
-        return float(self.attention_mass_by_query.nanmean())
-
-    @property
-    def relative_error(self) -> float:
-        """Mean relative error."""
-        return float(self.relative_error_by_query.nanmean())
-
-    def __str__(self) -> str:
-        recall, mass, error, worst = (
-            figure(value, 1)
-            for value in (self.recall, self.attention_mass, self.relative_error, percentile95([self]) or 0.0)
-        )
-        return (
-            f"recall {recall}, attention mass {mass}, relative error {error} (95th percentile {worst}), "
-            f"{self.rows_read:.0f} of {self.rows_stored} rows read, "
-            f"{self.bytes_read:,} of {self.bytes_dense:,} bytes"
-        )
-
-
-def figure(value: float | None, audits: int) -> str:
-    """A figure for a reader: two digits where one audit is behind it, else three; "-" for None."""
-    return "-" if value is None else format(value, "#.2g" if audits <= 1 else "#.3g").removesuffix(".")
-
-
-def percentile95(audits: Sequence[AuditReport]) -> float | None:
-    """The relative error that 95 % of the audited queries (one per head and position) keep; None without any."""
-    parts = [audit.relative_error_by_query.flatten().float().cpu() for audit in audits]
-    errors = torch.cat(parts) if parts else torch.empty(0)
-    errors = errors[~errors.isnan()]
-    # Not torch.quantile, which takes 16 million elements at most.
-    return float(errors.kthvalue(math.ceil(0.95 * len(errors))).values) if len(errors) else None
-
-
-def compare_with_dense(
-    answer: tuple[Tensor, Tensor],
-    dense: tuple[Tensor, Tensor],
-    scores: Tensor,
-    exact_scores: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Recall, attention mass and relative error, each ``[B, Hq, m]``, NaN for a padded query, which sees no row.
-
-    ``answer`` and ``dense`` are ``(out, lse)``; ``scores`` are those of the retrieved rows, ``exact_scores`` the true
-    top-k's.
-    """
-    seen = dense[1] > float("-inf")
-    parts = (
-        recall_at_k(scores, exact_scores),
-        attention_mass(answer[1], dense[1]),
-        relative_error(answer[0], dense[0]),
-    )
-    recall, mass, error = (torch.where(seen, part, torch.nan) for part in parts)
-    return recall, mass, error
 
 
 @dataclass

@@ -7,7 +7,6 @@ them passes.
 """
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,10 +16,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .config import RetrievalConfig
-from .dense import dense_attention
-from .execute import Answer, Call, run_plan
+from ..config import RetrievalConfig
+from .call import Call
+from .execute import Answer, merged, run_plan
 from .plan import QueryPlan, Source
+from .steps import DenseHeads, steps_of_call
 from .usage import Usage
 
 # Error over estimate until enough audits have been heard, per tail; from SmolLM2's rows.
@@ -48,7 +48,7 @@ class Rung:
 
 def rungs_of(config: RetrievalConfig) -> tuple[Rung, ...]:
     """The rungs below a dense scan, least reading first."""
-    if config.index_name == "segmented":
+    if "sample" not in config.traits.tails:
         return tuple(Rung(2.0**i, config.tail_name) for i in range(-2, 5))
     if config.tail_name == "sample":
         return tuple(Rung(times, "sample") for times in (1, 2, 4, 8, 16))
@@ -85,19 +85,13 @@ class Ladder:
         return self
 
     def climb(
-        self,
-        config: RetrievalConfig,
-        call: Call,
-        plan_of: Callable[[RetrievalConfig], QueryPlan],
-        *,
-        base: int,
-        eligible: int,
-        learn: bool,
+        self, call: Call, plan_of: Callable[[RetrievalConfig], QueryPlan], *, base: int, eligible: int, learn: bool
     ) -> Climb:
-        """Answer within ``config.max_error`` as far as estimates tell.
+        """Answer within ``max_error`` as far as estimates tell.
 
         ``base``: rows that the config's own budget reads per KV head; ``eligible``: rows in the index.
         """
+        config = call.config
         assert config.max_error is not None
         kv_heads = call.store.num_kv_heads
         usable = [i for i, rung in enumerate(self.rungs) if rung.times * base < eligible / 2] or [0]
@@ -106,8 +100,8 @@ class Ladder:
         while True:
             rung = self.rungs[level]
             at_rung = _config_at(config, max(1, round(rung.times * base)), rung.tail)
-            answer = run_plan(plan_of(at_rung), at_rung, call)
-            batch, heads, m = answer.lse.shape
+            answer = run_plan(plan_of(at_rung), call)
+            batch, heads, m = answer.state[1].shape
             errors = self.estimate(answer).nan_to_num().view(batch, kv_heads, heads // kv_heads, m)
             excess = errors.amax(dim=(0, 2, 3)) / config.max_error
             failing = (excess > 1).nonzero()[:, 0].tolist()
@@ -164,61 +158,57 @@ class Ladder:
 
 def finish_climb(climb: Climb, call: Call) -> Answer:
     """The answer with its dense KV heads put in, and all that was read on the way."""
-    answer, query, store = climb.answer, call.query, call.store
+    answer = climb.answer
+    plan = replace(answer.plan, reason=f"{answer.plan.reason}; max_error: {climb.name}")
+    seconds = plan.seconds or 0.0
+    if call.measure:
+        given_up = tuple(_given_up(rung, tried) for rung, tried in climb.given_up)
+        seconds += sum(tried.plan.seconds or 0.0 for _, tried in climb.given_up)
+        plan = replace(plan, given_up=given_up)
     rows_read = answer.rows_read + sum(tried.rows_read for _, tried in climb.given_up)
     bytes_read = answer.bytes_read + sum(tried.bytes_read for _, tried in climb.given_up)
-    plan = replace(answer.plan, reason=f"{answer.plan.reason}; max_error: {climb.name}")
-    sources, seconds = list(plan.sources), plan.seconds or 0.0
-    for rung, tried in climb.given_up if call.measure else ():
-        usages = [source.actual for source in tried.plan.sources if source.actual is not None]
-        spent = Usage(
-            tried.rows_read,
-            sum(usage.bytes for usage in usages),
-            sum(usage.lists for usage in usages if usage.rows),
-            tried.plan.seconds,
-        )
-        sources.append(Source("given up", f"{rung}: its estimated error was too large", spent, spent, 0.0))
-        seconds += tried.plan.seconds or 0.0
     out, lse, exact_lse = answer.out, answer.lse, answer.exact_lse
     if climb.dense_heads:
-        began = time.perf_counter()
-        group = query.shape[1] // store.num_kv_heads
-        keys, values = store.rows
-        out, lse, exact_lse = out.clone(), lse.clone(), exact_lse.clone()
-        for head in climb.dense_heads:
-            asking, rows = slice(head * group, (head + 1) * group), slice(head, head + 1)
-            state = dense_attention(
-                query[:, asking],
-                keys[:, rows],
-                values[:, rows],
-                start=store.start,
-                scale=call.scale,
-                softcap=call.softcap,
-                return_lse=True,
-            )
-            out[:, asking], lse[:, asking] = state
-            exact_lse[:, asking] = state[1]
-        share = len(climb.dense_heads) / store.num_kv_heads
-        rows_read += share * len(store)
-        size = query.shape[0] * len(climb.dense_heads) * len(store) * store.row_bytes
-        bytes_read += size
-        took = time.perf_counter() - began
-        usage = Usage(share * len(store), size, 0.0, took)
-        names = ", ".join(map(str, climb.dense_heads))
-        sources.append(Source("dense scan", f"all {len(store)} rows of KV heads {names}", usage, usage))
-        seconds += took
-    plan = replace(plan, sources=tuple(sources), seconds=seconds if call.measure else None)
+        assert lse is not None
+        assert exact_lse is not None
+        step = DenseHeads.of(climb.dense_heads, call)
+        found = step.run(call)
+        # What these heads had read before is left out; what the call brought along is theirs as well.
+        brought = [one.run(call) for one in steps_of_call(call)]
+        dense = merged([(one.out, one.lse) for one in (found, *brought)])
+        asking = step.asking(call)[None, :, None]
+        out = torch.where(asking[..., None], dense[0], out)
+        lse, exact_lse = torch.where(asking, dense[1], lse), torch.where(asking, dense[1], exact_lse)
+        usage = found.usages[0]
+        rows_read += usage.rows
+        bytes_read += usage.bytes
+        seconds += usage.seconds or 0.0
+        step = replace(step, sources=(replace(step.sources[0], actual=usage),))
+        plan = replace(plan, steps=(*plan.steps, step))
+    plan = replace(plan, seconds=seconds if call.measure else None)
     return replace(
         answer,
         out=out,
         lse=lse,
         exact_lse=exact_lse,
         rows_read=rows_read,
-        bytes_read=bytes_read,
         plan=plan,
         tried=answer,
+        bytes_read=bytes_read,
         dense_heads=climb.dense_heads,
     )
+
+
+def _given_up(rung: Rung, tried: Answer) -> Source:
+    """A try that was not enough, as a source of the plan."""
+    usages = [source.actual for source in tried.plan.sources if source.actual is not None]
+    spent = Usage(
+        tried.rows_read,
+        sum(usage.bytes for usage in usages),
+        sum(usage.lists for usage in usages if usage.rows),
+        tried.plan.seconds,
+    )
+    return Source("given up", f"{rung}: its estimated error was too large", spent, spent, 0.0)
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,209 @@
+"""Report: whether retrieval is safe for a model and what it saves, as a verdict, a table and data."""
+
+from bisect import bisect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..query.audit import figure, percentile95
+from ..query.stats import RunningStats
+from .layer_report import (
+    CLOSE,
+    FAR,
+    LayerReport,
+    bytes_share,
+    counted,
+    layer_report,
+    median_times,
+    percent,
+    reasons,
+    rows_per_call,
+)
+from .layer_table import layer_table
+
+# Share of dense's bytes above which reading less is no gain.
+LITTLE_SAVED = 0.9
+# Fewer timed calls than this have no median worth telling.
+LEAST_TIMED = 5
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All layers together; ``str()`` is the verdict, with what speaks against it on lines below.
+
+    Attributes:
+        layers: layers of the model.
+        layers_retrieving: those in which a call retrieved.
+        calls: decode calls: one per layer and step.
+        retrieving: decode calls that read less than all rows.
+        dense: why the other decode calls scanned everything, with how often.
+        prompts: calls that read a prompt, by why they were answered densely.
+        left: reasons that hold for whole layers, with the number of layers.
+        rows_read: rows read per query, mean over all decode calls, those answered densely included; None without any.
+        rows_stored: rows in the fullest layer.
+        bytes_share: bytes that decode calls read over those that dense scans would have read; None without any.
+        error, error_p95: relative error of the attention output, mean and 95th percentile over the audited queries (one
+            per head and position); None where nothing was audited.
+        audited: audited calls behind them.
+        seconds, seconds_dense: see LayerReport, over all layers; None with fewer than 5 timed calls.
+        timed: audited calls behind them.
+        within: with ``max_error``, share of audited queries whose error kept the bound.
+    """
+
+    layers: int
+    layers_retrieving: int
+    calls: int
+    retrieving: int
+    dense: dict[str, int]
+    prompts: dict[str, int]
+    left: dict[str, int]
+    rows_read: float | None
+    rows_stored: int
+    bytes_share: float | None
+    error: float | None
+    error_p95: float | None
+    audited: int
+    seconds: float | None
+    seconds_dense: float | None
+    timed: int
+    within: float | None
+
+    @property
+    def verdict(self) -> str:
+        """One line: is it safe, and what does it save?"""
+        if not self.calls:
+            return "No decode call yet: nothing to judge"
+        if not self.retrieving:
+            return (
+                f"Nothing was retrieved: all {self.calls} decode calls scanned everything, so answers are dense's, "
+                "and no faster"
+            )
+        share = percent(self.retrieving / self.calls)
+        parts = [
+            f"{self.layers_retrieving} of {self.layers} layers and {self.retrieving} of {self.calls} decode calls "
+            f"({share}) retrieved",
+            self._error(),
+            f"{percent(self.bytes_share)} of dense's bytes read",
+            self._time(),
+        ]
+        return f"{self._closeness()}: {', '.join(parts)}"
+
+    @property
+    def lines(self) -> list[str]:
+        """The verdict; why calls scanned everything; what to do where it is bad."""
+        lines = [self.verdict]
+        if self.dense:
+            lines.append(
+                f"Of {self.calls} decode calls {self.retrieving} retrieved; {sum(self.dense.values())} scanned "
+                f"everything: {counted(self.dense)}"
+            )
+        lines += [f"{count} of {self.layers} layers: {reason}" for reason, count in self.left.items()]
+        if self.prompts:
+            lines.append(f"{sum(self.prompts.values())} calls read a prompt densely: {counted(self.prompts)}")
+        return lines + self._advice()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain data, with the verdict."""
+        return {"verdict": self.verdict, **asdict(self)}
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+    def _closeness(self) -> str:
+        if self.error is None:
+            return "Not audited"
+        return ("Close to dense", "Not far from dense", "Far from dense")[bisect((CLOSE, FAR), self.error)]
+
+    def _error(self) -> str:
+        if self.error is None:
+            return "error unknown"
+        audits = f"{self.audited} audit{'s'[: self.audited > 1]}"
+        bound = "" if self.within is None else f", {percent(self.within)} within max_error"
+        mean, most = figure(self.error, self.audited), figure(self.error_p95, self.audited)
+        return f"error mean {mean}, 95th percentile {most} ({audits}{bound})"
+
+    def _time(self) -> str:
+        if self.seconds is None or self.seconds_dense is None:
+            return "time not measured"
+        retrieving, dense = self.seconds, self.seconds_dense
+        times = (
+            f"{figure(dense / retrieving, 1)}x as fast" if retrieving <= dense else f"{retrieving / dense:.2g}x as slow"
+        )
+        return f"a retrieving call {times} as a dense scan (medians of {self.timed} audited calls)"
+
+    def _advice(self) -> list[str]:
+        if not self.retrieving:
+            return []
+        lines = []
+        if self.error is None:
+            lines.append("To know the error: audit_rate above 0, or decode inside `with handle.audit():`")
+        elif self.error > FAR and self.within is None:
+            lines.append("Answers may differ from the model's own: consider max_error=0.05, or a larger k")
+        elif self.error > FAR:
+            lines.append(
+                "Answers may differ from the model's own: consider a smaller max_error, or none and a larger k"
+            )
+        slower = self.seconds is not None and self.seconds_dense is not None and self.seconds > self.seconds_dense
+        if slower or (self.bytes_share or 0.0) > LITTLE_SAVED:
+            lines.append("Little is gained at this length: consider dense_below='auto', a smaller k, or no wrap")
+        return lines
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers of a model; ``str()`` is a verdict and a table, ``to_dict()`` is data."""
+
+    layers: tuple[LayerReport, ...]
+    summary: Summary
+
+    @classmethod
+    def of(cls, stats: Sequence[RunningStats]) -> "Report":
+        """Summarise the statistics of each layer."""
+        layers = tuple(layer_report(i, s) for i, s in enumerate(stats))
+        return cls(layers, _summary(stats, layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain data: the summary, and every layer whole."""
+        return {"summary": self.summary.to_dict(), "layers": [asdict(layer) for layer in self.layers]}
+
+    def table(self, *, all_layers: bool = False) -> str:
+        """Layers as a table and remarks; those that are alike are one row, unless ``all_layers``.
+
+        Layers are alike that hold as many rows, retrieved or did not, for the same reasons, and whose error is close to
+        dense, not far, or far. Their figures are means, with the worst layer's in brackets.
+        """
+        return layer_table(self.layers, all_layers=all_layers)
+
+    def __str__(self) -> str:
+        return f"{self.summary}\n\n{self.table()}"
+
+
+def _summary(stats: Sequence[RunningStats], layers: Sequence[LayerReport]) -> Summary:
+    audits = [audit for s in stats for audit in s.audits]
+    errors = [audit.relative_error_by_query.flatten().double().cpu() for audit in audits]
+    seconds, seconds_dense, timed = median_times(audits)
+    told = timed >= LEAST_TIMED
+    bounded = [s.heads for s in stats if s.heads is not None and s.rungs]
+    kept, asked = (sum(float(getattr(heads, name).sum()) for heads in bounded) for name in ("within", "count"))
+    return Summary(
+        layers=len(layers),
+        layers_retrieving=sum(layer.retrieving > 0 for layer in layers),
+        calls=sum(layer.calls for layer in layers),
+        retrieving=sum(layer.retrieving for layer in layers),
+        dense=reasons(layers)[0],
+        prompts=reasons(layers)[1],
+        left=dict(Counter(reason for layer in layers for reason, count in layer.dense.items() if not count)),
+        rows_read=rows_per_call(layers),
+        rows_stored=max((layer.rows_stored for layer in layers), default=0),
+        bytes_share=bytes_share(stats),
+        error=torch.cat(errors).nanmean().item() if errors else None,
+        error_p95=percentile95(audits),
+        audited=len(audits),
+        seconds=seconds if told else None,
+        seconds_dense=seconds_dense if told else None,
+        timed=timed,
+        within=kept / asked if asked else None,
+    )

@@ -1,0 +1,210 @@
+"""Session: what the caches of one wrapped model share; and its forward pass under way."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from ..attention import AttentionDB
+from ..config import RetrievalConfig
+from ..query.audit import AuditReport
+from ..query.stats import RunningStats
+from .adapters import Adapters, in_words
+from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
+
+WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
+# Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
+Watcher = Callable[[int, AttentionDB, Tensor, float, float | None], None]
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How calls are answered inside the blocks that a thread or task has entered, and what becomes of them."""
+
+    retrieve: bool = True
+    audits: list[AuditReport] | None = None
+    watcher: Watcher | None = None
+
+
+class Session:
+    """What the layers of all caches of one wrapped model share. Copies of a cache stay in their session."""
+
+    def __init__(self, config: RetrievalConfig, stats: list[RunningStats]) -> None:
+        self.config = config
+        self.stats = stats
+        self._switches: ContextVar[Switches | None] = ContextVar("switches", default=None)
+        # The layers of the context that every new cache begins with, by layer number; and its token ids.
+        self.context: dict[int, AttentionDB] = {}
+        self.token_ids: Tensor | None = None
+        # The adapters that act in the model now; and those that the context was saved with.
+        self.adapters: Callable[[], Adapters] = tuple
+        self.context_adapters: Adapters = ()
+        # The cache that went through the model last, kept alive for ``Handle.save``.
+        self.newest: DynamicCache | None = None
+
+    @property
+    def switches(self) -> Switches:
+        """Those of the present thread or task."""
+        return self._switches.get() or Switches()
+
+    @property
+    def serving(self) -> bool:
+        """Whether a forward pass of this session is under way whose attention goes through dbattn's function."""
+        under_way = forward_pass.get()
+        return under_way is not None and under_way.served and under_way.session is self
+
+    @contextmanager
+    def switched(self, **changes: Any) -> Iterator[None]:
+        """Change switches for the calls that this thread or task makes inside the block."""
+        token = self._switches.set(replace(self.switches, **changes))
+        try:
+            yield
+        finally:
+            self._switches.reset(token)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def adopt(self, cache: DynamicCache) -> None:
+        """Put our database in place of every plain layer of a cache, and of another session's; their rows move over."""
+        if cache.offloading:
+            raise ValueError("an offloaded cache cannot be served: its rows leave the device between layers")
+        if cache.layer_class_to_replicate is DynamicLayer:
+            missing = len(self.stats) - len(cache.layers)
+            cache.layers.extend(DynamicLayer() for _ in range(missing))
+            cache.layer_class_to_replicate = None
+        for i, layer in enumerate(cache.layers):
+            if type(layer) in SERVED or (isinstance(layer, DatabaseLayer) and layer.session is not self):
+                # Assigned when it is complete: rows that are refused stay where they were.
+                cache.layers[i] = self._with_rows_of(layer, i)
+
+    def note_call(self, cache: DynamicCache, token_ids: Tensor | None) -> None:
+        """Remember that the model is about to read ``token_ids [B, n]`` (None: unknown) into a cache of ours."""
+        self.newest = cache
+        if (first := self._first(cache)) is not None:
+            first.note_tokens(token_ids)
+            first.note_adapters(self.adapters())
+
+    def note_missing_context(self, cache: Any, token_ids: Tensor | None) -> None:
+        """Say once where a call begins with neither the context's rows nor its tokens."""
+        context = self.token_ids
+        if context is None or (cache is not None and cache.get_seq_length()):
+            return
+        if token_ids is not None:
+            begins = min(token_ids.shape[1], context.shape[1])
+            ids, expected = token_ids[:, :begins].cpu(), context[:, :begins]
+            if torch.equal(ids, expected.expand_as(ids)):
+                return  # the context is read again
+        if all(WITHOUT_CONTEXT in stats.dense_reasons for stats in self.stats):
+            return
+        for stats in self.stats:
+            stats.dense_reasons[WITHOUT_CONTEXT] += 0
+        warnings.warn(
+            f"this call {WITHOUT_CONTEXT}: its cache is empty. To go on after the context: ids = "
+            "torch.cat([handle.context, question], dim=1); model.generate(ids, past_key_values=handle.new_cache())",
+            stacklevel=2,
+        )
+
+    def check_adapters(self, cache: DynamicCache) -> None:
+        """Refuse rows that the model, with the adapters of now, would not write.
+
+        Raises:
+            ValueError: some of the cache's rows were written under other adapters; says which.
+        """
+        now, first = self.adapters(), self._first(cache)
+        for adapters in () if first is None else first.adapters_of_rows():
+            if adapters != now:
+                raise ValueError(
+                    f"rows of this cache were written with {in_words(adapters)} active, the model now has "
+                    f"{in_words(now)}: make that active again, or read the text anew"
+                )
+
+    def note_dense(self, number: int, reason: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Count a call of layer ``number`` that no database answered: a query ``[B, Hq, m, D]`` over T rows."""
+        stats, rows = self.stats[number], key.shape[2]
+        stats.rows_stored = rows
+        prompt = query.shape[2] > self.config.max_queries
+        stats.add_dense(reason, 0.0 if prompt else float(rows), key.nbytes + value.nbytes, prompt=prompt)
+
+    def tokens_of(self, cache: DynamicCache) -> Tensor | None:
+        """Token ids ``[B, n]`` of a cache's rows, as far as they are known."""
+        first = self._first(cache)
+        return None if first is None else first.token_ids
+
+    def fill(self, cache: DynamicCache) -> None:
+        """Give an empty cache of ours the context's rows, a copy of them.
+
+        Raises:
+            ValueError: the model's adapters have changed since the context was opened.
+        """
+        if self.context and (now := self.adapters()) != self.context_adapters:
+            raise ValueError(
+                f"the context was read with {in_words(self.context_adapters)} active, the model now has "
+                f"{in_words(now)}: make that active again, or wrap the model anew with another context"
+            )
+        for number, db in self.context.items():
+            cache.layers[number].hold(copy.deepcopy(db))
+        if self.token_ids is not None and (first := self._first(cache)) is not None:
+            first.token_ids = self.token_ids
+        if self.context and (first := self._first(cache)) is not None:
+            first.adapters = [(0, self.context_adapters)]
+
+    def _first(self, cache: DynamicCache) -> DatabaseLayer | None:
+        return next((layer for layer in cache.layers if isinstance(layer, DatabaseLayer)), None)
+
+    def _with_rows_of(self, layer: DynamicLayer, layer_index: int) -> DatabaseLayer:
+        hybrid = isinstance(layer, LinearAttentionAndFullAttentionLayer)
+        ours = HybridDatabaseLayer(self, layer_index, layer) if hybrid else DatabaseLayer(self, layer_index)
+        if not layer.get_seq_length():
+            return ours
+        ours.update(layer.keys, layer.values)
+        if isinstance(layer, DatabaseLayer):
+            ours.token_ids, ours.adapters = layer.token_ids, layer.adapters
+            assert ours.db is not None
+            assert layer.db is not None
+            if layer.db.store.has_padding:
+                ours.db.store.set_start(layer.db.store.start)
+        return ours
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A wrapped model's forward pass that is under way: its session, the cache it was given, and who attends.
+
+    ``served``: attention goes through dbattn's function.
+    """
+
+    session: Session
+    cache: Cache | None
+    served: bool
+
+    def note_bypass(self, number: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Count a call of layer ``number`` whose keys came from no database, with the reason."""
+        if not isinstance(number, int) or not 0 <= number < len(self.session.stats):
+            return
+        layers = getattr(self.cache, "layers", ())
+        holder = layers[number] if number < len(layers) else self.cache
+        if holder is None:
+            reason = "no cache (use_cache=False)"
+        elif isinstance(holder, DatabaseLayer):
+            reason = "the model makes its keys after its cache (as multi-head latent attention does)"
+        else:
+            reason = left_to_transformers(holder)
+        self.session.note_dense(number, reason, query, key, value)
+
+
+def left_to_transformers(holder: Any) -> str:
+    """Why a layer with such a cache, or cache layer, is answered densely."""
+    return f"left to transformers ({type(holder).__name__})"
+
+
+# The pass under way in this thread or task.
+forward_pass: ContextVar[ForwardPass | None] = ContextVar("forward_pass", default=None)

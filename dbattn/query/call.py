@@ -1,0 +1,161 @@
+"""Call: a query to one store, checked, with all that shapes its answer."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from index_kernels.ops import FLOATS
+
+from ..config import RetrievalConfig
+from ..store import KVStore, RowSource, StateSource, check_range
+from .usage import Workload
+
+
+class RowIndex(Protocol):
+    """What a call knows of its index; ``index.KeyIndex`` is all of it."""
+
+    moves_rows: bool
+
+    def __len__(self) -> int:
+        """Rows below this are in the index."""
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """Row positions of places in the store."""
+
+
+@dataclass(slots=True)
+class Call:
+    """The m newest positions of a store ask.
+
+    Attributes:
+        query: ``[B, Hq, m, D]``.
+        scale, softcap: of the logits.
+        extra: rows of other origin, or a state, that the answer takes in as well.
+        sink_logits: ``[Hq]``, logit of one more row with value zero per head.
+        measure: tell what each source did, too.
+        needs_lse: whether the log-sum-exp of the answer is wanted.
+    """
+
+    query: Tensor
+    store: KVStore
+    index: RowIndex
+    config: RetrievalConfig
+    scale: float
+    softcap: float | None = None
+    extra: RowSource | StateSource | None = None
+    sink_logits: Tensor | None = None
+    measure: bool = False
+    needs_lse: bool = True
+
+    @classmethod
+    def checked(
+        cls,
+        query: Tensor,
+        store: KVStore,
+        index: RowIndex,
+        config: RetrievalConfig,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        extra: RowSource | StateSource | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> "Call":
+        """The call with its default scale; ValueError states what was received where it does not fit the store."""
+        keys, dim, kv_heads = store.rows[0], store.head_dim, store.num_kv_heads
+        if query.ndim != 4 or query.shape[0] != keys.shape[0] or query.shape[3] != dim:
+            raise ValueError(f"query has shape {list(query.shape)}, expected [{keys.shape[0]}, Hq, m, {dim}]")
+        if query.shape[1] == 0 or query.shape[1] % kv_heads:
+            raise ValueError(f"{query.shape[1]} query heads do not divide into groups over {kv_heads} KV heads")
+        if not 1 <= query.shape[2] <= len(store):
+            raise ValueError(
+                f"query has {query.shape[2]} positions, expected 1 to {len(store)}: they are the newest rows"
+            )
+        if query.dtype not in FLOATS or query.device != keys.device:
+            raise ValueError(
+                f"query is {query.dtype} on {query.device}, expected float32, float16 or bfloat16 on {keys.device}"
+            )
+        check_range("query", query)
+        if scale is None:
+            scale = float(query.shape[-1] ** -0.5)
+        elif not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale is {scale}, expected a positive number: an index finds the largest products")
+        if sink_logits is not None:
+            if sink_logits.shape != (query.shape[1],):
+                raise ValueError(f"sink_logits have shape {list(sink_logits.shape)}, expected [{query.shape[1]}]")
+            check_range("sink_logits", sink_logits)
+        if extra is not None:
+            extra.check(query, store.value_dim)
+        return cls(query, store, index, config, float(scale), softcap, extra, sink_logits)
+
+    @property
+    def workload(self) -> Workload:
+        """What the planner knows of the call."""
+        store = self.store
+        return Workload(
+            rows=len(store),
+            queries=self.query.shape[2],
+            indexed=len(self.index),
+            first_index_row=self.config.n_sink + (int(store.start.min()) if store.has_padding else 0),
+            batch=self.query.shape[0],
+            heads=self.query.shape[1],
+            kv_heads=store.num_kv_heads,
+            dim=store.head_dim,
+            value_dim=store.value_dim,
+            row_bytes=store.row_bytes,
+        )
+
+    def plainly(self) -> "Call":
+        """The same call for the yardstick: not measured, its lse wanted."""
+        return replace(self, measure=False, needs_lse=True)
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether a call that has returned is done, so that its time can be taken."""
+        return self.query.device.type == "cpu"
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether more positions ask than retrieval is for: a prompt is being read."""
+        return self.query.shape[2] > self.config.max_queries
+
+    @property
+    def first_index_row(self) -> Tensor:
+        """``[B]``, the first row of each batch row that the index answers for."""
+        return self.store.start + self.config.n_sink
+
+    @property
+    def is_sealed_ahead(self) -> bool:
+        """Whether rows after the first query's position have been moved among older ones."""
+        return self.index.moves_rows and len(self.index) > len(self.store) - self.query.shape[2] + 1
+
+    def sink_slots(self, hot: int) -> Tensor:
+        """``[B, Hq, m, n_sink]``: the first rows of each batch row, -1 from ``hot`` on."""
+        slots = self.store.start[:, None] + torch.arange(min(self.config.n_sink, hot), device=self.query.device)
+        slots = slots.masked_fill(slots >= hot, -1)
+        return slots[:, None, None, :].expand(*self.query.shape[:3], -1)
+
+    @property
+    def rows_visible(self) -> float:
+        """Rows that a query may see, mean over batch rows and positions."""
+        last = len(self.store)
+        if not self.store.has_padding:
+            return last - (self.query.shape[2] - 1) / 2
+        stop = torch.arange(last - self.query.shape[2] + 1, last + 1, device=self.query.device)
+        return float((stop - self.store.start[:, None]).clamp(min=0).float().mean())
+
+    @property
+    def bytes_dense(self) -> int:
+        """Bytes that a dense scan of the store reads."""
+        return self.query.shape[0] * self.store.num_kv_heads * len(self.store) * self.store.row_bytes
+
+    def causal_mask(self) -> Tensor:
+        """``[B, Hq, m, T]`` bool by the positions of rows, wherever they stand."""
+        batch, heads, m, _ = self.query.shape
+        rows = len(self.store)
+        slots = torch.arange(rows, device=self.query.device).expand(batch, heads, 1, -1)
+        positions = self.index.positions(slots)
+        newest = torch.arange(rows - m, rows, device=self.query.device)[:, None]
+        return (positions <= newest) & (positions >= self.store.start[:, None, None, None])

@@ -1,0 +1,119 @@
+"""Choosing a plan: the cheapest that the config allows for one call."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Protocol
+
+from ..config import RetrievalConfig
+from .plan import QueryPlan, Step
+from .rates import SCAN, TimedIndex, rates
+from .steps import DenseScan
+from .usage import Rates, Workload
+
+
+class PlannedIndex(TimedIndex, Protocol):
+    """What a planner asks an index's class; see ``index.KeyIndex``."""
+
+    moves_rows: bool
+
+    @classmethod
+    def hot(cls, config: RetrievalConfig, work: Workload) -> int:
+        """Rows from here on are scanned exactly."""
+
+    @classmethod
+    def covers(cls, config: RetrievalConfig, eligible: int) -> bool:
+        """Whether the budget asked for covers every row in the index."""
+
+    @classmethod
+    def asked(cls, config: RetrievalConfig) -> str:
+        """The budget in words."""
+
+    @classmethod
+    def steps(cls, config: RetrievalConfig, work: Workload, own: Rates | None, scan: Rates | None) -> tuple[Step, ...]:
+        """What the index offers for a call."""
+
+
+@lru_cache(maxsize=64)  # the layers of a model ask the same
+def choose_plan(
+    index: type[PlannedIndex],
+    config: RetrievalConfig,
+    work: Workload,
+    *,
+    backend: str,
+    threads: int | None,
+    retrieve: bool,
+    estimate: bool,
+) -> QueryPlan:
+    """The cheapest plan the config allows for one call.
+
+    ``threads``: of the CPU that will run it, None on other devices, for which there are no rates. ``estimate``:
+    expected seconds are wanted even where no choice depends on them. Rows from ``hot`` on are scanned exactly: the
+    window of the oldest query and all that is not indexed yet. Reasons hold no number that changes from step to step:
+    reports count them.
+    """
+    auto = config.dense_below_rows is None
+    hot = index.hot(config, work)
+    eligible = hot - work.first_index_row
+
+    def rates_of(engine: type[PlannedIndex] | None) -> Rates | None:
+        return rates(engine, threads) if threads is not None and (estimate or auto) else None
+
+    def dense(reason: str) -> QueryPlan:
+        step = DenseScan.of(work, rates_of(None) if estimate else None)
+        seconds = step.sources[0].estimated.seconds
+        return QueryPlan((step,), reason, hot, backend, seconds, seconds)
+
+    if not retrieve:
+        return dense("dense was asked for")
+    if work.queries > config.max_queries:
+        return dense(f"more queries in one call than max_queries={config.max_queries}")
+    least = config.dense_below_rows
+    if least is not None and work.rows < least:
+        return dense(f"fewer rows than dense_below={least}")
+    if eligible <= 0:
+        return dense("sinks and hot rows are all there is" if work.indexed else "no rows in the index yet")
+    if index.moves_rows and hot > work.rows - work.queries:
+        return dense("rows after the first query are sealed already")
+    if index.covers(config, eligible):
+        return dense(f"k={config.rows_retrieved} covers every row in the index")
+
+    below = config.traits.dense_below
+    if auto and config.k is None and work.rows < below:
+        return dense(f"fewer rows than {below}")
+    if auto and threads is not None and not estimate and _is_clear(index, config, work, threads):
+        auto = False
+    scan_rates = rates_of(None)
+    steps = index.steps(config, work, rates_of(index), scan_rates)
+    seconds = seconds_dense = None
+    if scan_rates is not None:
+        seconds = _seconds(steps)
+        seconds_dense = DenseScan.of(work, scan_rates).sources[0].estimated.seconds
+    if auto:
+        if seconds is None or seconds_dense is None:
+            device = "cuda" if backend == "triton" else f"the {backend} kernels"
+            if not config.wishes_retrieval:
+                return dense(
+                    f"no rates for {device}: answered densely; "
+                    "ask for an index by name, k= or dense_below= to retrieve all the same"
+                )
+            if work.rows < below:
+                return dense(f"fewer rows than {below} (no rates for {device})")
+        elif seconds_dense <= seconds:
+            return replace(dense("a dense scan is estimated to be faster"), seconds_dense=seconds_dense)
+    reason = f"{work.rows} rows, {index.asked(config)}"
+    return QueryPlan(steps, reason, hot, backend, seconds, seconds_dense)
+
+
+def _seconds(steps: tuple[Step, ...]) -> float:
+    """What steps are estimated to take, where it is known."""
+    parts = (source.estimated.seconds for step in steps for source in step.sources)
+    return sum(part for part in parts if part is not None)
+
+
+def _is_clear(index: type[PlannedIndex], config: RetrievalConfig, work: Workload, threads: int) -> bool:
+    """Whether the index is faster by so much on the machine of the built-in rates that none need be measured here.
+
+    By four times there, with two threads; more threads may speed up a scan, but not the choosing of rows.
+    """
+    dense = DenseScan.of(work, SCAN).sources[0].estimated.seconds or 0.0
+    return dense > 2 * max(2, threads) * _seconds(index.steps(config, work, index.built_in, SCAN))

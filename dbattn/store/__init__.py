@@ -1,0 +1,18 @@
+"""The rows of a layer: KVStore keeps them, RowSource and StateSource are rows of other origin."""
+
+from .mapped import MappedRows, new_buffer
+from .noise import exponential_noise
+from .rows import KVStore
+from .source import RowSource, StateSource
+from .storage import check_finite, check_range
+
+__all__ = [
+    "KVStore",
+    "MappedRows",
+    "RowSource",
+    "StateSource",
+    "check_finite",
+    "check_range",
+    "exponential_noise",
+    "new_buffer",
+]

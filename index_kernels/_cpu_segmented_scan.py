@@ -1,0 +1,231 @@
+"""attend_segmented on the CPU, up to the choice of lists: scan, open super-lists, score their lists, choose.
+
+The work of each KV head is cut into one part per thread. Functions named _part answer for one; others run once.
+"""
+
+# mypy: ignore-errors
+# (Numba compiles these functions and infers their types itself.)
+
+import numpy as np
+from numba import njit
+
+from ._cpu_common import FAST, NEG, TILE, F, exp32, load_query, scan_range, store_state
+from ._cpu_list_steps import choose, correct, cycles, rank_entries, rescale
+from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_READ, SUPERS_SCORED
+from ._cpu_vectors import add_rows, score_rows
+
+
+@njit(fastmath=FAST)
+def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
+    """The query as the phases take it, and whether super-lists are opened in any batch row."""
+    heads, ck, _, width = lanes
+    B, Hq, D = query.shape
+    H = shape.shape[1]
+    G = Hq // H
+    scaled = np.empty((B, H, G, D), F)
+    spread = np.empty((B, Hq), F)
+    two_level = np.empty(B, np.bool_)
+    any_two = False
+    for b in range(B):
+        two_level[b] = opened < H * (sealed - start[b] - n_sink)
+        any_two |= two_level[b]
+        for h in range(H):
+            q = scaled[b, h]
+            load_query(query, b, h, scale, q)
+            product = np.zeros((G, D), F)
+            add_rows(q, 0, D, shape[b, h], 0, D, D, product, heads, ck, width)
+            for g in range(G):
+                x = F(0.0)
+                for d in range(D):
+                    x += product[g, d] * q[g, d]
+                spread[b, h * G + g] = max(x, F(1e-12))
+    return scaled, spread, two_level, any_two
+
+
+@njit(fastmath=FAST)
+def scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads, ck, cv, width):
+    """One part of one KV head: sinks and hot rows exactly, super-lists (in a small store all lists) by mean key."""
+    began = cycles()
+    lanes = (heads, ck, cv, width)
+    B, H, G, _ = asked.query.shape
+    BH = B * H
+    parts = how.parts
+    part = w // BH
+    b = (w % BH) // H
+    h = w % H
+    q = asked.query[b, h]
+    start = asked.start[b]
+    key_at = b * keys.batch + h * keys.head
+    value_at = b * values.batch + h * values.head
+    logits = np.empty((G, TILE), F)
+    acc = np.zeros((G, states.acc.shape[3]), F)
+    top = np.full(G, NEG, F)
+    total = np.zeros(G, F)
+    if part == 0:
+        n = min(how.n_sink, how.length - start)
+        scan_range(
+            q, keys.memory, values.memory, key_at + start * keys.row, value_at + start * values.row, keys.row,
+            values.row, n, how.softcap, logits, acc, top, total, lanes,
+        )  # fmt: skip
+    first = max(how.sealed, start + how.n_sink)
+    n = max(0, how.length - first)
+    lo = first + n * part // parts
+    hi = first + n * (part + 1) // parts
+    scan_range(
+        q, keys.memory, values.memory, key_at + lo * keys.row, value_at + lo * values.row, keys.row, values.row,
+        hi - lo, how.softcap, logits, acc, top, total, lanes,
+    )  # fmt: skip
+    store_state(part, b, h, acc, top, total, states.top, states.total, states.acc)
+    mark = cycles()
+    spent = scratch.spent[w]
+    spent[0] = mark - began
+    spread = asked.spread[b, h * G : h * G + G]
+    if asked.two_level[b]:
+        logit, key, variance = scratch.super_logit[b, h], supers.key[b, h], supers.variance[b, h]
+        n = supers.used[b, h]
+        lo = n * part // parts
+        hi = n * (part + 1) // parts
+    else:
+        logit, key, variance = scratch.logit[b, h], lists.key[b, h], lists.variance[b, h]
+        n = lists.used[b, h]
+        lo = n * part // parts
+        hi = n * (part + 1) // parts
+        place, rows, own = scratch.id[b, h], scratch.size[b, h], scratch.variance[b, h]
+        size = lists.size[b, h]
+        for i in range(lo, hi):
+            place[i] = i
+            rows[i] = size[i]
+            own[i] = variance[i]
+    row = key.shape[1]
+    score_rows(q, 0, key, lo * row, row, hi - lo, logit, lo, logit.shape[1], heads, ck, width)
+    correct(logit, variance, spread, lo, hi, how.alpha, how.softcap)
+    spent[1] = cycles() - mark
+    spent[2] = 0
+    spent[3] = 0
+
+
+@njit(fastmath=FAST)
+def hot_masses(states, parts, masses):
+    """Peak and mass of sinks and hot rows, from their parts' states."""
+    B, Hq = states.top.shape[1:]
+    for b in range(B):
+        for i in range(Hq):
+            peak = NEG
+            for p in range(parts):
+                peak = max(peak, states.top[p, b, i])
+            mass = F(0.0)
+            for p in range(parts):
+                mass += states.total[p, b, i] * exp32(states.top[p, b, i] - peak)
+            masses.peak[b, i] = peak
+            masses.hot[b, i] = mass
+
+
+@njit(fastmath=FAST)
+def open_supers(asked, supers, how, masses, scratch):
+    """Choose the super-lists to open, best first, and lay their lists' places out behind each other."""
+    B, H, G, _ = asked.query.shape
+    mass = np.empty(G, F)
+    old = np.empty(G, F)
+    for b in range(B):
+        if not asked.two_level[b]:
+            continue
+        for h in range(H):
+            lo, hi = h * G, h * G + G
+            peak, hot = masses.peak[b, lo:hi], masses.hot[b, lo:hi]
+            rest, whole = masses.supers[b, lo:hi], masses.whole[b, lo:hi]
+            for g in range(G):
+                old[g] = peak[g]
+            count = supers.used[b, h]
+            rescale(scratch.super_logit[b, h], supers.size[b, h], count, peak, mass)
+            for g in range(G):
+                hot[g] *= exp32(old[g] - peak[g])
+                rest[g] = mass[g]
+                whole[g] = hot[g] + mass[g]
+            rank_entries(
+                scratch.super_logit[b, h], supers.variance[b, h], asked.spread[b, lo:hi], whole, count,
+                scratch.super_rank[b, h],
+            )  # fmt: skip
+        choose(
+            scratch.super_rank, supers.size, b, supers.used, how.opened, scratch.super_taken, scratch.super_chosen,
+            scratch.super_count,
+        )  # fmt: skip
+        for h in range(H):
+            first, size, weight = supers.first[b, h], supers.size[b, h], scratch.super_logit[b, h]
+            chosen, offset, rest = scratch.super_chosen[b, h], scratch.super_offset[b, h], masses.supers[b]
+            places = 0
+            for j in range(scratch.super_count[b, h]):
+                i = chosen[j]
+                offset[j] = places
+                places += first[i + 1] - first[i]
+                for g in range(G):
+                    rest[h * G + g] -= weight[g, i] * F(size[i])
+            scratch.total[b, h] = places
+
+
+@njit(fastmath=FAST)
+def score_part(w, asked, lists, supers, how, scratch, heads, ck, width):
+    """One part of one KV head: score the lists under opened super-lists."""
+    B, H, G, _ = asked.query.shape
+    part = w // (B * H)
+    b = (w % (B * H)) // H
+    h = w % H
+    if not asked.two_level[b]:
+        return
+    q, key, size, variance = asked.query[b, h], lists.key[b, h], lists.size[b, h], lists.variance[b, h]
+    place, rows, own, logit = scratch.id[b, h], scratch.size[b, h], scratch.variance[b, h], scratch.logit[b, h]
+    row = key.shape[1]
+    opened = scratch.super_count[b, h]
+    for j in range(opened * part // how.parts, opened * (part + 1) // how.parts):
+        i = scratch.super_chosen[b, h, j]
+        to = np.int64(scratch.super_offset[b, h, j])
+        lo = np.int64(supers.first[b, h, i])
+        n = supers.first[b, h, i + 1] - lo
+        score_rows(q, 0, key, lo * row, row, n, logit, to, logit.shape[1], heads, ck, width)
+        for e in range(n):
+            place[to + e] = lo + e
+            rows[to + e] = size[lo + e]
+            own[to + e] = variance[lo + e]
+        correct(logit, own, asked.spread[b, h * G : h * G + G], to, to + n, how.alpha, how.softcap)
+
+
+@njit(fastmath=FAST)
+def choose_lists(asked, lists, supers, how, masses, scratch, stats):
+    """Choose the lists to read under the budget, over the KV heads of a batch row together; counts go to stats."""
+    B, H, G, _ = asked.query.shape
+    mass = np.empty(G, F)
+    old = np.empty(G, F)
+    for b in range(B):
+        for h in range(H):
+            lo, hi = h * G, h * G + G
+            peak, hot = masses.peak[b, lo:hi], masses.hot[b, lo:hi]
+            rest, whole = masses.supers[b, lo:hi], masses.whole[b, lo:hi]
+            if not asked.two_level[b]:
+                scratch.total[b, h] = lists.used[b, h]
+            count = scratch.total[b, h]
+            for g in range(G):
+                old[g] = peak[g]
+            rescale(scratch.logit[b, h], scratch.size[b, h], count, peak, mass)
+            for g in range(G):
+                shrink = exp32(old[g] - peak[g])
+                hot[g] *= shrink
+                rest[g] = max(rest[g] * shrink, F(0.0))
+                whole[g] = hot[g] + rest[g] + mass[g]
+                if asked.two_level[b] and shrink < F(1.0):
+                    weight = scratch.super_logit[b, h, g]
+                    for j in range(supers.used[b, h]):
+                        weight[j] *= shrink
+            rank_entries(
+                scratch.logit[b, h], scratch.variance[b, h], asked.spread[b, lo:hi], whole, count, scratch.rank[b, h]
+            )
+        counts = stats[b]
+        counts[ROWS_READ] = choose(
+            scratch.rank, scratch.size, b, scratch.total, how.read, scratch.taken, scratch.chosen, scratch.count
+        )
+        counts[LISTS_READ] = 0
+        counts[LISTS_SCORED] = 0
+        counts[SUPERS_SCORED] = 0
+        for h in range(H):
+            counts[LISTS_READ] += scratch.count[b, h]
+            counts[LISTS_SCORED] += scratch.total[b, h]
+            if asked.two_level[b]:
+                counts[SUPERS_SCORED] += supers.used[b, h]

@@ -1,0 +1,135 @@
+"""attend_segmented: one query position over a store of lists, every row source of it in one operator.
+
+The torch code is the specification, and with the device's own kernels for its parts the CUDA path; on the CPU one
+fused Numba kernel serves it.
+"""
+
+import time
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lists import (
+    attend_lists,
+    attend_summaries,
+    choose,
+    list_costs,
+    summary_logits,
+    unread_deviation,
+    weights_by_place,
+)
+from .ops import attend_rows, check_rows, merge_states, resolve_backend
+from .summaries import ListReading, ListTable, SegmentedAnswer
+
+
+def attend_segmented(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: ListTable,
+    how: ListReading,
+    *,
+    start: Tensor,
+    want_deviation: bool = False,
+    details: bool = False,
+    backend: str = "auto",
+) -> SegmentedAnswer:
+    """Sinks and hot rows exactly, lists under a budget, everything else by its summary.
+
+    Args:
+        query: ``[B, Hq, 1, D]``, at position ``how.length - 1``.
+        keys, values: the store's buffers, ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]`` with T >= how.length, or packed.
+        table: the lists of rows ``0 .. how.sealed``.
+        how: see ListReading.
+        start: int64 ``[B]``, first valid row of each batch row.
+        want_deviation: give the deviation; see SegmentedAnswer.
+        details: give ``chosen`` and ``unread``, too.
+        backend: "auto", "reference", "numba" or "triton".
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; states what was received.
+    """
+    if query.shape[2] != 1:
+        raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
+    wanted = {"start": start, "want_deviation": want_deviation, "details": details}
+    chosen = resolve_backend(query, backend)
+    if chosen == "numba":
+        fused = import_module("index_kernels._cpu_segmented")
+        answer: SegmentedAnswer = fused.attend_segmented(query, keys, values, table, how, **wanted)
+        return answer
+    check_rows(query, keys, values)
+    return _attend(query, keys, values, table, how, start, want_deviation, details, chosen)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: ListTable,
+    how: ListReading,
+    start: Tensor,
+    want_deviation: bool,
+    details: bool,
+    backend: str,
+) -> SegmentedAnswer:
+    levels = table.levels(query.device)
+    lists, supers = levels.lists, levels.supers
+    options: dict[str, Any] = {"scale": how.scale, "softcap": how.softcap, "backend": backend}
+    began = time.perf_counter()
+    ranges = _exact_ranges(query, how, start)
+    exact = attend_rows(query, keys, values, ranges=ranges, **options)
+    scanned = time.perf_counter()
+    known, states, scored = exact[1][..., 0], [], 0
+    # Where the budget opens less than all rows under super-lists, only lists of the opened ones are candidates.
+    two_level = how.rows_opened < keys.shape[1] * (how.sealed - start - how.n_sink)
+    if bool(two_level.any()):
+        logits, spread = summary_logits(
+            query, supers, scale=how.scale, softcap=how.softcap, alpha=how.alpha, backend=backend
+        )
+        costs = list_costs(logits, spread, supers, known, backend)
+        opened = choose(costs.flatten(1), supers.size.flatten(1), how.rows_opened).view_as(supers.size)
+        opened |= ~two_level[:, None, None]
+        rest = attend_summaries(query, supers, opened, logits, scale=how.scale, beta=how.beta, backend=backend)
+        states.append((rest, logits, spread, supers, opened))
+        known = torch.logaddexp(known, rest[1][..., 0])
+        scored = int((supers.size[two_level] > 0).sum())
+        under = opened.gather(2, levels.parent.clamp(max=opened.shape[2] - 1))
+        lists = lists.only(under)
+    logits, spread = summary_logits(
+        query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha, backend=backend
+    )
+    costs = list_costs(logits, spread, lists, known, backend)
+    chosen = choose(costs.flatten(1), lists.size.flatten(1), how.rows_read).view_as(lists.size)
+    outs, lses = attend_lists(query, keys, values, lists, chosen, logits, beta=how.beta, tail=how.tail, **options)
+    states.append(((outs[1], lses[1]), logits, spread, lists, chosen))
+    tails = [state[0] for state in states] if how.tail else [(outs[1], lses[1])]
+    tail = merge_states(torch.stack([out for out, _ in tails]), torch.stack([lse for _, lse in tails]))
+    outs, lses = torch.stack([exact[0], outs[0], tail[0]]), torch.stack([exact[1], lses[0], tail[1]])
+    out, lse = merge_states(outs, lses)
+    deviation = None
+    if want_deviation:
+        parts = [unread_deviation(*state[1:], lse[..., 0]) for state in states]
+        deviation = torch.stack(parts).square().sum(dim=0).sqrt()[..., None]
+    scored += int((lists.size > 0).sum())
+    read = int(chosen.sum())
+    unread = sum(int(((level.size > 0) & ~taken).sum()) for _, _, _, level, taken in states) if how.tail else 0
+    rows = int((lists.size * chosen).sum())
+    seconds = scanned - began, time.perf_counter() - scanned, 0.0
+    answer = SegmentedAnswer(out, lse, lses, rows, read, scored, unread, seconds, deviation, None, None)
+    if not details:
+        return answer
+    by_place = torch.zeros(*lse.shape[:2], how.sealed, device=query.device)
+    for _, logits, _, level, taken in states if how.tail else ():
+        weights = torch.exp(logits - lse).nan_to_num()
+        by_place += weights_by_place(level.begin, level.size * ~taken, weights, how.sealed)
+    return answer._replace(chosen=chosen, unread=by_place)
+
+
+def _exact_ranges(query: Tensor, how: ListReading, start: Tensor) -> Tensor:
+    """``[B, Hq, 1, 2, 2]``: the sinks, and the rows from ``sealed`` on that are not among them."""
+    sinks = torch.stack([start, start + how.n_sink], dim=-1).clamp(max=how.length)
+    first = (start + how.n_sink).clamp(min=how.sealed, max=how.length)
+    hot = torch.stack([first, torch.full_like(first, how.length)], dim=-1)
+    return torch.stack([sinks, hot], dim=1)[:, None, None].expand(-1, query.shape[1], -1, -1, -1)

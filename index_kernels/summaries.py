@@ -1,0 +1,218 @@
+"""What is known of the lists of a store without reading their rows: as kept (packed arrays), and as float tensors.
+
+A store's older rows stand in lists: contiguous runs of similar keys, about 16 rows each, under super-lists of about
+256. A summary is a mean key, a mean value, a size and the variance of the keys; ``shape`` is the covariance of keys
+around their list's mean, per KV head and scaled to trace 1, ``cross`` the covariance of keys and values on that scale.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .packed import floats
+
+Array = np.ndarray[Any, Any]
+
+
+class ListArrays(NamedTuple):
+    """Lists ``[B, Hkv, capacity, ...]``: rows ``begin .. begin + size``, packed means. ``used [B, Hkv]`` counts."""
+
+    begin: Array
+    size: Array
+    variance: Array
+    key: Array
+    value: Array
+    used: Array
+
+
+class SuperListArrays(NamedTuple):
+    """Super-lists likewise: lists ``first[i] .. first[i + 1]``; ``size`` counts rows."""
+
+    first: Array
+    size: Array
+    variance: Array
+    key: Array
+    value: Array
+    used: Array
+
+
+class SegmentArrays(NamedTuple):
+    """Segments ``[B, Hkv, capacity, ...]``: where their lists and super-lists begin and end, and sums over their rows.
+
+    shape ``[.., D, D]`` and cross ``[.., D, Dv]`` are sums of products of residuals (key - mean of its list), trace the
+    sum of their squares.
+    """
+
+    lists: Array
+    supers: Array
+    shape: Array
+    cross: Array
+    trace: Array
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """Summaries of one level as float tensors; L per KV head, of which unused ones have size 0.
+
+    Attributes:
+        begin, size: ``[B, Hkv, L]`` int64, the rows ``begin .. begin + size`` of the store.
+        key, value: ``[B, Hkv, L, D]`` and ``[B, Hkv, L, Dv]`` float32, means.
+        variance: ``[B, Hkv, L]`` float32, mean squared distance of the keys from their mean.
+        shape: ``[B, Hkv, D, D]``, cross: ``[B, Hkv, D, Dv]``, float32.
+    """
+
+    begin: Tensor
+    size: Tensor
+    key: Tensor
+    value: Tensor
+    variance: Tensor
+    shape: Tensor
+    cross: Tensor
+
+    def only(self, kept: Tensor) -> "Summaries":
+        """The same lists, those not ``kept`` (bool ``[B, Hkv, L]``) unused."""
+        return replace(self, size=self.size * kept)
+
+    def grouped(self, query: Tensor, scale: float) -> Tensor:
+        """The scaled query ``[B, Hq, 1, D]`` by KV head: ``[B, Hkv, Hq // Hkv, D]`` float32."""
+        return (query.float() * scale).reshape(query.shape[0], self.key.shape[1], -1, query.shape[3])
+
+    def spread(self, query: Tensor) -> Tensor:
+        """Variance of a grouped query's logits per unit of a list's variance, ``[B, Hkv, Hq // Hkv]``."""
+        return ((query @ self.shape) * query).sum(dim=-1).clamp(min=1e-12)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """All lists and super-lists as float tensors; ``parent [B, Hkv, L]`` is the super-list of each list."""
+
+    lists: Summaries
+    supers: Summaries
+    parent: Tensor
+
+
+@dataclass(frozen=True)
+class ListTable:
+    """The lists of all segments of a store: arrays as the CPU kernels read them. Made anew when a list changes.
+
+    shape ``[B, Hkv, D, D]`` and cross ``[B, Hkv, D, Dv]`` are float16, as uint16 bits.
+    """
+
+    lists: ListArrays
+    supers: SuperListArrays
+    shape: Array
+    cross: Array
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def levels(self, device: torch.device) -> Levels:
+        """Both levels as float tensors on a device; converted once."""
+        if device not in self._cache:
+            self._cache[device] = self._to(device)
+        found: Levels = self._cache[device]
+        return found
+
+    def flat(self, keys: Tensor, values: Tensor, flat_rows: Callable[[Tensor], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """``flat_rows`` of keys and of values; made anew only for other buffers than the last time."""
+        kept = self._cache.get("flat")
+        if kept is None or kept[0] is not keys:
+            kept = self._cache["flat"] = keys, (*flat_rows(keys), *flat_rows(values))
+        flat: tuple[Any, ...] = kept[1]
+        return flat
+
+    def _to(self, device: torch.device) -> Levels:
+        most, most_supers = int(self.lists.used.max()), int(self.supers.used.max())
+        shape, cross = (_tensor(bits.view(np.float16), device).float() for bits in (self.shape, self.cross))
+        begin = _tensor(self.lists.begin[:, :, :most], device).long()
+        size = _used(self.lists.size, self.lists.used, most, device)
+        first = _tensor(self.supers.first[:, :, : most_supers + 1], device).long()
+        # Where the rows of a super-list's first list begin; unused super-lists have size 0 and begin anywhere.
+        super_begin = begin.gather(2, first[:, :, :most_supers].clamp(max=max(0, most - 1))) if most else first[..., :0]
+        super_size = _used(self.supers.size, self.supers.used, most_supers, device)
+        ends = first[:, :, 1:].masked_fill(super_size == 0, np.iinfo(np.int64).max)
+        parent = torch.searchsorted(ends, torch.arange(most, device=device).expand_as(size).contiguous(), right=True)
+
+        def level(arrays: ListArrays | SuperListArrays, begin: Tensor, size: Tensor) -> Summaries:
+            used = size.shape[2]
+            key, value = (floats(_tensor(rows[:, :, :used], device)) for rows in (arrays.key, arrays.value))
+            return Summaries(begin, size, key, value, _tensor(arrays.variance[:, :, :used], device), shape, cross)
+
+        return Levels(level(self.lists, begin, size), level(self.supers, super_begin, super_size), parent)
+
+
+def _tensor(array: Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def _used(size: Array, count: Array, most: int, device: torch.device) -> Tensor:
+    """Sizes ``[B, Hkv, most]`` int64, 0 from ``count`` on: what lies there is left from lists dropped since."""
+    used = np.arange(most) < count[..., None]
+    return _tensor(size[:, :, :most] * used, device).long()
+
+
+class ListReading(NamedTuple):
+    """How a call reads a segmented store.
+
+    Attributes:
+        sealed, length: rows below ``sealed`` stand in lists, those up to ``length`` are hot; later ones not seen.
+        n_sink: first rows of each batch row that are read exactly, and stand in no list.
+        rows_read: rows of lists to read, for all KV heads of a batch row together; they share them by need.
+        rows_opened: rows under the super-lists to open, likewise; where that is all of them, every list is scored.
+        scale, softcap: of the logits.
+        alpha: share of the variance of a list's logits that is added to its summary's.
+        beta: how far its value is moved along ``cross``.
+        tail: whether lists that are not read answer by their summary.
+    """
+
+    sealed: int
+    length: int
+    n_sink: int
+    rows_read: int
+    rows_opened: int
+    scale: float
+    softcap: float | None
+    alpha: float
+    beta: float
+    tail: bool
+
+
+class SegmentedAnswer(NamedTuple):
+    """What attend_segmented returns.
+
+    Attributes:
+        out: ``[B, Hq, 1, Dv]`` float32.
+        lse: ``[B, Hq, 1]``.
+        lse_by_source: ``[3, B, Hq, 1]``: sinks and hot rows, lists read, tail; -inf for none.
+        rows_read, lists_read: of lists, all batch rows and KV heads together.
+        summaries_read: summaries scored, likewise.
+        values_read: mean values read by the tail, likewise; those of negligible weight need not be.
+        seconds: time of sinks and hot rows, of choosing and reading lists, of the tail.
+        deviation: ``[B, Hq, 1]``, see unread_deviation; None unless asked for.
+        chosen: bool ``[B, Hkv, L]``, which lists were read; None unless asked for.
+        unread: ``[B, Hq, sealed]``, share of the weight that each row has, by place, through the summary that answers
+            for it, shared evenly by the rows of a list; None unless asked for.
+    """
+
+    out: Tensor
+    lse: Tensor
+    lse_by_source: Tensor
+    rows_read: int
+    lists_read: int
+    summaries_read: int
+    values_read: int
+    seconds: tuple[float, float, float]
+    deviation: Tensor | None
+    chosen: Tensor | None
+    unread: Tensor | None
+
+
+class Clustering(NamedTuple):
+    """How rows are clustered: sizes aimed at, Lloyd iterations, and the stride of the rows upper levels learn from."""
+
+    rows_per_super_list: int
+    rows_per_list: int
+    iterations: int
+    training_stride: int

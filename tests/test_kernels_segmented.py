@@ -1,0 +1,149 @@
+"""attend_segmented: every backend against the specification, and the specification against attention over rows."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from test_kernels import assert_close, interpreter, rng  # noqa: F401 (a fixture)
+
+from dbattn.index._lists import Lists
+from dbattn.index.segmented import CLUSTERING
+from index_kernels import ListReading, attend_rows, attend_segmented, floats, pack_rows, seal_rows, unseal_rows
+
+BACKENDS = ["numba", "triton"]
+SEALED, LENGTH, N_SINK = 2300, 2391, 2
+# dtype, KV heads, group, D, Dv, softcap, rows read and opened per KV head, first valid rows
+CASES = {
+    "float32": (torch.float32, 2, 2, 16, 16, None, 200, SEALED, (0, 700)),
+    "softcap": (torch.float32, 1, 2, 16, 16, 4.0, 150, SEALED, (0,)),
+    "two levels": (torch.float32, 2, 2, 16, 16, None, 100, 700, (0, 300)),
+    "bfloat16, two levels": (torch.bfloat16, 2, 1, 24, 8, None, 300, 600, (0, 0)),
+    "int8, two levels": (torch.int8, 1, 2, 16, 16, 6.0, 64, 600, (0,)),
+    "nothing read": (torch.float32, 2, 2, 16, 16, None, 0, SEALED, (0, 900)),
+    "all read": (torch.float32, 1, 2, 16, 16, None, SEALED, SEALED, (0,)),
+    "a batch row of padding": (torch.float32, 1, 2, 16, 16, None, 100, SEALED, (0, LENGTH - 20)),
+}
+
+
+def sealed_store(case):
+    """Rows in clusters, sealed; the same rows as they came; how they are read; and a query."""
+    dtype, kv_heads, group, dim, value_dim, softcap, read, opened, start = CASES[case]
+    batch, start = len(start), torch.tensor(start)
+    noise = rng(3)
+    centres = 2 * torch.randn(batch, kv_heads, 40, dim, generator=noise)
+    keys = centres[:, :, torch.arange(LENGTH + 9) % 40]
+    keys = keys + 0.5 * torch.randn(keys.shape, generator=noise)
+    values = torch.randn(batch, kv_heads, LENGTH + 9, value_dim, generator=noise)
+    keys, values = ((pack_rows(rows) if dtype == torch.int8 else rows.to(dtype)) for rows in (keys, values))
+    came = keys.clone(), values.clone()
+    lists, bounds = Lists(batch, kv_heads, dim, value_dim), [0, 1024, 2048, SEALED]
+    lists.reserve(bounds, keys.shape[2])
+    arrays = lists.lists, lists.supers, lists.segments
+    seal_rows(keys, values, lists.positions, bounds, 0, CLUSTERING, *arrays, start=start + N_SINK)
+    lists.settle(3)
+    how = ListReading(SEALED, LENGTH, N_SINK, read * kv_heads, opened * kv_heads, 0.3, softcap, 0.38, 0.7, True)
+    query = torch.randn(batch, kv_heads * group, 1, dim, generator=noise)
+    return query, keys, values, lists, how, start, came
+
+
+def assert_near(got, wanted, tolerance):
+    error = (got - wanted).norm()
+    assert error <= tolerance * wanted.norm() + 1e-6, f"{error:.2e} of {wanted.norm():.2e}"
+
+
+def _interpret(payload):
+    args, kwargs = torch.load(io.BytesIO(payload), weights_only=False)
+    return attend_segmented(*args, **kwargs)
+
+
+@pytest.fixture
+def run(request):
+    """Runs attend_segmented on a backend, wherever that backend can run."""
+
+    def run(backend, *args, **kwargs):
+        kwargs |= {"backend": backend, "details": True, "want_deviation": True}
+        if backend != "triton":
+            return attend_segmented(*args, **kwargs)
+        buffer = io.BytesIO()
+        torch.save((args, kwargs), buffer)
+        return request.getfixturevalue("interpreter").submit(_interpret, buffer.getvalue()).result()
+
+    return run
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_equal_the_specification(run, backend, case, tail):
+    query, keys, values, lists, how, start, _ = sealed_store(case)
+    if backend == "triton" and keys.dtype == torch.int8:
+        pytest.skip("packed rows are read on the CPU only")
+    how = how._replace(tail=tail)
+    wanted = run("reference", query, keys, values, lists.table, how, start=start)
+    got = run(backend, query, keys, values, lists.table, how, start=start)
+    assert torch.equal(got.chosen, wanted.chosen), "the costs of these seeds are further apart than rounding"
+    assert_close(got.lse, wanted.lse)
+    assert_close(got.lse_by_source, wanted.lse_by_source)
+    # The fused kernel does not fetch mean values of negligible weight.
+    assert_near(got.out, wanted.out, 1e-3 if backend == "numba" and tail else 1e-5)
+    assert (got.rows_read, got.lists_read, got.summaries_read) == (
+        wanted.rows_read, wanted.lists_read, wanted.summaries_read,
+    )  # fmt: skip
+    assert got.values_read <= wanted.summaries_read
+    if tail:
+        assert_near(got.deviation, wanted.deviation, 1e-3)
+        assert_near(got.unread, wanted.unread, 1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_specification_is_the_exact_rows_and_the_summaries(run, case):
+    """Whatever lists it chose: their rows exactly, sinks and hot rows exactly, and all weight accounted for."""
+    query, keys, values, lists, how, start, _ = sealed_store(case)
+    softcap = CASES[case][5]
+    found = run("reference", query, keys, values, lists.table, how, start=start)
+    slots = lists.slots(found.chosen, query.shape[1])[:, :, None]
+    recent = torch.arange(SEALED, LENGTH).expand(*query.shape[:3], -1)
+    sinks = (start[:, None] + torch.arange(N_SINK))[:, None, None].expand(*query.shape[:3], -1)
+    recent = torch.where(recent >= start[:, None, None, None] + N_SINK, recent, -1)
+    exact = attend_rows(
+        query, keys, values, ids=torch.cat([slots, sinks, recent], dim=-1), scale=how.scale, softcap=softcap,
+        backend="reference",
+    )  # fmt: skip
+    assert_close(torch.logaddexp(found.lse_by_source[0], found.lse_by_source[1]), exact[1])
+    summarised = torch.exp(found.lse_by_source[2] - found.lse)
+    assert_near(found.unread.sum(dim=-1), summarised[..., 0].nan_to_num(), 1e-4)
+    read = found.unread.gather(-1, slots[:, :, 0].clamp(min=0))[slots[:, :, 0] >= 0]
+    assert (read == 0).all(), "a row that was read answers through no summary"
+    assert (lists.lists.size[:, :, : found.chosen.shape[2]] * found.chosen.numpy()).sum() == found.rows_read
+    if case == "all read":
+        dense = attend_rows(
+            query, keys, values, ranges=torch.tensor([0, LENGTH]).expand(*query.shape[:3], 1, 2), scale=how.scale,
+            backend="reference",
+        )  # fmt: skip
+        assert_close(found.out, dense[0])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sealing_groups_rows_under_true_summaries_and_unsealing_puts_them_back(case):
+    _, keys, values, lists, _, start, came = sealed_store(case)
+    levels = lists.table.levels(torch.device("cpu"))
+    for b, h in np.ndindex(*levels.lists.size.shape[:2]):
+        places = lists.positions[b, h, :SEALED]
+        assert sorted(places) == list(range(SEALED))
+        assert torch.equal(keys[b, h, :SEALED], came[0][b, h, places])
+        assert torch.equal(values[b, h, :SEALED], came[1][b, h, places])
+        used = levels.lists.size[b, h] > 0
+        rows = floats(keys[b, h])
+        for begin, size, key, variance in zip(
+            *(part[b, h][used] for part in (levels.lists.begin, levels.lists.size, levels.lists.key)),
+            levels.lists.variance[b, h][used], strict=True,
+        ):  # fmt: skip
+            members = rows[begin : begin + size]
+            assert (members.mean(dim=0) - key).abs().max() <= key.abs().max() / 127
+            assert_near(variance, (members - members.mean(dim=0)).square().sum(dim=1).mean(), 1e-3)
+        listed = int(levels.lists.size[b, h].sum())
+        assert listed == max(0, SEALED - int(start[b]) - N_SINK) == int(levels.supers.size[b, h].sum())
+    unseal_rows(keys, values, lists.positions, [0, 1024, 2048, SEALED], start=start + N_SINK)
+    assert torch.equal(keys, came[0])
+    assert torch.equal(values, came[1])
