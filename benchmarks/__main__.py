@@ -9,6 +9,7 @@ figures to the results folder as soon as it is done; the summary takes in those 
 
 Writes decode.json, model.json, plan.json, insert.json, frontier.json, frontier.png, summary.json and summary.png;
 summary.json holds targets[] = {what, must, aim, measured, unit, note, verdict}, and machine and date as the others do.
+The repository keeps these records, and benchmarks/README.md is written from them.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_decode, bench_frontier, bench_insert, bench_model, bench_plan
-from ._common import RESULTS, SIZES, console, write_json
+from . import bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, readme
+from ._common import OUT_HELP, SIZES, console, results_folder, write_json
 from ._plots import plot_summary
 from ._targets import print_targets, targets
 from .capture import fill_cache
@@ -35,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="benchmarks to run")
     options.add_argument("--quick", action="store_true", help="smaller sizes and fewer repetitions")
-    options.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
+    options.add_argument("--out", type=Path, metavar="FOLDER", help=OUT_HELP)
     args = options.parse_args(argv)
     quick: bool = args.quick
+    args.out = args.out or results_folder(quick)
     sizes = ["8K", "32K"] if quick else ["8K", "32K", "131K", "524K"]
 
     benchmarks: dict[str, Callable[[], Any]] = {
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         decode = results["decode"]
         plot_summary(decode["sizes"], decode["exponent"]["points"], records["decode"], args.out / "summary.png")
         print(f"plot: {args.out / 'summary.png'}")
+    readme.write(args.out)
 
 
 if __name__ == "__main__":

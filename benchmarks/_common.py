@@ -22,6 +22,9 @@ from dbattn.origin import origin
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"4K": 4096, "8K": 8192, "32K": 32768, "131K": 131072, "524K": 524288}
+OUT_HELP = (
+    "default benchmarks/results, whose records the repository keeps; with --quick a folder in it that it does not"
+)
 # Read between batches of timed calls, so that each starts with cold rows: twice the largest cache of common machines.
 FLUSH_BYTES = 64 << 20
 
@@ -222,6 +225,11 @@ def show(value: Any) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def results_folder(quick: bool) -> Path:
+    """Where records go: rough ones not where the repository keeps the others."""
+    return RESULTS / "quick" if quick else RESULTS
 
 
 def write_json(path: Path | None, benchmark: str, settings: dict[str, Any], results: Any) -> dict[str, Any]:

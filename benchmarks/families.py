@@ -31,6 +31,7 @@ from dbattn import RetrievalConfig
 from dbattn.hf import UnsupportedModelError, wrap
 from dbattn.hf.fingerprint import difference, fingerprint
 
+from . import readme
 from ._common import RESULTS, console, write_json
 
 TYPES: tuple[str, ...] = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
@@ -290,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     (RESULTS / "families.md").write_text(text, encoding="utf-8")
     write_json(RESULTS / "families.json", "families", {}, [asdict(family) for family in families])
+    readme.write()
     print(text.splitlines()[0])
 
 

@@ -24,7 +24,8 @@ import torch
 
 from dbattn.origin import origin
 
-from .._common import RESULTS, console, fit_exponent, print_table, progress, write_json
+from .. import readme
+from .._common import OUT_HELP, console, fit_exponent, print_table, progress, results_folder, write_json
 from .._stores import STEPS_FROM, STEPS_TO
 from ..capture import CONTEXT, fill_caches, load_rows
 from . import OPERATORS, Entry
@@ -113,12 +114,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--quick", action="store_true", help="two layers, two steps each, nothing timed at other sizes"
     )
     options.add_argument("--json", type=Path, metavar="OUT", help="default: arena.json in the folder")
-    options.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="default benchmarks/results")
+    options.add_argument("--out", type=Path, metavar="FOLDER", help=OUT_HELP)
     args = options.parse_args(argv)
     if min(args.tokens) < CONTEXT:
         options.error(f"--tokens is {min(args.tokens)}, expected at least {CONTEXT}: the captures' shortest window")
     if not all(0 < budget <= 1 for budget in args.budgets):
         options.error(f"--budgets are {args.budgets}, expected shares above 0 and up to 1")
+    args.out = args.out or results_folder(args.quick)
     layers = args.layers or (QUICK_LAYERS if args.quick else LAYERS)
     entries = [OPERATORS[name] for name in args.operators or OPERATORS]
     results = []
@@ -133,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             break
     if results:
         report(results, sorted(args.budgets), args.out, args.json)
+        readme.write(args.out)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 from dbattn.hf import load_model
 from dbattn.text.haystack import read_haystack
 
+from .. import readme
 from .._common import console, print_table, progress, write_json
 from ..arena import DEFAULT
 from ._operators import DENSE, make_server, server_names
@@ -136,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(results)
     if results:
         write_json(args.json, "tasks", choice, results)
+        if args.json:
+            readme.write(args.json.parent.resolve())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,296 @@
+"""benchmarks/README.md, written from the records in benchmarks/results: no figure in it is copied by hand.
+
+Every benchmark that writes its record there also writes the page anew; this command does it alone.
+
+  python -m benchmarks.readme
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dbattn.origin import origin_line
+
+from ._common import RESULTS, show
+
+PAGE = "README.md"
+Record = dict[str, Any]
+
+_INTRO = """# Figures, and how to get them
+
+`python -m benchmarks.readme` writes this page from the records in `benchmarks/results/`, as every benchmark does when
+it is done. Each record holds its machine, date, commit and settings. The machines are shared: both sides of a ratio are
+medians of calls in turn within one run, and times stand with their 10th and 90th percentile.
+
+| command | what it measures | time |
+|---|---|---|
+| `make bench` | speed, quality and memory against what must be reached | 20 minutes, captures once 10 more |
+| `python -m benchmarks --only decode insert` | some of them; `--quick` takes smaller sizes | minutes |
+| `make arena` | every attention operator on the same rows, at the same bytes | 15 minutes |
+| `make tasks` | RULER's tasks: the score of retrieval beside dense's | 30 minutes |
+| `python -m benchmarks.families` | which model types are served | 10 minutes |
+| `python -m benchmarks.bench_cost` | the cost model against the clock | minutes |
+
+The model is SmolLM2-135M-Instruct in float32. Its rows are captured over real prose (`benchmarks/capture.py`); beyond
+its context of 8,192 tokens windows are concatenated. Error is of a layer's attention output against dense's, over the
+norm of dense's, with the same query and rows. Not measured: anything on a GPU."""
+
+
+def write(folder: Path = RESULTS) -> None:
+    """Write the page beside the results folder; records kept in another folder than the repository's write none."""
+    if folder == RESULTS:
+        (folder.parent / PAGE).write_text(page(records_in(folder)), encoding="utf-8")
+
+
+def records_in(folder: Path) -> dict[str, Record]:
+    """The records of a results folder by benchmark; those of ``--quick`` runs are rough and left out."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: record for name, record in found.items() if not record["settings"].get("quick")}
+
+
+def page(records: dict[str, Record]) -> str:
+    """The whole page; a benchmark without a record is named as not measured."""
+    parts = [_INTRO]
+    for name, (title, section) in _SECTIONS.items():
+        lines = ["", f"## {title}", ""]
+        if name in records:
+            lines += section(records[name]["results"])
+            lines += ["", f"<sub>`{_COMMANDS[name]}`, {origin_line(records[name])}</sub>"]
+        else:
+            lines.append(f"Not measured: `{_COMMANDS[name]}` has left no record.")
+        parts.append("\n".join(lines))
+    return "\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return lines + ["| " + " | ".join("" if cell is None else show(cell) for cell in row) + " |" for row in rows]
+
+
+def _spread(side: Record) -> str:
+    """A median with its 10th and 90th percentile, as far as they were recorded."""
+    ends = [show(side[name]) for name in ("ms_p10", "ms_p90") if side.get(name) is not None]
+    return f"{show(side['ms'])} ({' to '.join(ends)})" if ends else show(side["ms"])
+
+
+def _errors(side: Record) -> str:
+    return show(side["error"]) + ("" if side.get("error_p95") is None else f" / {show(side['error_p95'])}")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _targets(results: Record) -> list[str]:
+    rows = []
+    for target in results["targets"]:
+        measured = None if target["measured"] is None else show(target["measured"]) + target["unit"]
+        bounds = [None if target[bound] is None else show(target[bound]) + target["unit"] for bound in ("must", "aim")]
+        verdict = {"must": "", "aim": "aim reached"}.get(target["verdict"], f"**{target['verdict']}**")
+        rows.append([target["what"], *bounds, measured, verdict, target["note"]])
+    return _table(("figure", "must", "aim", "measured", "", "setting"), rows)
+
+
+def _decode(results: Record) -> list[str]:
+    lines = [
+        "One query position of one layer, 3 KV heads × 3 query heads, D 64, from cold caches. SDPA is torch's, also with",
+        "the query heads of a group passed as query positions (grouped), whichever is faster. The limit of a scan is",
+        "memory: its share of the read bandwidth stands in the last column.",
+    ]
+    for size in results["sizes"]:
+        lines += ["", f"**{size['rows']:,} rows**, read bandwidth {size['bandwidth'] / 1e9:.0f} GB/s", ""]
+        rows = [
+            [
+                side["side"], _spread(side), side["x_sdpa"], _errors(side), side["recall"], side["bytes_read"] / 1e6,
+                _percent(side["bandwidth_share"]),
+            ]
+            for side in size["sides"]
+        ]  # fmt: skip
+        head = ("side", "ms (p10 to p90)", "× SDPA", "error, mean / p95", "recall@k", "MB read", "of bandwidth")
+        lines += _table(head, rows)
+    value = results["exponent"]["value"]
+    if value is not None:
+        lines += ["", f"At equal error (<= 0.05) the time of `segmented` grows as T^{value:.2f}.", ""]
+        lines.append("![time of one decode step against rows](results/summary.png)")
+    return lines
+
+
+def _model(results: Record) -> list[str]:
+    f, p = results["fidelity"], results["prefill"]
+    rows = []
+    for size in results["sizes"]:
+        if "skipped" in size:
+            rows.append([f"{size['rows']:,}: skipped, {size['skipped']}", *[None] * 4])
+            continue
+        for name, side in size["sides"].items():
+            times = size["sides"]["unwrapped"]["ms"] / side["ms"]
+            rows.append([f"{size['rows']:,}, {name}", _spread(side), times, side["peak_bytes"] / 1e9, side["quiet"]])
+    return [
+        f"Teacher-forced over {f['tokens']} tokens after {f['context']:,}, all layers retrieving, against dense: logits",
+        f"relative L2 {f['logits_l2']:.4f}, KL {f['kl']:.5f}, top-1 agreement {f['top1']:.3f}. The prompt took "
+        f"{p['ms_per_token']:.1f} ms per token.",
+        "",
+        *_table(
+            ("rows per layer, side", "ms per token (p10)", "× unwrapped", "peak GB", "share of steps undisturbed"), rows
+        ),
+    ]
+
+
+def _insert(results: Record) -> list[str]:
+    p = results["prefill"]
+    rows = [
+        [size["rows"], way["chunk"], way["us_per_token"], way["us_sealing"], way["worst_call_ms"],
+         _percent(size["overhead"])]
+        for size in results["sizes"]
+        for way in size["ways"]
+    ]  # fmt: skip
+    head = ("rows", "chunk", "µs per token", "of it sealing", "longest call, ms", "index / rows, bytes")
+    return [
+        f"Sealing and merging in all layers take {p['sealing_s']:.2f} s of a prefill of {p['tokens']:,} tokens in "
+        f"{p['s']:.1f} s: {_percent(p['share'])}.",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _plan(results: Record) -> list[str]:
+    worst = max(results["choices"], key=lambda choice: choice["regret"])
+    rows = [
+        [f"{b['tokens']:,}", str(b["max_error"]), _percent(b["within"]), b["error"], _percent(b["bytes_of_dense"])]
+        for b in results["bounds"]
+    ]
+    return [
+        f"Over {len(results['choices'])} combinations of rows, heads and k, {_percent(results['within_20'])} of the "
+        f"planner's choices take at most",
+        f"1.2 times the faster plan's time; the worst takes {worst['regret']:.2f} times ({worst['rows']:,} rows, "
+        f"{worst['heads']}/{worst['kv_heads']} heads, k {worst['k']}).",
+        "",
+        "`max_error`: one answer is one query head at one decode step; layers 8 and 22, the default `audit_rate`.",
+        "",
+        *_table(("tokens", "`max_error=`", "answers within", "mean error", "bytes of dense"), rows),
+    ]
+
+
+def _frontier(results: Sequence[Record]) -> list[str]:
+    lines = [
+        "Each index with each tail, layers 8 and 22; k is of rows per query and KV head. Bytes are all that is read."
+    ]
+    for size in results:
+        rows = [
+            [f"`{curve['index']}`, {curve['tail']}", point["k"], point["recall"], point["attention_mass"], _errors(point),
+             _percent(point["bytes_read"] / point["bytes_dense"])]
+            for curve in size["curves"]
+            for point in curve["points"]
+            if point["k"] in (128, 512)
+        ]  # fmt: skip
+        head = ("index, tail", "k", "recall@k", "mass", "error, mean / p95", "bytes of dense")
+        lines += ["", f"**{size['rows']:,} rows**", "", *_table(head, rows)]
+        rows = [
+            [f"`{kept['storage']}`", kept["row_bytes"], kept["error_dense"], kept["error"], kept["bytes_read"] / 1e6]
+            for kept in size["storages"]
+        ]
+        head = ("rows kept as", "bytes of a row", "error of a scan", "error of `segmented`", "MB read by it")
+        lines += ["", "Against dense over the rows as captured:", "", *_table(head, rows)]
+    return lines
+
+
+def _arena(results: Sequence[Record]) -> list[str]:
+    lines = [
+        "What the field argues about, on the same captured rows, at the same share of dense's bytes: mean error, and",
+        "with `@` the real share where it is another. How bytes are counted: `benchmarks/arena/_contract.py`. Operators",
+        "marked † choose by scoring every key or search per query head, and read more than the budget; those marked ‡",
+        "are made to be trained and run untrained.",
+    ]
+    budgets = (0.02, 0.05, 0.1)
+    for size in results:
+        rows = []
+        for operator in size["operators"]:
+            points = {point["budget"]: point for point in operator["points"]}
+            dear = any(point["share"] > 1.5 * _chosen(point) for point in points.values())
+            name = operator["name"] + (" †" if dear else "") + (" ‡" if operator["needs_training"] else "")
+            rows.append([name, *(_at(points.get(budget)) for budget in budgets)])
+        layers = ", ".join(map(str, size["layers"]))
+        lines += ["", f"**{size['rows']:,} rows**, layers {layers}", ""]
+        lines += _table(("operator", *map(_percent, budgets)), rows)
+        lines += ["", *(f"- {verdict}" for verdict in size["verdicts"])]
+    return [*lines, "", f"![error against bytes read](results/{results[0]['plots'][0]})"]
+
+
+def _chosen(point: Record) -> float:
+    """The share of dense's bytes that a point read, were its choice of rows free where it scores all of them."""
+    free = point["share_if_free"]
+    return float(point["share"] if free is None else free)
+
+
+def _at(point: Record | None) -> str | None:
+    if point is None:
+        return None
+    share = _chosen(point)
+    off = abs(share / point["budget"] - 1) > 0.05
+    return show(point["error"]) + (f" @ {_percent(share)}" if off else "")
+
+
+def _tasks(results: Sequence[Record]) -> list[str]:
+    rows = []
+    for size in results:
+        for name, found in size["operators"].items():
+            error = found["standard_error"]
+            difference = f"{found['difference']:+.1f}" + ("" if error is None else f" ± {error:.1f}")
+            asked = [f"{size['tokens']:,}", len(size["samples"]), name, f"{found['average']:.1f}"]
+            same = None if name == "dense" else _percent(found["same_answers"])
+            rows.append([*asked, None if same is None else difference, same])
+    head = ("tokens", "contexts", "operator", "score", "points from dense ± standard error", "same answers")
+    return [
+        "RULER's tasks: the context is read densely, question and answer go through the operator. The model is small:",
+        "dense itself fails most of these tasks.",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _families(results: Sequence[Record]) -> list[str]:
+    counted: dict[str, int] = {}
+    for family in results:
+        counted[family["outcome"]] = counted.get(family["outcome"], 0) + 1
+    words = ", ".join(f"{count} {outcome}" for outcome, count in counted.items())
+    inexact = [family["type"] for family in results if family["exact"] is False]
+    wrong = f"inexact where `k` covers the rows: {', '.join(inexact)}" if inexact else "none is inexact"
+    return [
+        f"Of {len(results)} causal types of transformers, as tiny models of random weights: {words}; {wrong}.",
+        "Each type: [results/families.md](results/families.md).",
+    ]
+
+
+_SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
+    "summary": ("Against what must be reached", _targets),
+    "decode": ("One decode step", _decode),
+    "model": ("The whole model", _model),
+    "insert": ("Inserting", _insert),
+    "plan": ("Plans and bounds", _plan),
+    "frontier": ("Recall, error and bytes", _frontier),
+    "arena": ("The arena", _arena),
+    "tasks": ("Tasks", _tasks),
+    "families": ("Model families", _families),
+}
+_COMMANDS = {
+    **dict.fromkeys(("summary", "decode", "model", "insert", "plan", "frontier"), "make bench"),
+    "arena": "make arena",
+    "tasks": "make tasks",
+    "families": "python -m benchmarks.families",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
+    write()
+    print(RESULTS.parent / PAGE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
