@@ -96,9 +96,9 @@ def _targets(results: Record) -> list[str]:
 
 def _decode(results: Record) -> list[str]:
     lines = [
-        "One query position of one layer, 3 KV heads × 3 query heads, D 64, from cold caches. SDPA is torch's, also with",
-        "the query heads of a group passed as query positions (grouped), whichever is faster. The limit of a scan is",
-        "memory: its share of the read bandwidth stands in the last column.",
+        "One query position of one layer, 3 KV heads x 3 query heads, D 64, from cold caches. SDPA is torch's, with",
+        "enable_gqa or with the query heads of a group passed as query positions (grouped), whichever is faster. What",
+        "bounds a scan is memory: its share of the read bandwidth stands in the last column.",
     ]
     for size in results["sizes"]:
         lines += ["", f"**{size['rows']:,} rows**, read bandwidth {size['bandwidth'] / 1e9:.0f} GB/s", ""]
@@ -109,7 +109,7 @@ def _decode(results: Record) -> list[str]:
             ]
             for side in size["sides"]
         ]  # fmt: skip
-        head = ("side", "ms (p10 to p90)", "× SDPA", "error, mean / p95", "recall@k", "MB read", "of bandwidth")
+        head = ("side", "ms (p10 to p90)", "x SDPA", "error, mean / p95", "recall@k", "MB read", "of bandwidth")
         lines += _table(head, rows)
     value = results["exponent"]["value"]
     if value is not None:
@@ -129,12 +129,12 @@ def _model(results: Record) -> list[str]:
             times = size["sides"]["unwrapped"]["ms"] / side["ms"]
             rows.append([f"{size['rows']:,}, {name}", _spread(side), times, side["peak_bytes"] / 1e9, side["quiet"]])
     return [
-        f"Teacher-forced over {f['tokens']} tokens after {f['context']:,}, all layers retrieving, against dense: logits",
-        f"relative L2 {f['logits_l2']:.4f}, KL {f['kl']:.5f}, top-1 agreement {f['top1']:.3f}. The prompt took "
+        f"Teacher-forced over {f['tokens']} tokens after {f['context']:,}, all layers retrieving, against dense:",
+        f"logits relative L2 {f['logits_l2']:.4f}, KL {f['kl']:.5f}, top-1 agreement {f['top1']:.3f}. The prompt took "
         f"{p['ms_per_token']:.1f} ms per token.",
         "",
         *_table(
-            ("rows per layer, side", "ms per token (p10)", "× unwrapped", "peak GB", "share of steps undisturbed"), rows
+            ("rows per layer, side", "ms per token (p10)", "x unwrapped", "peak GB", "share of steps undisturbed"), rows
         ),
     ]
 
@@ -180,8 +180,8 @@ def _frontier(results: Sequence[Record]) -> list[str]:
     ]
     for size in results:
         rows = [
-            [f"`{curve['index']}`, {curve['tail']}", point["k"], point["recall"], point["attention_mass"], _errors(point),
-             _percent(point["bytes_read"] / point["bytes_dense"])]
+            [f"`{curve['index']}`, {curve['tail']}", point["k"], point["recall"], point["attention_mass"],
+             _errors(point), _percent(point["bytes_read"] / point["bytes_dense"])]
             for curve in size["curves"]
             for point in curve["points"]
             if point["k"] in (128, 512)
@@ -200,8 +200,8 @@ def _frontier(results: Sequence[Record]) -> list[str]:
 def _arena(results: Sequence[Record]) -> list[str]:
     lines = [
         "What the field argues about, on the same captured rows, at the same share of dense's bytes: mean error, and",
-        "with `@` the real share where it is another. How bytes are counted: `benchmarks/arena/_contract.py`. Operators",
-        "marked † choose by scoring every key or search per query head, and read more than the budget; those marked ‡",
+        "with `@` the real share where it is another. How bytes are counted: `benchmarks/arena/_contract.py`.",
+        "Operators marked † choose by scoring every key or search per query head, and read more than the budget; those marked ‡",
         "are made to be trained and run untrained.",
     ]
     budgets = (0.02, 0.05, 0.1)
