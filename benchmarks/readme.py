@@ -201,8 +201,8 @@ def _arena(results: Sequence[Record]) -> list[str]:
     lines = [
         "What the field argues about, on the same captured rows, at the same share of dense's bytes: mean error, and",
         "with `@` the real share where it is another. How bytes are counted: `benchmarks/arena/_contract.py`.",
-        "Operators marked † choose by scoring every key or search per query head, and read more than the budget; those marked ‡",
-        "are made to be trained and run untrained.",
+        "Operators marked † choose by scoring every key or search per query head, and read more than the budget; those",
+        "marked ‡ are made to be trained and run untrained.",
     ]
     budgets = (0.02, 0.05, 0.1)
     for size in results:
