@@ -8,7 +8,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ._cpu_common import FAST, NEG, TILE, F, flat_rows, flush, softcapped
+from ._cpu_common import FAST, NEG, PRANGE, TILE, F, flat_rows, flush, softcapped
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes, score_rows
 from .packed import row_dim
@@ -43,7 +43,7 @@ def attend_rows(
     return out, lse
 
 
-@njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
+@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
 def _attend_rows(
     query, keys, kb, kh, kt, values, vb, vh, vt, group, begin, size, log_weight, scale, softcap,
     heads, ck, cv, width, out, lse,

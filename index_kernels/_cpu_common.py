@@ -27,6 +27,9 @@ NEG = F(-1e30)
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 # Only prange runs in parallel: turning array expressions into loops of threads costs compile time, and here run time.
 PRANGE = dict.fromkeys(("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"), False)
+# What compiled code alone calls: no door from Python is compiled for it, which is half of what compiling it takes.
+inner = njit(fastmath=FAST, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inner_parallel = njit(fastmath=FAST, parallel=PRANGE, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def numpy_bits(rows: Tensor) -> np.ndarray:
@@ -133,7 +136,7 @@ def softcapped(x, cap):
     return cap * (F(1.0) - e) / (F(1.0) + e)
 
 
-@njit(fastmath=FAST)
+@inner
 def soften(logits, n, softcap, acc, top, total):
     """Turn n logits of each head into weights exp(logit - top), raising top and shrinking the state if needed."""
     G, Dv = acc.shape
@@ -158,7 +161,7 @@ def soften(logits, n, softcap, acc, top, total):
         total[g] += s
 
 
-@njit(fastmath=FAST)
+@inner
 def scan_range(q, keys, values, key_at, value_at, key_step, value_step, n, softcap, logits, acc, top, total, lanes):
     """Add n contiguous rows, from element offsets key_at and value_at, to a KV head's running state.
 
@@ -174,7 +177,7 @@ def scan_range(q, keys, values, key_at, value_at, key_step, value_step, n, softc
         t += m
 
 
-@njit(fastmath=FAST)
+@inner
 def load_query(query, b, h, scale, q):
     G, D = q.shape
     for g in range(G):
@@ -182,7 +185,7 @@ def load_query(query, b, h, scale, q):
             q[g, d] = query[b, h * G + g, d] * scale
 
 
-@njit(fastmath=FAST)
+@inner
 def store_state(slot, b, h, a, m, s, top, total, acc):
     G, Dv = a.shape
     for g in range(G):
@@ -192,7 +195,7 @@ def store_state(slot, b, h, a, m, s, top, total, acc):
             acc[slot, b, h * G + g, d] = a[g, d]
 
 
-@njit(fastmath=FAST)
+@inner
 def merge_parts(top, total, acc, parts, out, lse):
     """Merge the per-part states of every query head: top/total [parts, B, Hq], acc [parts, B, Hq, Dv]."""
     B, Hq, Dv = out.shape
@@ -219,7 +222,7 @@ def merge_parts(top, total, acc, parts, out, lse):
                 lse[b, h] = -np.inf
 
 
-@njit(fastmath=FAST)
+@inner
 def flush(values, base, step, tile_row, tile_n, ranges, filled, softcap, logits, acc, top, total, lanes):
     """Finish a tile whose logits come from several ranges: weights, then each range's values."""
     heads, _, cv, width = lanes

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._cpu_common import (
     FAST,
     NEG,
+    PRANGE,
     TILE,
     F,
     flat_rows,
@@ -40,7 +41,7 @@ def dense_decode(
     return out, lse
 
 
-@njit(fastmath=FAST, parallel=True, cache=True, nogil=True)
+@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
 def _dense_decode(
     query, keys, kb, kh, kt, values, vb, vh, vt, H, start, length, scale, softcap, parts, heads, ck, cv, width, out, lse
 ):  # fmt: skip

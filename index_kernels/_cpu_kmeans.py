@@ -6,7 +6,7 @@
 import numpy as np
 from numba import njit
 
-from ._cpu_common import FAST, F
+from ._cpu_common import F, inner
 
 # Up to so many super-lists are split off flat; more, by way of groups of 32.
 FLAT_SUPERS = 128
@@ -19,7 +19,7 @@ def copy_row(row, to):
         to[d] = row[d]
 
 
-@njit(fastmath=FAST)
+@inner
 def _assign(x, rows, cent, half, out):
     """Nearest centroid (argmax x.c - |c|^2 / 2) of the rows x[rows]; returns how many changed."""
     C, D = cent.shape
@@ -73,7 +73,7 @@ def _assign(x, rows, cent, half, out):
     return changed
 
 
-@njit(fastmath=FAST)
+@inner
 def _lloyd(x, rows, C, iterations, out):
     """Lloyd's k-means of the rows x[rows] into C lists; uniform-stride start; an emptied list keeps its centroid."""
     n = rows.size
@@ -112,7 +112,7 @@ def _lloyd(x, rows, C, iterations, out):
     return cent, half
 
 
-@njit(fastmath=FAST)
+@inner
 def _split(x, rows, parts, iterations, stride):
     """Split rows into at most `parts` clusters (k-means on every stride-th row): rows grouped, offsets [parts + 1]."""
     n = rows.size
@@ -134,7 +134,7 @@ def _split(x, rows, parts, iterations, stride):
     return grouped, end
 
 
-@njit(fastmath=FAST)
+@inner
 def cluster(x, rows_per_super, rows_per_list, iterations, stride, perm, list_end, super_end):
     """k-means of x [n, D] level by level: groups of 32 super-lists, super-lists, lists.
 
@@ -159,7 +159,9 @@ def cluster(x, rows_per_super, rows_per_list, iterations, stride, perm, list_end
             rows_u = by_super[end[u] : end[u + 1]]
             if rows_u.size == 0:
                 continue
-            by_list, e = _split(x, rows_u, max(1, (rows_u.size + rows_per_list // 2) // rows_per_list), iterations, 1)
+            by_list, e = _split(
+                x, rows_u, max(1, (rows_u.size + rows_per_list // 2) // rows_per_list), iterations, np.int64(1)
+            )
             for c in range(e.size - 1):
                 if e[c + 1] > e[c]:
                     list_end[lists] = at + e[c + 1]

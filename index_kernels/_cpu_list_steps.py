@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ._cpu_common import FAST, I32, NEG, F, exp32, softcapped
+from ._cpu_common import I32, NEG, F, exp32, inner, softcapped
 from ._cpu_vectors import add_rows
 
 
@@ -42,7 +42,7 @@ def _bucket(cost):
     return f32_bits(cost) >> I32(20)
 
 
-@njit(fastmath=FAST)
+@inner
 def choose(rank, size, b, count, budget, taken, chosen, nchosen):
     """Highest ranks first until `budget` rows are taken, over all KV heads of batch row b together.
 
@@ -78,7 +78,7 @@ def choose(rank, size, b, count, budget, taken, chosen, nchosen):
     return rows
 
 
-@njit(fastmath=FAST)
+@inner
 def rescale(logit, size, count, peak, mass):
     """Turn logits [G, .] into exp(logit - peak) in place; mass[g] = sum of size * weight. First raises peak [G] to the
     maximum."""
@@ -95,7 +95,7 @@ def rescale(logit, size, count, peak, mass):
         mass[g] = total
 
 
-@njit(fastmath=FAST)
+@inner
 def rank_entries(weight, var, spread, mass, count, rank):
     """What leaving an entry unread may cost: sum over the group of its rows' share of the softmax times the
     deviation of their logits. weight [G, .] is relative to mass [G]."""
@@ -109,7 +109,7 @@ def rank_entries(weight, var, spread, mass, count, rank):
         rank[i] *= np.sqrt(var[i])
 
 
-@njit(fastmath=FAST)
+@inner
 def correct(logit, var, spread, lo, hi, alpha, softcap):
     """Add alpha * variance of the row logits to the centroid logits [G, lo..hi] (after the softcap, with its slope).
 
@@ -128,7 +128,7 @@ def correct(logit, var, spread, lo, hi, alpha, softcap):
                 logit[g, i] += f * var[i]
 
 
-@njit(fastmath=FAST)
+@inner
 def settle_tail(weight, size, var, taken, lo, hi, tilt, total):
     """Turn the weights [G, lo..hi] into size * weight, 0 where taken; adds them to total [G], times var to tilt [G]."""
     for g in range(weight.shape[0]):
@@ -143,7 +143,7 @@ def settle_tail(weight, size, var, taken, lo, hi, tilt, total):
         tilt[g] += t
 
 
-@njit(fastmath=FAST)
+@inner
 def add_tail(weight, lo, hi, values, value_lo, floor, acc, lanes):
     """Add the settled summary rows weight [G, lo:hi] with values [value_lo..], 8 at a time, skipping negligible eights.
 
@@ -169,7 +169,7 @@ def add_tail(weight, lo, hi, values, value_lo, floor, acc, lanes):
     return read
 
 
-@njit(fastmath=FAST)
+@inner
 def log_sum_exp(top, total, first, last, b, i):
     """Log-sum-exp of the states first..last of one query head."""
     peak = NEG
@@ -181,7 +181,7 @@ def log_sum_exp(top, total, first, last, b, i):
     return peak + np.log(mass) if mass > F(0.0) else F(-np.inf)
 
 
-@njit(fastmath=FAST)
+@inner
 def squares(weight, size, var, count):
     """Sum of the weights [.] (size * exp(logit), 0 where read) and of their squares times variance over size."""
     total = F(0.0)

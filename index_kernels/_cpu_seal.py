@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from ._cpu_common import FAST, PRANGE, F, row_scale, set_row_scale, to_f32
+from ._cpu_common import FAST, F, inner, inner_parallel, row_scale, set_row_scale, to_f32
 from ._cpu_kmeans import cluster, copy_row
 from .packed import SMALLEST, STEP
 from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
 _STEP, _SMALLEST = F(STEP), F(SMALLEST)
-CLUSTER, WRITE = 0, 1
+# Not Python's integers: Numba compiles a function once for each literal it gets.
+CLUSTER, WRITE = np.arange(2)
 
 
 class Clusters(NamedTuple):
@@ -27,7 +28,7 @@ class Clusters(NamedTuple):
     supers: Any
 
 
-@njit(fastmath=FAST)
+@inner
 def _summary(x, y, lo, hi, key, value):
     """Mean key, mean value of rows lo..hi of x, y; returns the keys' summed variance."""
     D = x.shape[1]
@@ -54,7 +55,7 @@ def _summary(x, y, lo, hi, key, value):
     return v * inv
 
 
-@njit(fastmath=FAST)
+@inner
 def _pack(numbers, row):
     """Write numbers [D] as a packed row [D + 4], see packed.py."""
     D = numbers.size
@@ -67,7 +68,7 @@ def _pack(numbers, row):
     set_row_scale(row, D, scale)
 
 
-@njit(fastmath=FAST)
+@inner
 def _centred(keys, lo, n, D):
     """Keys lo..lo + n of one KV head as floats around their mean.
 
@@ -89,7 +90,7 @@ def _centred(keys, lo, n, D):
     return x
 
 
-@njit(fastmath=FAST)
+@inner
 def _room(bounds, heads, rows_per_super):
     """Room for the clusters of every segment and KV head."""
     N = bounds.size - 1
@@ -106,7 +107,7 @@ def _room(bounds, heads, rows_per_super):
     )
 
 
-@njit(fastmath=FAST)
+@inner
 def _cluster_head(w, keys, start, bounds, how, D, found):
     """Cluster the rows of one segment and KV head."""
     B, H = keys.shape[:2]
@@ -125,7 +126,7 @@ def _cluster_head(w, keys, start, bounds, how, D, found):
         )  # fmt: skip
 
 
-@njit(fastmath=FAST)
+@inner
 def _count(found, first_segment, lists, supers, segments):
     """Note where each segment's lists and super-lists begin and end, and how many there are in all."""
     B, H = lists.used.shape
@@ -141,7 +142,7 @@ def _count(found, first_segment, lists, supers, segments):
             supers.first[b, h, supers.used[b, h]] = lists.used[b, h]
 
 
-@njit(fastmath=FAST)
+@inner
 def _permute(rows, lo, order, x):
     """Put the n rows of one KV head from place lo on into an order, and as floats into x [n, D]."""
     n, D = x.shape
@@ -156,7 +157,7 @@ def _permute(rows, lo, order, x):
             x[i, d] = to_f32(row[d]) * unit
 
 
-@njit(fastmath=FAST)
+@inner
 def _write_lists(x, y, lo, list_end, count, begin, size, variance, keys, values, shape, cross):
     """Write the summaries of one segment's lists, sum residuals into shape and cross; returns the trace of shape."""
     D = x.shape[1]
@@ -169,7 +170,7 @@ def _write_lists(x, y, lo, list_end, count, begin, size, variance, keys, values,
         for e in range(Dv):
             cross[d, e] = F(0.0)
     trace = F(0.0)
-    at = 0
+    at = np.int64(0)
     for j in range(count):
         end = list_end[j]
         begin[j] = lo + at
@@ -191,13 +192,13 @@ def _write_lists(x, y, lo, list_end, count, begin, size, variance, keys, values,
     return trace
 
 
-@njit(fastmath=FAST)
+@inner
 def _write_supers(x, y, list_end, super_end, count, list_base, firsts, size, variance, keys, values):
     """Write the summaries of one segment's super-lists, whose lists are numbered from list_base on."""
     key = np.empty(x.shape[1], F)
     value = np.empty(y.shape[1], F)
     first = 0
-    at = 0
+    at = np.int64(0)
     for j in range(count):
         last = super_end[j]
         end = list_end[last - 1]
@@ -210,7 +211,7 @@ def _write_supers(x, y, list_end, super_end, count, list_base, firsts, size, var
         first = last
 
 
-@njit(fastmath=FAST)
+@inner
 def _write_head(w, keys, values, positions, start, bounds, first_segment, found, lists, supers, segments):
     """Permute the rows of one segment and KV head, and write what is known of their lists."""
     B, H = keys.shape[:2]
@@ -245,13 +246,15 @@ def _write_head(w, keys, values, positions, start, bounds, first_segment, found,
     )  # fmt: skip
 
 
-@njit(fastmath=FAST, parallel=PRANGE, nogil=True)
+@inner_parallel
 def _each_head(phase, keys, values, positions, start, bounds, first_segment, how, found, lists, supers, segments):
     """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
 
     It calls functions: what a loop writes itself into an array in a NamedTuple, Numba takes for dead code.
     """
-    for w in prange((bounds.size - 1) * keys.shape[0] * keys.shape[1]):
+    for i in prange((bounds.size - 1) * keys.shape[0] * keys.shape[1]):
+        # An index of the loop is unsigned inside it and signed outside, which would compile the functions twice.
+        w = np.int64(i)
         if phase == CLUSTER:
             _cluster_head(w, keys, start, bounds, how, segments.cross.shape[3], found)
         else:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from ._cpu_common import FAST, PRANGE, F, flat_rows, merge_parts, to_f32
+from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts, to_f32
 from ._cpu_list_steps import cycles, log_sum_exp, squares
 from ._cpu_segmented_read import answer_part
 from ._cpu_segmented_scan import ask, choose_lists, hot_masses, open_supers, scan_part, score_part
@@ -39,15 +39,17 @@ _lanes = lru_cache(lanes)
 _kept = threading.local()
 # Scratch of so many shapes is kept.
 SHAPES = 4
-# The phases that run in parallel.
-SCAN, SCORE, ANSWER = 0, 1, 2
+# The phases that run in parallel. Not Python's integers: Numba compiles a function once for each literal it gets.
+SCAN, SCORE, ANSWER = np.arange(3)
 
 
-@njit(fastmath=FAST, parallel=PRANGE, nogil=True)
+@inner_parallel
 def _each_part(phase, asked, keys, values, lists, supers, how, masses, scratch, states, cross, lanes):
     """A phase's parts in parallel. One loop for all phases: Numba takes ten seconds to compile each loop."""
     heads, ck, cv, width = lanes
-    for w in prange(how.parts * asked.query.shape[0] * asked.query.shape[1]):
+    for i in prange(how.parts * asked.query.shape[0] * asked.query.shape[1]):
+        # An index of the loop is unsigned inside it and signed outside, which would compile the parts twice.
+        w = np.int64(i)
         if phase == SCAN:
             scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads, ck, cv, width)
         elif phase == SCORE:

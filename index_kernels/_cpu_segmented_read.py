@@ -4,9 +4,8 @@
 # (Numba compiles these functions and infers their types itself.)
 
 import numpy as np
-from numba import njit
 
-from ._cpu_common import FAST, NEG, TILE, F, flush, store_state
+from ._cpu_common import NEG, TILE, F, flush, inner, store_state
 from ._cpu_list_steps import add_tail, cycles, settle_tail
 from ._cpu_vectors import add_rows, score_rows
 
@@ -14,7 +13,7 @@ from ._cpu_vectors import add_rows, score_rows
 TAIL_FLOOR = F(60.0)
 
 
-@njit(fastmath=FAST)
+@inner
 def _read_lists(q, chosen, place, begin, size, keys, key_at, values, value_at, softcap, logits, acc, top, total, lanes):
     """Add the rows of the chosen lists of one KV head to its state, tile by tile."""
     heads, ck, _, width = lanes
@@ -46,7 +45,7 @@ def _read_lists(q, chosen, place, begin, size, keys, key_at, values, value_at, s
                 filled = 0
 
 
-@njit(fastmath=FAST)
+@inner
 def _add_summaries(b, h, part, lists, supers, how, two_level, whole, scratch, acc, total, tilt, lanes):
     """Add a part of the summaries not read of one KV head to its state; returns the mean values read."""
     G = acc.shape[0]
@@ -82,7 +81,7 @@ def _add_summaries(b, h, part, lists, supers, how, two_level, whole, scratch, ac
     return read
 
 
-@njit(fastmath=FAST)
+@inner
 def answer_part(w, asked, keys, values, lists, supers, how, masses, scratch, states, cross, heads, ck, cv, width):
     """One part of one KV head: the chosen lists' rows, and the summaries of all others, tilted along cross."""
     mark = cycles()

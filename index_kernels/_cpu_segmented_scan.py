@@ -7,15 +7,14 @@ The work of each KV head is cut into one part per thread. Functions named _part 
 # (Numba compiles these functions and infers their types itself.)
 
 import numpy as np
-from numba import njit
 
-from ._cpu_common import FAST, NEG, TILE, F, exp32, load_query, scan_range, store_state
+from ._cpu_common import NEG, TILE, F, exp32, inner, load_query, scan_range, store_state
 from ._cpu_list_steps import choose, correct, cycles, rank_entries, rescale
 from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_READ, SUPERS_SCORED
 from ._cpu_vectors import add_rows, score_rows
 
 
-@njit(fastmath=FAST)
+@inner
 def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
     """The query as the phases take it, and whether super-lists are opened in any batch row."""
     heads, ck, _, width = lanes
@@ -42,7 +41,7 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
     return scaled, spread, two_level, any_two
 
 
-@njit(fastmath=FAST)
+@inner
 def scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads, ck, cv, width):
     """One part of one KV head: sinks and hot rows exactly, super-lists (in a small store all lists) by mean key."""
     began = cycles()
@@ -104,7 +103,7 @@ def scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads
     spent[3] = 0
 
 
-@njit(fastmath=FAST)
+@inner
 def hot_masses(states, parts, masses):
     """Peak and mass of sinks and hot rows, from their parts' states."""
     B, Hq = states.top.shape[1:]
@@ -120,7 +119,7 @@ def hot_masses(states, parts, masses):
             masses.hot[b, i] = mass
 
 
-@njit(fastmath=FAST)
+@inner
 def open_supers(asked, supers, how, masses, scratch):
     """Choose the super-lists to open, best first, and lay their lists' places out behind each other."""
     B, H, G, _ = asked.query.shape
@@ -162,7 +161,7 @@ def open_supers(asked, supers, how, masses, scratch):
             scratch.total[b, h] = places
 
 
-@njit(fastmath=FAST)
+@inner
 def score_part(w, asked, lists, supers, how, scratch, heads, ck, width):
     """One part of one KV head: score the lists under opened super-lists."""
     B, H, G, _ = asked.query.shape
@@ -188,7 +187,7 @@ def score_part(w, asked, lists, supers, how, scratch, heads, ck, width):
         correct(logit, own, asked.spread[b, h * G : h * G + G], to, to + n, how.alpha, how.softcap)
 
 
-@njit(fastmath=FAST)
+@inner
 def choose_lists(asked, lists, supers, how, masses, scratch, stats):
     """Choose the lists to read under the budget, over the KV heads of a batch row together; counts go to stats."""
     B, H, G, _ = asked.query.shape
