@@ -7,6 +7,7 @@ from torch import Tensor
 from index_kernels import attend_rows, dense_decode, floats, merge_states
 from index_kernels.ops import check_rows
 from index_kernels.packed import row_dim
+from index_kernels.reference import softcapped
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
 _LOGITS_BYTES = 64 << 20
@@ -69,8 +70,7 @@ def masked_attention(
         part = query[:, :, lo : lo + step].float()
         grouped = part.reshape(batch, keys.shape[1], -1, part.shape[-1])
         logits = (grouped @ keys.transpose(2, 3)).view(batch, heads, -1, keys.shape[2]) * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = softcapped(logits, softcap)
         if mask is not None:
             rows = mask[..., lo : lo + step, :] if mask.shape[-2] > 1 else mask
             logits = logits.masked_fill(~rows, float("-inf")) if rows.dtype == torch.bool else logits + rows

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .ops import attend_rows, resolve_backend
 from .packed import row_dim
-from .reference import empty_state
+from .reference import empty_state, softcapped
 from .summaries import Summaries
 
 
@@ -25,11 +25,8 @@ def summary_logits(
         return logits, spread
     q = lists.grouped(query, scale)
     spread = lists.spread(q)
-    logits = q @ lists.key.transpose(2, 3)
-    slope = torch.ones_like(logits)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-        slope = 1 - (logits / softcap) ** 2
+    logits = softcapped(q @ lists.key.transpose(2, 3), softcap)
+    slope = torch.ones_like(logits) if softcap is None else 1 - (logits / softcap) ** 2
     logits = logits + alpha * spread[..., None] * lists.variance[:, :, None] * slope**2
     logits = logits.masked_fill(lists.size[:, :, None] == 0, float("-inf"))
     return logits.flatten(1, 2), spread.flatten(1)

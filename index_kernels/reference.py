@@ -103,6 +103,11 @@ def empty_state(query: Tensor, value_dim: int) -> tuple[Tensor, Tensor]:
     return out, out.new_full(query.shape[:3], NEG_INF)
 
 
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """``softcap * tanh(logits / softcap)``; None: the logits as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def _grouped_logits(query: Tensor, keys: Tensor) -> Tensor:
     """``q.k`` as ``[B, Hq, m, T]`` without repeating keys per query head."""
     batch, heads, m, dim = query.shape
@@ -117,8 +122,7 @@ def _grouped_logits(query: Tensor, keys: Tensor) -> Tensor:
 
 def _finish(logits: Tensor, softcap: float | None, log_weights: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Turn raw logits into normalised weights and lse; rows outside the mask weigh nothing."""
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = softcapped(logits, softcap)
     if log_weights is not None:
         logits = logits + log_weights.float()
     logits = logits.masked_fill(~mask, NEG_INF)

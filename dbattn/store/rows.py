@@ -5,6 +5,7 @@ from torch import Tensor
 
 from index_kernels import floats
 from index_kernels.ops import FLOATS
+from index_kernels.reference import softcapped
 
 from .mapped import MappedRows, new_buffer
 from .storage import check_range, stored
@@ -195,10 +196,7 @@ class KVStore:
         b = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
         h = (torch.arange(slots.shape[1], device=slots.device) // (slots.shape[1] // keys.shape[1]))[:, None, None]
         logits = (floats(keys[b, h, slots.clamp(min=0)]) @ query.float()[..., None]).squeeze(-1)
-        logits = logits * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return logits.masked_fill(slots < 0, float("-inf"))
+        return softcapped(logits * scale, softcap).masked_fill(slots < 0, float("-inf"))
 
     @property
     def nbytes(self) -> int:
