@@ -10,6 +10,7 @@ from torch import Tensor
 from index_kernels import resolve_backend
 from index_kernels.fork import check_fork
 from index_kernels.inference import inference_only
+from index_kernels.integer import is_integer
 
 from .config import RetrievalConfig, check_integer
 from .index import make_index
@@ -276,7 +277,7 @@ class AttentionDB:
             ValueError: a length below 0 or above ``len(db)``.
         """
         indexed = len(self.index)
-        if len(self) and isinstance(length, int) and 0 <= length <= len(self):
+        if len(self) and is_integer(length, 0, len(self)):
             self.index.truncate(self.store, length, self._first_index_row())
         self.store.truncate(length)
         # Rows that were never indexed stay so until their owner says that their padding is known.

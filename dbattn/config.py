@@ -181,6 +181,8 @@ def _is_number(value: Any) -> bool:
 
 def check_integer(name: str, value: Any, least: int, otherwise: str = "") -> None:
     """Raise ValueError unless ``value`` is an integer of at least ``least`` and at most MOST_OF[name]."""
+    from index_kernels.integer import is_integer  # here: it loads torch, which `dbattn --help` does without
+
     most = MOST_OF.get(name, MOST)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if not is_integer(value, least, most):
         raise ValueError(f"{name} is {value!r}, expected an integer of at least {least} and at most {most}{otherwise}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .fork import check_fork
 from .inference import inference_only
+from .integer import is_integer
 from .packed import row_dim
 
 BACKENDS = ("auto", "reference", "numba", "triton")
@@ -51,7 +52,7 @@ def top_k(
         ValueError: shapes, dtypes or devices that do not fit, or k < 1; states what was received.
     """
     check_rows(query, keys)
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if not is_integer(k, 1):
         raise ValueError(f"k is {k!r}, expected an integer of at least 1")
     start = _bounds(start, "start", query.shape[0], 0, query)
     stop = _bounds(stop, "stop", query.shape[2], keys.shape[2], query)

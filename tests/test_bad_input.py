@@ -12,9 +12,9 @@ def rows(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype)
 
 
-def filled():
+def filled(n=100):
     db = AttentionDB(2, 8, config=RetrievalConfig(index="flat", dense_below=0))
-    db.insert(rows(1, 2, 100, 8), rows(1, 2, 100, 8))
+    db.insert(rows(1, 2, n, 8), rows(1, 2, n, 8))
     return db
 
 
@@ -190,12 +190,12 @@ def test_sizes_must_be_positive_integers(arguments, name):
         AttentionDB(2, 8, value_dim=0)
 
 
-@pytest.mark.parametrize("length", [-1, 101, 3.0, None])
-def test_truncate_checks_its_length(length):
-    db = filled()
-    with pytest.raises(ValueError, match="length is"):
+@pytest.mark.parametrize("length", [-1, 601, 3.0, True, None])
+def test_truncate_checks_its_length_before_anything_changes(length):
+    db = filled(600)
+    with pytest.raises(ValueError, match=f"length is {length}, expected an integer from 0 to 600"):
         db.truncate(length)
-    assert len(db) == 100
+    assert (len(db), len(db.index)) == (600, 512)
 
 
 def test_start_is_checked_and_a_refused_insert_leaves_no_rows():

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from index_kernels.integer import is_integer
+
 from ..config import RetrievalConfig
 from ..index import index_class
 from ..query.plan import QueryPlan
@@ -184,7 +186,7 @@ def model_cost(
         ValueError: an argument or a field of the model's config out of range; names it.
     """
     for name, value in (("tokens", tokens), ("batch", batch)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LONGEST:
+        if not is_integer(value, 1, LONGEST):
             raise ValueError(f"{name} is {value!r}, expected an integer from 1 to {LONGEST}")
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}, expected one of {', '.join(PHASES)}")

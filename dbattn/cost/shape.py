@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import torch
 
+from index_kernels.integer import is_integer
+
 DTYPES = ("float32", "float16", "bfloat16")
 # Families whose MLP has no gate: two matrices, not three.
 UNGATED = frozenset({"gpt_neox", "nemotron", "persimmon", "phi", "starcoder2"})
@@ -96,7 +98,7 @@ class ModelShape:
         Raises:
             ValueError: a number that does not divide the query heads.
         """
-        if isinstance(kv_heads, bool) or not isinstance(kv_heads, int) or kv_heads < 1 or self.heads % kv_heads:
+        if not is_integer(kv_heads, 1) or self.heads % kv_heads:
             raise ValueError(f"num_key_value_heads is {kv_heads!r}, expected a divisor of the {self.heads} query heads")
         return replace(self, kv_heads=kv_heads)
 
@@ -162,7 +164,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _integer(read: Callable[[str], Any], name: str) -> int:
     value = read(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value, 1):
         raise ValueError(f"{name} is {'missing' if value is None else repr(value)}, expected a positive integer")
     return value
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer
 
+from index_kernels.integer import is_integer
+
 from ..attention import AttentionDB
 from ..config import RetrievalConfig
 from ..query.audit import AuditReport
@@ -188,7 +190,7 @@ class ForwardPass:
 
     def note_bypass(self, number: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Count a call of layer ``number`` whose keys came from no database, with the reason."""
-        if not isinstance(number, int) or not 0 <= number < len(self.session.stats):
+        if not is_integer(number, 0, len(self.session.stats) - 1):
             return
         layers = getattr(self.cache, "layers", ())
         holder = layers[number] if number < len(layers) else self.cache

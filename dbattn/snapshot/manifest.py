@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from index_kernels.integer import is_integer
+
 from ..config import RetrievalConfig
 from .folder import MANIFEST, SnapshotError
 
@@ -206,7 +208,7 @@ class _Fields:
 
 
 def _integer(value: Any, name: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < _LARGEST:
+    if not is_integer(value, least, _LARGEST - 1):
         raise ValueError(f"{name} is {_short(value)}, expected an integer of at least {least}")
     return value
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from index_kernels import floats
+from index_kernels.integer import is_integer
 from index_kernels.ops import FLOATS
 from index_kernels.reference import softcapped
 
@@ -25,7 +26,7 @@ class KVStore:
 
     def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int, storage: str | None = None) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_integer(value, 1):
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
         self.num_kv_heads, self.head_dim, self.value_dim = num_kv_heads, head_dim, value_dim
         self.storage = storage
@@ -118,7 +119,7 @@ class KVStore:
         Raises:
             ValueError: a length below 0 or above the number of rows.
         """
-        if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= self._length:
+        if not is_integer(length, 0, self._length):
             raise ValueError(f"length is {length!r}, expected an integer from 0 to {self._length}")
         self._length = length
         self._settled = min(self._settled, length)
