@@ -1,7 +1,7 @@
 """DatabaseLayer: the cache layer that keeps its rows in an AttentionDB."""
 
 import copy
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from index_kernels.inference import refuse_gradients
 from ..attention import AttentionDB
 from .adapters import Adapters
 from .stored_rows import rows_as
+
+if TYPE_CHECKING:
+    from .session import Session  # which makes layers
 
 # Cache layers of transformers that keep every row; the second kind keeps a state of linear attention beside them.
 SERVED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
@@ -25,7 +28,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     function serves they stand as the index keeps them; everybody else gets rows by position.
     """
 
-    def __init__(self, session: Any, layer_index: int) -> None:  # session: a session.Session, which makes layers
+    def __init__(self, session: "Session", layer_index: int) -> None:
         # Not super().__init__(), which assigns keys and values: here they are read from the database.
         self.is_initialized = False
         self.session = session
@@ -158,7 +161,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 class HybridDatabaseLayer(LinearAttentionAndFullAttentionLayer, DatabaseLayer):  # type: ignore[misc]  # as above
     """A DatabaseLayer with a state of linear attention beside its rows; transformers goes on keeping that."""
 
-    def __init__(self, session: Any, layer_index: int, taken_over: LinearAttentionLayer) -> None:
+    def __init__(self, session: "Session", layer_index: int, taken_over: LinearAttentionLayer) -> None:
         DatabaseLayer.__init__(self, session, layer_index)
         for name in vars(LinearAttentionLayer()):
             setattr(self, name, getattr(taken_over, name))
