@@ -42,6 +42,21 @@ def real_rows(layer):
     return tuple(data[f"{layer}.{name}"].float() for name in ("query", "key", "value"))
 
 
+def random_rows(n, batch=1, kv_heads=2, dim=16, value_dim=None, dtype=torch.float32):
+    """Keys ``[batch, kv_heads, n, dim]`` and values likewise, of ``value_dim`` numbers (default dim)."""
+    return tuple(torch.randn(batch, kv_heads, n, numbers, dtype=dtype) for numbers in (dim, value_dim or dim))
+
+
+def database(keys, values, start=None, **options):
+    """A database of these rows that retrieves however few they are, and audits only when asked to."""
+    import dbattn
+
+    config = dbattn.RetrievalConfig(**{"dense_below": 0, "audit_rate": 0.0, **options})
+    db = dbattn.AttentionDB(keys.shape[1], keys.shape[3], value_dim=values.shape[3], config=config)
+    db.insert(keys, values, start=start)
+    return db
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A tokenizer of 1,000 words, trained on the default haystack."""

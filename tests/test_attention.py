@@ -1,17 +1,21 @@
 """AttentionDB against plain attention: the invariants a user relies on, for every index."""
 
 import copy
+from functools import partial
 
+import conftest
 import pytest
 import torch
+from conftest import random_rows as rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
+from dbattn import dense_attention, relative_error
 from dbattn.config import INDEX_TRAITS
 
 INDEXES = sorted(INDEX_TRAITS)
 SEARCHED = [name for name in INDEXES if name != "segmented"]
+database = partial(conftest.database, window=8, n_sink=2)
 
 
 def plain_attention(query, keys, values, start=None, scale=None, softcap=None):
@@ -26,17 +30,6 @@ def plain_attention(query, keys, values, start=None, scale=None, softcap=None):
     if start is not None:
         mask = mask & (torch.arange(rows) >= start[:, None, None, None])
     return logits.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() @ v
-
-
-def rows(n, batch=1, kv_heads=2, dim=16, value_dim=16, dtype=torch.float32):
-    return torch.randn(batch, kv_heads, n, dim, dtype=dtype), torch.randn(batch, kv_heads, n, value_dim, dtype=dtype)
-
-
-def database(keys, values, start=None, **options):
-    options = {"dense_below": 0, "window": 8, "n_sink": 2, "audit_rate": 0.0, **options}
-    db = AttentionDB(keys.shape[1], keys.shape[3], value_dim=values.shape[3], config=RetrievalConfig(**options))
-    db.insert(keys, values, start=start)
-    return db
 
 
 @pytest.mark.parametrize("index", INDEXES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import database, random_rows
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
 from dbattn.config import INDEX_TRAITS
@@ -13,9 +14,7 @@ def rows(*shape, dtype=torch.float32):
 
 
 def filled(n=100):
-    db = AttentionDB(2, 8, config=RetrievalConfig(index="flat", dense_below=0))
-    db.insert(rows(1, 2, n, 8), rows(1, 2, n, 8))
-    return db
+    return database(*random_rows(n, dim=8), index="flat")
 
 
 @pytest.mark.parametrize(
@@ -55,9 +54,8 @@ def test_a_sum_that_overflows_is_not_mistaken_for_infinity():
 @pytest.mark.parametrize("index", sorted(INDEX_TRAITS))
 @pytest.mark.parametrize("size", [1e10, 1e19, 1e37])
 def test_rows_too_large_for_products_in_float32_are_refused_and_the_store_is_as_before(index, size):
-    db = AttentionDB(2, 16, config=RetrievalConfig(index=index, dense_below=0, k=16, audit_rate=0.0))
     keys, values, query = rows(1, 2, 1500, 16), rows(1, 2, 1500, 16), rows(1, 4, 1, 16)
-    db.insert(keys, values)
+    db = database(keys, values, index=index, k=16)
     before, indexed = db.attend(query), len(db.index)
     for name, given in (("keys", (keys * size, values)), ("values", (keys, values * size))):
         with pytest.raises(ValueError, match=rf"{name} hold .* at \[0, 0, .*\], expected at most 1e\+08 in size"):
@@ -70,10 +68,9 @@ def test_rows_too_large_for_products_in_float32_are_refused_and_the_store_is_as_
 
 @pytest.mark.parametrize("index", sorted(INDEX_TRAITS))
 def test_rows_as_large_as_they_may_be_are_answered_like_dense(index):
-    db = AttentionDB(2, 16, config=RetrievalConfig(index=index, dense_below=0, k=16, audit_rate=0.0, tail="none"))
     keys = LARGEST * torch.nn.functional.normalize(rows(1, 2, 1500, 16), dim=-1)
     values = LARGEST * rows(1, 2, 1500, 16).clamp(-1, 1)
-    db.insert(keys, values)
+    db = database(keys, values, index=index, k=16, tail="none")
     query = keys[:, :, 700:701].repeat_interleave(2, dim=1)
     # One row takes all the weight: the one that the query points at.
     expected = values[:, :, 700:701].repeat_interleave(2, dim=1)
@@ -170,9 +167,8 @@ def test_config_names_option_value_and_what_is_allowed(options, message):
     ],
 )
 def test_options_as_large_as_they_may_be_are_served(options):
-    db = AttentionDB(2, 16, config=RetrievalConfig(**{"dense_below": 0, "k": 16, **options}))
     keys, values, query = rows(1, 2, 1500, 16), rows(1, 2, 1500, 16), rows(1, 4, 1, 16)
-    db.insert(keys, values, start=torch.tensor([3]))
+    db = database(keys, values, torch.tensor([3]), **{"k": 16, **options})
     assert db.attend(query).isfinite().all()
     assert db.weights(query).sum().item() == pytest.approx(4.0, abs=1e-4)
     assert db.search(query, 2000).ids.shape == (1, 4, 1, 2000)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from conftest import database, random_rows
 
-from dbattn import AttentionDB, RetrievalConfig
+from dbattn import RetrievalConfig
 from dbattn.cli import main
 from dbattn.config import INDEX_TRAITS
 from dbattn.cost import ModelShape, model_cost
@@ -76,12 +77,6 @@ def by_layer(cost):
 def one_layer(kv_heads=2, dim=32, dtype="float32", **changes):
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": kv_heads, "head_dim": dim}
     return ModelShape.of({**SIZES, **sizes, **changes}, dtype)
-
-
-def database(rows, config, kv_heads=2, dim=32):
-    db = AttentionDB(kv_heads, dim, config=config)
-    db.insert(torch.randn(1, kv_heads, rows, dim), torch.randn(1, kv_heads, rows, dim))
-    return db, torch.randn(1, 4, 1, dim)
 
 
 def size_of(cost, *names):
@@ -235,9 +230,8 @@ def test_half_precision_rows_are_never_dearer_than_scoring_every_key_in_float32(
 @pytest.mark.parametrize("rows", [1500, 4096, 16384])
 @pytest.mark.parametrize("index", INDEXES)
 def test_index_memory_and_bytes_are_those_of_a_real_index(index, rows):
-    config = RetrievalConfig(index=index, k=100, dense_below=0, audit_rate=0.0)
-    db, query = database(rows, config)
-    cost = model_cost(one_layer(), rows, config=config)
+    db, query = database(*random_rows(rows, dim=32), index=index, k=100), torch.randn(1, 4, 1, 32)
+    cost = model_cost(one_layer(), rows, config=db.config)
     assert cost.memory.index == pytest.approx(db.index.nbytes, rel=0.03)
     plan, report = db.explain(query), db.audit(query)
     vectors = 2 * 4 * 4 * 32

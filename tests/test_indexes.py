@@ -41,13 +41,15 @@ def test_contract(index):
     keys = torch.randn(2, 3, 1500, 16)
     query = 2 * torch.randn(2, 6, 2, 16)
     lo = torch.tensor([0, 100])
-    engine = make_index(RetrievalConfig(index=index))
-    assert len(engine) == 0
+    config = RetrievalConfig(index=index)
+    engine = make_index(config)
+    assert len(engine) == engine.nbytes == 0
     store = stored(keys)
     engine.extend(store, lo)
     assert 1024 <= len(engine) <= 1500
     assert engine.describe()["index"] == engine.name == index
-    assert engine.nbytes >= 0
+    assert engine.nbytes == pytest.approx(2 * 3 * engine.bytes_for(config, len(engine), 16), rel=0.1)
+    assert (engine.nbytes > 0) == (index != "flat")
 
     stop = len(engine)
     found = engine.search(query, store, 50, lo, stop)

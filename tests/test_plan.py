@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from conftest import real_rows
+from conftest import database, random_rows, real_rows
 
-from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
+from dbattn import RetrievalConfig, dense_attention, relative_error
 from dbattn.config import INDEX_TRAITS
 from dbattn.index import index_class
 from dbattn.query import rates
@@ -18,19 +18,17 @@ from dbattn.query.usage import Rates, Workload
 INDEXES = sorted(INDEX_TRAITS)
 
 
-def database(rows=4096, kv_heads=2, dim=32, **options):
+def filled(n=4096, **options):
+    """A database of random rows that reads as the planner chooses, and a query: the same for an ``n``."""
     torch.manual_seed(0)
-    db = AttentionDB(kv_heads, dim, config=RetrievalConfig(**{"audit_rate": 0.0, **options}))
-    db.insert(torch.randn(1, kv_heads, rows, dim), torch.randn(1, kv_heads, rows, dim))
-    return db, torch.randn(1, 2 * kv_heads, 1, dim)
+    return database(*random_rows(n, dim=32), **{"dense_below": None, **options}), torch.randn(1, 4, 1, 32)
 
 
 def captured(layer, **options):
     """A store of real rows, and 16 decode steps: (keys, values, query) of each."""
     query, keys, values = real_rows(layer)
-    db = AttentionDB(1, 64, config=RetrievalConfig(**{"dense_below": 0, **options}))
     first = keys.shape[2] - 16
-    db.insert(keys[:, :, :first], values[:, :, :first])
+    db = database(keys[:, :, :first], values[:, :, :first], **options)
     steps = [
         (keys[:, :, first + i : first + i + 1], values[:, :, first + i : first + i + 1], query[:, :, i : i + 1])
         for i in range(16)
@@ -40,7 +38,7 @@ def captured(layer, **options):
 
 @pytest.mark.parametrize("index", INDEXES)
 def test_explain_shows_what_each_source_was_expected_to_read_and_what_it_read(index):
-    db, query = database(index=index, k=100, dense_below=0)
+    db, query = filled(index=index, k=100, dense_below=0)
     plan = db.explain(query)
     exact, scan, *tail = plan.sources
     assert exact.kind == "sinks + hot rows"
@@ -50,7 +48,7 @@ def test_explain_shows_what_each_source_was_expected_to_read_and_what_it_read(in
     assert sum(source.mass for source in plan.sources) == pytest.approx(1.0, abs=1e-4)
     assert plan.bytes_read == db.audit(query).bytes_read
     assert 0.4 < sum(source.estimated.bytes for source in plan.sources) / plan.bytes_read < 2.5
-    assert all(source.actual.seconds >= 0 for source in plan.sources)
+    assert all(source.actual.seconds > 0 for source in plan.sources)
     assert plan.seconds == pytest.approx(sum(source.actual.seconds for source in plan.sources))
     assert plan.seconds_estimated > 0
     assert plan.seconds_dense > 0
@@ -61,7 +59,7 @@ def test_explain_shows_what_each_source_was_expected_to_read_and_what_it_read(in
 
 
 def test_lists_are_counted():
-    db, query = database(16384, index="segmented", dense_below=0)
+    db, query = filled(16384, index="segmented", dense_below=0)
     _, scan, tail = db.explain(query).sources
     assert scan.actual.rows / 40 < scan.actual.lists < scan.actual.rows / 8
     assert scan.actual.lists == pytest.approx(scan.estimated.lists, rel=0.3)
@@ -71,7 +69,7 @@ def test_lists_are_counted():
 
 
 def test_a_dense_plan_says_what_it_reads_and_why():
-    db, query = database(600)
+    db, query = filled(600)
     plan = db.explain(query)
     assert plan.is_dense
     assert plan.sources[0].actual.rows == plan.sources[0].estimated.rows == 600
@@ -80,7 +78,7 @@ def test_a_dense_plan_says_what_it_reads_and_why():
 
 
 def test_the_estimated_cheaper_plan_is_chosen(monkeypatch):
-    db, query = database()
+    db, query = filled()
     free, dear = Rates(0.0, 0.0, 0.0, 0.0), Rates(1.0, 0.0, 0.0, 0.0)
     for dense, lists in ((free, dear), (dear, free)):
         monkeypatch.setattr("dbattn.query.choose.rates", lambda engine, _, a=dense, b=lists: b if engine else a)
@@ -97,8 +95,8 @@ def choose_anew(db, query):
 
 
 def test_an_index_asked_for_by_name_is_used_unless_estimates_are_asked_for_too():
-    assert not database(index="flat", k=64)[0].explain(database()[1]).is_dense
-    db, query = database(index="flat", k=64, dense_below="auto")
+    assert not filled(index="flat", k=64)[0].explain(filled()[1]).is_dense
+    db, query = filled(index="flat", k=64, dense_below="auto")
     plan = choose_anew(db, query)
     assert plan.is_dense
     assert plan.seconds_dense == plan.seconds_estimated
@@ -194,8 +192,8 @@ def test_measuring_leaves_random_numbers_alone():
     torch.manual_seed(5)
     found = rates._measure_scan()
     assert torch.equal(torch.randn(3), expected)
-    assert found.call >= 0
-    assert found.byte > 0
+    assert found.item == 0  # a scan scores nothing to choose rows
+    assert 1e-12 < found.byte < 1e-8
 
 
 @pytest.mark.parametrize("layer", [8, 22])
@@ -220,9 +218,7 @@ def test_heads_whose_rows_all_matter_are_answered_densely(index):
     keys, values = 3 * torch.randn(1, 2, 3000, 16), torch.randn(1, 2, 3000, 16)
     keys[:, 1] *= 1e-3
     query = keys[:, :, 100:101].repeat_interleave(2, dim=1)
-    config = RetrievalConfig(index=index, k=64, max_error=0.02, audit_rate=1.0, dense_below=0)
-    db = AttentionDB(2, 16, config=config)
-    db.insert(keys, values)
+    db = database(keys, values, index=index, k=64, max_error=0.02, audit_rate=1.0)
     for _ in range(4):
         out = db.attend(query)
     assert relative_error(out, dense_attention(query, keys, values)).max() < 0.02
@@ -234,8 +230,7 @@ def test_the_ladder_steps_down_when_it_can():
     torch.manual_seed(0)
     keys, values = torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 4096, 16)
     hard, easy = 2 * torch.randn(1, 1, 1, 16), 8 * keys[:, :, 2000:2001]
-    db = AttentionDB(1, 16, config=RetrievalConfig(index="segmented", max_error=0.05, audit_rate=0.1, dense_below=0))
-    db.insert(keys, values)
+    db = database(keys, values, index="segmented", max_error=0.05, audit_rate=0.1)
     for _ in range(10):
         db.attend(hard)
     high = db.stats.ladder.level
@@ -263,14 +258,14 @@ def test_audit_and_explain_teach_the_ladder_nothing(index):
 
 
 def test_early_calls_are_audited_so_that_the_ladder_can_learn():
-    db, query = database(index="segmented", max_error=0.1, audit_rate=0.001, dense_below=0)
+    db, query = filled(index="segmented", max_error=0.1, audit_rate=0.001, dense_below=0)
     for _ in range(AUDITS_TO_LEARN + 5):
         db.attend(query)
     assert len(db.stats.audits) == AUDITS_TO_LEARN
 
 
 def test_given_up_tries_and_dense_heads_are_in_the_plan():
-    db, query = database(index="flat", k=16, max_error=0.001, dense_below=0)
+    db, query = filled(index="flat", k=16, max_error=0.001, dense_below=0)
     plan = db.explain(query)
     dense = [source for source in plan.sources if source.kind == "dense scan"]
     assert dense

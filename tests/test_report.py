@@ -1,25 +1,22 @@
 """The report of a wrapped model: what it counts, how it says so, and what it folds."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import database, random_rows, tiny_llama
 
-from dbattn import AttentionDB, RetrievalConfig
+from dbattn import RetrievalConfig
 from dbattn.hf import wrap
 from dbattn.hf.report import Report
 from dbattn.query.audit import AuditReport, figure
 from dbattn.query.stats import RunningStats
 
-RETRIEVING = RetrievalConfig(index="flat", k=16, window=8, dense_below=0, audit_rate=0.0)
+OPTIONS = {"index": "flat", "k": 16, "window": 8}
 
 
-def database(config, rows=400):
-    db = AttentionDB(2, 16, config=config)
-    db.insert(torch.randn(1, 2, rows, 16), torch.randn(1, 2, rows, 16))
-    return db
+def filled(n=400, **changes):
+    return database(*random_rows(n), **{**OPTIONS, **changes})
 
 
 def audit(error, seconds=None, seconds_dense=None, heads=4):
@@ -44,7 +41,7 @@ def stats(*audits, retrieving=0, dense=(), prompts=(), rows=400):
 
 
 def test_rows_read_are_a_mean_over_all_decode_calls_and_dense_ones_read_all_rows():
-    db = database(RETRIEVING)
+    db = filled()
     for call in range(8):
         db.attend(torch.randn(1, 4, 1, 16), retrieve=call < 2)
     db.attend(torch.randn(1, 4, 5, 16))
@@ -71,14 +68,14 @@ def test_rows_read_are_a_mean_over_all_decode_calls_and_dense_ones_read_all_rows
     ],
 )
 def test_bytes_counted_at_every_call_are_those_that_audits_measure(changes):
-    db = database(replace(RETRIEVING, **changes), rows=700)
+    db = filled(700, **changes)
     query = torch.randn(1, 4, changes.get("max_queries", 1), 16)
     for _ in range(3):
         db.attend(query, audit=True)
     assert db.stats.retrieving == 3
     assert db.stats.bytes_read == sum(report.bytes_read for report in db.stats.audits) > 0
     assert db.stats.bytes_dense == 3 * 700 * 2 * db.store.row_bytes
-    plain = database(replace(RETRIEVING, **changes), rows=700)
+    plain = filled(700, **changes)
     plain.store, plain.index = db.store, db.index
     if "max_error" not in changes:  # which learns from audits
         plain.attend(query)
@@ -86,8 +83,7 @@ def test_bytes_counted_at_every_call_are_those_that_audits_measure(changes):
 
 
 def test_queries_of_padded_rows_count_the_rows_they_see():
-    db = AttentionDB(2, 16, config=replace(RETRIEVING, max_queries=4))
-    db.insert(torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 16), start=torch.tensor([0, 20]))
+    db = database(*random_rows(50, batch=2), torch.tensor([0, 20]), **OPTIONS, max_queries=4)
     db.attend(torch.randn(2, 4, 1, 16), retrieve=False)
     db.attend(torch.randn(2, 4, 3, 16), retrieve=False)
     assert db.stats.rows_dense == (50 + 30) / 2 + (49 + 29) / 2
@@ -168,7 +164,7 @@ def test_time_is_told_where_enough_audits_of_single_tokens_measured_it():
     slow = Report.of([stats(*[audit(0.01, 3e-3, 1e-3)] * 5, retrieving=9)]).summary
     assert "a retrieving call 3x as slow as a dense scan" in slow.verdict
     assert "Little is gained" in str(slow)
-    db = database(replace(RETRIEVING, max_queries=4))
+    db = filled(max_queries=4)
     for m in (1, 1, 1, 1, 4, 4):
         db.attend(torch.randn(1, 4, m, 16), audit=True)
     assert all(report.seconds > 0 and report.seconds_dense > 0 for report in db.stats.audits)
@@ -196,7 +192,7 @@ def test_layers_that_are_alike_are_one_row_and_every_layer_stays_in_the_data():
 
 def test_a_wrapped_models_report_begins_with_its_verdict():
     model, ids = tiny_llama(), torch.randint(2, 900, (1, 300))
-    with torch.inference_mode(), wrap(model, replace(RETRIEVING, audit_rate=0.5)) as handle:
+    with torch.inference_mode(), wrap(model, RetrievalConfig(**OPTIONS, dense_below=0, audit_rate=0.5)) as handle:
         model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
         with handle.dense():
             model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention import database, plain_attention, rows
+from conftest import database
+from conftest import random_rows as rows
+from test_attention import plain_attention
 
 from dbattn import RowSource, relative_error
 from dbattn.config import INDEX_TRAITS

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import database, random_rows
 
 from dbattn import AttentionDB, RetrievalConfig, RowSource, StateSource, dense_attention, relative_error
 from dbattn.config import INDEX_TRAITS, IndexTraits
@@ -29,16 +30,15 @@ def fifth(monkeypatch):
     del INDEX_TRAITS[EverySecond.name]
 
 
-def database(rows=3000, **options):
+def filled(n=3000, **options):
+    """A database, its keys and values, and a query: the same for an ``n``."""
     torch.manual_seed(0)
-    db = AttentionDB(2, 16, config=RetrievalConfig(**{"dense_below": 0, "audit_rate": 0.0, **options}))
-    keys, values = torch.randn(2, 1, 2, rows, 16)
-    db.insert(keys, values)
-    return db, keys, values, torch.randn(1, 4, 1, 16)
+    keys, values = random_rows(n)
+    return database(keys, values, **options), keys, values, torch.randn(1, 4, 1, 16)
 
 
 def test_an_index_of_ones_own_is_planned_explained_bounded_audited_and_saved(fifth, tmp_path):
-    db, keys, values, query = database(index=fifth, k=50)
+    db, keys, values, query = filled(index=fifth, k=50)
     plan = db.explain(query)
     assert [source.kind for source in plan.sources] == ["sinks + hot rows", "index scan"]
     assert "every-second, k=50" in str(plan)
@@ -46,7 +46,7 @@ def test_an_index_of_ones_own_is_planned_explained_bounded_audited_and_saved(fif
     assert (db.search(query, 5).ids % 2 == 0).sum() >= 15
     db.save(tmp_path / "x")
     assert torch.equal(AttentionDB.open(tmp_path / "x").attend(query), db.attend(query))
-    bounded, *_ = database(index=fifth, k=50, max_error=0.01, audit_rate=1.0)
+    bounded, *_ = filled(index=fifth, k=50, max_error=0.01, audit_rate=1.0)
     exact = dense_attention(query, keys, values)
     assert relative_error(bounded.attend(query), exact).max() < 0.05
     assert sum(bounded.stats.rungs.values()) == 1
@@ -70,15 +70,13 @@ def test_an_index_is_registered_once_whole_and_with_known_options(fifth):
 @pytest.mark.parametrize("index", ["flat", "segmented"])
 def test_a_state_made_elsewhere_answers_like_its_rows(index):
     """What a shard sends: the merge of two stores' states is the answer over both."""
-    here, keys, values, query = database(index=index, k=3000)
-    far_keys, far_values = torch.randn(2, 1, 2, 500, 16)
-    there = AttentionDB(2, 16)
-    there.insert(far_keys, far_values)
+    here, keys, values, query = filled(index=index, k=3000)
+    far_keys, far_values = random_rows(500)
+    there = database(far_keys, far_values, dense_below=None)
     state = StateSource(*there.attend(query, return_lse=True), detail="a shard", rows=500, bytes=500 * 2 * 2 * 64)
     both = torch.cat([far_keys, keys], dim=2), torch.cat([far_values, values], dim=2)
     assert relative_error(here.attend(query, extra=state), dense_attention(query, *both)).max() < 1e-5
-    few = AttentionDB(2, 16, config=RetrievalConfig(index=index, k=100, dense_below=0))
-    few.insert(keys, values)
+    few = database(keys, values, index=index, k=100)
     by_rows = few.attend(query, extra=RowSource(far_keys, far_values), return_lse=True)
     for ours, theirs in zip(few.attend(query, extra=state, return_lse=True), by_rows, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -86,8 +84,8 @@ def test_a_state_made_elsewhere_answers_like_its_rows(index):
 
 @pytest.mark.parametrize("options", [{"index": "flat"}, {"index": "segmented"}, {"retrieve": False}])
 def test_explain_shows_what_a_call_brings_along_and_audits_measure_it(options):
-    db, *_, query = database(index=options.get("index", "flat"), k=4000 if "retrieve" in options else 100)
-    rows = RowSource(*torch.randn(2, 1, 2, 20, 16))
+    db, *_, query = filled(index=options.get("index", "flat"), k=4000 if "retrieve" in options else 100)
+    rows = RowSource(*random_rows(20))
     brought = {"extra": rows, "sink_logits": torch.full((4,), 6.0)}
     plan = db.explain(query, **brought)
     assert [source.kind for source in plan.sources][-2:] == ["extra rows", "sink logits"]
@@ -100,7 +98,7 @@ def test_explain_shows_what_a_call_brings_along_and_audits_measure_it(options):
 
 
 def test_a_state_that_does_not_fit_is_refused():
-    db, *_, query = database(300)
+    db, *_, query = filled(300)
     with pytest.raises(
         ValueError, match=r"out \[1, 4, 1, 8\] and lse \[1, 4, 1\] do not fit: expected \[1, 4, 1, 16\]"
     ):

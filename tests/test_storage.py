@@ -1,7 +1,9 @@
 """Rows kept as int8, float16 or bfloat16: read as they are, and as exact as the type allows."""
 
 import copy
+from functools import partial
 
+import conftest
 import pytest
 import torch
 from conftest import real_rows
@@ -18,6 +20,8 @@ from index_kernels import attend_rows, dense_decode, floats, pack_rows, top_k
 from index_kernels.packed import scales
 
 INDEXES = sorted(INDEX_TRAITS)
+rows = partial(conftest.random_rows, value_dim=8)
+database = partial(conftest.database, window=8, n_sink=2, storage="int8")
 # rows, D, Dv, query heads per KV head; the first are aligned to nothing
 SHAPES = [(7, 13, 5, 3), (300, 16, 8, 2), (301, 64, 64, 3)]
 
@@ -27,17 +31,6 @@ def packed(rows, dim, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sizes = 10 ** (4 * torch.rand(2, 3, rows + 5, 1, generator=generator) - 3)
     return pack_rows(torch.randn(2, 3, rows + 5, dim, generator=generator) * sizes)[:, 1:, 2 : rows + 2]
-
-
-def rows(n, batch=1, dim=16, value_dim=8):
-    return torch.randn(batch, 2, n, dim), torch.randn(batch, 2, n, value_dim)
-
-
-def database(keys, values, start=None, **options):
-    options = {"dense_below": 0, "window": 8, "n_sink": 2, "audit_rate": 0.0, "storage": "int8", **options}
-    db = AttentionDB(keys.shape[1], keys.shape[3], value_dim=values.shape[3], config=RetrievalConfig(**options))
-    db.insert(keys, values, start=start)
-    return db
 
 
 def kept(keys, values, storage="int8"):
