@@ -4,6 +4,7 @@ import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .capture import Rows
 # Decoding starts this many rows before the end of the capture and stops 192 before it: an audit every 8 rows on the
 # way. What is left over keeps the stores at an ordinary length, not at a multiple of an index's block.
 STEPS_FROM, STEPS_TO, STRIDE = 448, 192, 8
-SINK_AND_WINDOW = {"n_sink": 4, "window": 64, "dense_below": 0, "audit_rate": 0.0}
+SINK_AND_WINDOW: dict[str, Any] = {"n_sink": 4, "window": 64, "dense_below": 0, "audit_rate": 0.0}
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ def build(rows: Rows, config: RetrievalConfig, stop: int) -> AttentionDB:
     return db
 
 
-def with_config(db: AttentionDB, **changes: object) -> AttentionDB:
+def with_config(db: AttentionDB, *, k: int | None) -> AttentionDB:
     """The same rows and index under another budget."""
     view = copy.copy(db)
-    view.config = replace(db.config, **changes)
+    view.config = replace(db.config, k=k)
     return view
 
 

@@ -49,6 +49,8 @@ def targets(results: dict[str, Any]) -> list[Target]:
     sizes = {size["tokens"]: size for size in results.get("decode", {}).get("sizes", [])}
     best = {p["rows"]: p for p in results.get("decode", {}).get("exponent", {}).get("points", [])}
     found: list[Target] = []
+    must: float | None
+    aim: float
 
     def side(tokens: int, name: str, ok: Callable[[dict[str, Any]], bool]) -> tuple[float | None, str]:
         size = sizes.get(tokens)

@@ -12,7 +12,6 @@ JSON: results = {bandwidth, sizes[]}; sizes[] = {rows, sides: {unwrapped, dense,
 flops, bytes, estimated_ms, ratio}}}.
 """
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -102,4 +101,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

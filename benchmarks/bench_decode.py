@@ -14,7 +14,6 @@ quiet, x_sdpa, x_dense_decode, error, error_p95, recall, attention_mass, bytes_r
 milliseconds, bandwidth in bytes/s. results.exponent = {value, points[] = {rows, side, ms, ms_p10, ms_p90, error}}.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -258,4 +257,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

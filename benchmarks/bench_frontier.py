@@ -15,11 +15,12 @@ error_dense, bytes_read, error}}.
 """
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dbattn import dense_attention, relative_error
 from dbattn.config import INDEX_TRAITS, STORAGES
@@ -57,7 +58,9 @@ def storage_point(captures: Sequence[Rows], storage: str) -> dict[str, Any]:
             db.insert(keys[:, :, len(db) :], values[:, :, len(db) :])
             query = query_at(rows, stop - 1)
             exact, report = dense_attention(query, keys, values), db.audit(query)
+            assert isinstance(exact, Tensor)
             for name, out in (("error_dense", db.attend(query, retrieve=False)), ("error", db.attend(query))):
+                assert isinstance(out, Tensor)
                 found[name].append(float(relative_error(out, exact).mean()))
             found["bytes_dense"].append(report.bytes_dense)
             found["bytes_read"].append(report.bytes_read)
@@ -93,12 +96,12 @@ def _print(size: dict[str, Any]) -> None:
     ]  # fmt: skip
     title = f"{size['rows']:,} rows, layers {' and '.join(map(str, LAYERS))}"
     print_table(title, columns, rows)
-    columns = ("rows kept as", "bytes a row", "MB dense", "error dense", "MB segmented", "error segmented")
+    kept = ("rows kept as", "bytes a row", "MB dense", "error dense", "MB segmented", "error segmented")
     rows = [
         [p["storage"], p["row_bytes"], p["bytes_dense"] / 1e6, p["error_dense"], p["bytes_read"] / 1e6, p["error"]]
         for p in size["storages"]
     ]
-    print_table(f"{title}, errors against the rows as captured", columns, rows)
+    print_table(f"{title}, errors against the rows as captured", kept, rows)
 
 
 def run(names: Sequence[str], *, quick: bool = False, plot: Path | None = None) -> list[dict[str, Any]]:
@@ -124,4 +127,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

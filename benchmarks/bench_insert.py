@@ -14,7 +14,6 @@ results.prefill = {tokens, measured_tokens, s, sealing_s, share}.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -138,4 +137,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

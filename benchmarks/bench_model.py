@@ -16,7 +16,6 @@ results.sizes[] = {rows, sides: {unwrapped, dense, retrieval: {ms, ms_p10, steps
 speedup, adopt_s}, or {rows, skipped: why}.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -198,4 +197,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

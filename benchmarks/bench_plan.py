@@ -13,7 +13,6 @@ results.bounds[] = {tokens, max_error, queries, within, error, bytes_of_dense, r
 """
 
 import copy
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -150,4 +149,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AttentionInterface
@@ -73,7 +73,8 @@ def join_windows(windows: list[dict[str, Tensor]], layer: int) -> Rows:
         parts = [last[f"{layer}.{name}"][:, :, :SINKS]]
         parts += [w[f"{layer}.{name}"][:, :, SINKS:] for w in reversed(windows)]
         joined.append(torch.cat(parts, dim=2).float())
-    return Rows(*joined, last[f"{layer}.query"].float())
+    keys, values = joined
+    return Rows(keys, values, last[f"{layer}.query"].float())
 
 
 def fill_cache(tokens: int, layer: int) -> list[Path]:
@@ -103,6 +104,7 @@ def fill_caches(tokens: int, layers: Sequence[int]) -> list[list[Path]]:
         model, tokenizer = load_model()
         ids = _cached_ids(folder / "tokens.safetensors", tokenizer, sum(lengths))
     offsets = [sum(lengths[:i]) for i in windows]
+    columns: tuple[str | ProgressColumn, ...]
     columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn(), "left:", TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("capturing rows", total=sum(lengths[i] for i in missing))
@@ -122,7 +124,9 @@ def capture_window(model: Any, ids: Tensor, layers: list[int]) -> dict[str, Tens
     """Run the model over ``ids [1, T]`` as far as the last of ``layers`` needs; queries, keys and values, float32."""
     seen: dict[str, Tensor] = {}
 
-    def record(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def record(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float | None = None, **__: Any
+    ) -> tuple[Tensor, None]:
         if module.layer_idx in layers:
             seen.update({f"{module.layer_idx}.{n}": x for n, x in (("query", query), ("key", key), ("value", value))})
         if module.layer_idx == max(layers):

@@ -14,7 +14,6 @@ JSON: results[] = {type, model, outcome, exact, retrieving, dense, layers, reaso
 import argparse
 import re
 import signal
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -296,4 +295,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,7 +7,6 @@ Every benchmark that writes its record there also writes the page anew; this com
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,8 +191,8 @@ def _frontier(results: Sequence[Record]) -> list[str]:
             [f"`{kept['storage']}`", kept["row_bytes"], kept["error_dense"], kept["error"], kept["bytes_read"] / 1e6]
             for kept in size["storages"]
         ]
-        head = ("rows kept as", "bytes of a row", "error of a scan", "error of `segmented`", "MB read by it")
-        lines += ["", "Against dense over the rows as captured:", "", *_table(head, rows)]
+        columns = ("rows kept as", "bytes of a row", "error of a scan", "error of `segmented`", "MB read by it")
+        lines += ["", "Against dense over the rows as captured:", "", *_table(columns, rows)]
     return lines
 
 
@@ -293,4 +292,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

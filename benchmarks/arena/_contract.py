@@ -172,7 +172,7 @@ class Operator(ABC):
 
     def logits(self, query: Tensor, vectors: Tensor) -> Tensor:
         """Scaled products of ``query [1, Hq, 1, D]`` with ``vectors [Hkv, n, D]``: ``[Hkv, G, n]``."""
-        grouped = query.float().view(len(vectors), -1, query.shape[3]) * query.shape[3] ** -0.5
+        grouped: Tensor = query.float().view(len(vectors), -1, query.shape[3]) * query.shape[3] ** -0.5
         return grouped @ vectors.transpose(1, 2)
 
     def exact_lse(self, query: Tensor) -> Tensor:

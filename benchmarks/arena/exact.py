@@ -88,4 +88,5 @@ def pool_heads(rows: Tensor, heads: int) -> Tensor:
     """Mean of each run of neighbouring KV heads: ``[B, Hkv, n, D]`` -> ``[B, heads, n, D]``; heads divides Hkv."""
     if rows.shape[1] % heads:
         raise ValueError(f"{rows.shape[1]} KV heads do not pool to {heads}")
-    return rows.unflatten(1, (heads, -1)).mean(dim=2)
+    runs: Tensor = rows.unflatten(1, (heads, -1))
+    return runs.mean(dim=2)

@@ -67,7 +67,7 @@ class MagicPIG(Operator):
 
     def _hash(self, rows: Tensor) -> Tensor:
         """Codes ``[..., n, TABLES]`` int16 of ``rows [..., n, D]``: the signs of BITS products each."""
-        signs = (rows @ self._planes > 0).unflatten(-1, (self.TABLES, self.BITS))
+        signs: Tensor = (rows @ self._planes > 0).unflatten(-1, (self.TABLES, self.BITS))
         return (signs * 2 ** torch.arange(self.BITS)).sum(dim=-1).short()
 
 

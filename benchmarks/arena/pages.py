@@ -100,4 +100,5 @@ class InfLLM(Pages):
 
     def scores(self, query: Tensor, kept: Tensor) -> Tensor:
         """See Pages: the mean of the representatives' logits, which orders blocks as the sum does."""
-        return self.logits(query, kept.flatten(1, 2)).unflatten(-1, (-1, self.REPRESENTATIVES)).mean(dim=-1)
+        logits: Tensor = self.logits(query, kept.flatten(1, 2)).unflatten(-1, (-1, self.REPRESENTATIVES))
+        return logits.mean(dim=-1)

@@ -12,6 +12,8 @@ from ..origin import origin_line
 mpl.use("Agg")
 from matplotlib import pyplot as plt  # after the backend is chosen, so that no display is needed
 
+__all__ = ["MARKERS", "PALETTE", "draw", "plot_comparison", "plt", "save"]
+
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; a dark one in place of their yellow.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#7F7F2A", "#000000")
 MARKERS = "os^vDP*X"
