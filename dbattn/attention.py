@@ -25,7 +25,7 @@ from .query.plan import QueryPlan
 from .query.stats import RunningStats
 from .query.steps import steps_of_call
 from .query.weights import Weights, dense_weights, weights_of
-from .store import KVStore, RowSource, StateSource
+from .store import KVStore, RowSource, StateSource, rows_at
 
 if TYPE_CHECKING:
     from .snapshot import SaveReport, Snapshot, SnapshotWriter
@@ -425,12 +425,10 @@ class AttentionDB:
         return finish_climb(climb, call)
 
     def _by_position(self, rows: Tensor) -> Tensor:
-        ordered, sealed = rows.clone(), len(self.index) if self.index.moves_rows else 0
-        if sealed:
-            slots = torch.arange(sealed, device=rows.device).expand(*rows.shape[:2], 1, -1)
-            at = self.index.positions(slots)[:, :, 0, :, None].expand_as(rows[:, :, :sealed])
-            ordered[:, :, :sealed].scatter_(2, at, rows[:, :, :sealed])
-        return ordered
+        if not self.index.moves_rows:
+            return rows.clone()
+        slots = torch.arange(rows.shape[2], device=rows.device).expand(*rows.shape[:2], 1, -1)
+        return rows_at(rows, self.index.positions(slots)[:, :, 0].argsort(dim=-1))
 
     def _first_index_row(self) -> Tensor:
         return self.store.start + self.config.n_sink

@@ -19,7 +19,7 @@ from index_kernels.summaries import Clustering
 from ..config import RetrievalConfig
 from ..query.plan import Step
 from ..query.usage import Rates, Work, Workload
-from ..store import KVStore
+from ..store import KVStore, rows_at
 from ._list_scan import ListScan, budget, list_work
 from ._list_state import load_segment, segment_state
 from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, vector_bytes
@@ -141,9 +141,9 @@ class SegmentedIndex(KeyIndex):
     ) -> Candidates:
         """See KeyIndex; exact: lists answer by summary as well, so those left unread may hold the best row. No lift."""
         assert self._lists is not None
-        keys = store.rows[0][:, :, : len(self)]
-        places = torch.from_numpy(self._lists.positions[:, :, : len(self)]).to(keys.device).long().argsort(dim=-1)
-        keys = keys.gather(2, places[..., None].expand_as(keys))[:, :, :stop]
+        positions = torch.from_numpy(self._lists.positions[:, :, : len(self)]).to(query.device).long()
+        places = positions.argsort(dim=-1)[:, :, :stop]
+        keys = rows_at(store.rows[0], places)
         rows, _ = top_k(query, keys, k, scale=1.0, start=lo)
         group = query.shape[1] // store.num_kv_heads
         found = places.repeat_interleave(group, dim=1)[:, :, None].expand(-1, -1, query.shape[2], -1)

@@ -2,7 +2,7 @@
 
 from .mapped import MappedRows, new_buffer
 from .noise import exponential_noise
-from .rows import KVStore
+from .rows import KVStore, rows_at
 from .source import RowSource, StateSource
 from .storage import check_finite, check_range
 
@@ -15,4 +15,5 @@ __all__ = [
     "check_range",
     "exponential_noise",
     "new_buffer",
+    "rows_at",
 ]

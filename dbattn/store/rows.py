@@ -272,5 +272,10 @@ class KVStore:
             raise ValueError(f"storage='int8' is read on the CPU only, rows are on {device}: use storage='float16'")
 
 
+def rows_at(rows: Tensor, places: Tensor) -> Tensor:
+    """The rows ``[B, Hkv, n, D]`` that stand at ``places [B, Hkv, m]``: a copy, ``[B, Hkv, m, D]``."""
+    return rows.gather(2, places[..., None].expand(-1, -1, -1, rows.shape[3]))
+
+
 def _unpacked(rows: Tensor) -> Tensor:
     return floats(rows) if rows.dtype == torch.int8 else rows
