@@ -72,11 +72,15 @@ class AttentionDB:
         self.index = make_index(self.config)
         self.stats = RunningStats()
 
-    def insert(self, keys: Tensor, values: Tensor, *, start: Tensor | None = None) -> None:
+    def insert(
+        self, keys: Tensor, values: Tensor, queries: Tensor | None = None, *, start: Tensor | None = None
+    ) -> None:
         """Append rows and index them.
 
         Args:
             keys, values: ``[B, Hkv, n, D]`` and ``[B, Hkv, n, Dv]``, float32, float16 or bfloat16; any n, 0 included.
+            queries: ``[B, Hq, n, D]`` of the same positions, from which an index learns which keys it must tell apart;
+                every 32nd is kept.
             start: int64 ``[B]``, first valid row of each batch row (left padding); with the first rows only.
 
         Raises:
@@ -85,12 +89,16 @@ class AttentionDB:
         """
         check_fork()  # before anything changes: the index may need kernels
         before = len(self.store)
+        if queries is not None and keys.ndim == 4:
+            self.store.check_queries(queries, keys.shape[0], keys.shape[2], keys.device)
         self.store.append(keys, values)
         try:
             self.store.set_start(self.store.start if start is None else start)
         except ValueError:
             self.store.truncate(before)
             raise
+        if queries is not None:
+            self.store.note_queries(queries, before)
         try:
             self.sync()
         except Exception:
@@ -99,6 +107,27 @@ class AttentionDB:
             self.index = make_index(self.config)
             self.store.truncate(before)
             raise
+
+    def analyze(self, queries: Tensor) -> None:
+        """Learn from queries in place of what was learnt before, and index all rows anew by it.
+
+        Keys are clustered ("segmented", "ivf") and linked ("hnsw") so that rows which such queries tell apart are far
+        from each other; "flat" learns nothing. ``insert(..., queries)`` and wrapped models learn as rows come: this is
+        for rows that came without. What is learnt stays when rows are cut.
+
+        Args:
+            queries: ``[B, Hq, m, D]`` of the m newest positions; those of the latest 2,048 rows tell most.
+
+        Raises:
+            ValueError: an empty store, or queries that do not fit it.
+        """
+        call = self._call(queries, None)
+        self.store.check_queries(queries, len(call.store.start), queries.shape[2], queries.device)
+        first = len(self) - queries.shape[2]
+        self.release()
+        self.index = make_index(self.config)
+        self.store.learn(queries, first)
+        self.sync()
 
     @inference_only
     def sync(self) -> None:
@@ -373,8 +402,9 @@ class AttentionDB:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the rows' buffers (spare capacity included) and the index."""
-        return self.store.nbytes + self.index.nbytes
+        """Bytes held: the rows' buffers (spare capacity included), the index, and sampled queries."""
+        sample = self.store.sample
+        return self.store.nbytes + self.index.nbytes + (0 if sample is None else sample.nbytes)
 
     def _call(
         self,

@@ -5,9 +5,19 @@ from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolv
 from .packed import floats, pack_rows
 from .seal import seal_rows, unseal_rows
 from .segmented import attend_segmented
-from .summaries import ListArrays, ListReading, ListTable, SegmentArrays, SegmentedAnswer, Summaries, SuperListArrays
+from .summaries import (
+    LearntMetric,
+    ListArrays,
+    ListReading,
+    ListTable,
+    SegmentArrays,
+    SegmentedAnswer,
+    Summaries,
+    SuperListArrays,
+)
 
 __all__ = [
+    "LearntMetric",
     "ListArrays",
     "ListReading",
     "ListTable",

@@ -11,7 +11,7 @@ from numba import njit, prange
 from ._cpu_common import FAST, F, inner, inner_parallel, row_scale, set_row_scale, to_f32
 from ._cpu_kmeans import cluster, copy_row
 from .packed import SMALLEST, STEP
-from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
+from .summaries import Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
 
 _STEP, _SMALLEST = F(STEP), F(SMALLEST)
 # Not Python's integers: Numba compiles a function once for each literal it gets.
@@ -29,8 +29,8 @@ class Clusters(NamedTuple):
 
 
 @inner
-def _summary(x, y, lo, hi, key, value):
-    """Mean key, mean value of rows lo..hi of x, y; returns the keys' summed variance."""
+def _means(x, y, lo, hi, key, value):
+    """Mean key, mean value of rows lo..hi of x, y."""
     D = x.shape[1]
     Dv = y.shape[1]
     for d in range(D):
@@ -47,12 +47,25 @@ def _summary(x, y, lo, hi, key, value):
         key[d] *= inv
     for d in range(Dv):
         value[d] *= inv
-    v = F(0.0)
+
+
+@inner
+def _scatter(x, lo, hi):
+    """Sum of squared distances of rows lo..hi of x from their mean."""
+    D = x.shape[1]
+    mean = np.zeros(D, F)
     for i in range(lo, hi):
         for d in range(D):
-            r = x[i, d] - key[d]
-            v += r * r
-    return v * inv
+            mean[d] += x[i, d]
+    inv = F(1.0) / F(hi - lo)
+    for d in range(D):
+        mean[d] *= inv
+    total = F(0.0)
+    for i in range(lo, hi):
+        for d in range(D):
+            r = x[i, d] - mean[d]
+            total += r * r
+    return total
 
 
 @inner
@@ -91,6 +104,21 @@ def _centred(keys, lo, n, D):
 
 
 @inner
+def _in_metric(x, metric, holds):
+    """x [n, D] times the metric [D, D]; x itself where it does not hold."""
+    if not holds:
+        return x
+    n, D = x.shape
+    y = np.zeros((n, D), F)
+    for i in range(n):
+        for c in range(D):
+            v = x[i, c]
+            for d in range(D):
+                y[i, d] += v * metric[c, d]
+    return y
+
+
+@inner
 def _room(bounds, heads, rows_per_super):
     """Room for the clusters of every segment and KV head."""
     N = bounds.size - 1
@@ -108,8 +136,8 @@ def _room(bounds, heads, rows_per_super):
 
 
 @inner
-def _cluster_head(w, keys, start, bounds, how, D, found):
-    """Cluster the rows of one segment and KV head."""
+def _cluster_head(w, keys, start, bounds, how, D, learnt, found):
+    """Cluster the rows of one segment and KV head, in the metric where one is learnt."""
     B, H = keys.shape[:2]
     s = w // (B * H)
     bh = w % (B * H)
@@ -118,7 +146,7 @@ def _cluster_head(w, keys, start, bounds, how, D, found):
     lo = max(bounds[s], start[b])
     n = bounds[s + 1] - lo
     if n > 0:
-        x = _centred(keys[b, h], lo, n, D)
+        x = _in_metric(_centred(keys[b, h], lo, n, D), learnt.metric[s, b, h], learnt.holds[s, b])
         found.lists[s, bh], found.supers[s, bh] = cluster(
             x, how.rows_per_super_list, how.rows_per_list, how.iterations, how.training_stride,
             found.order[s, bh], found.list_end[s, bh],
@@ -158,7 +186,7 @@ def _permute(rows, lo, order, x):
 
 
 @inner
-def _write_lists(x, y, lo, list_end, count, begin, size, variance, keys, values, shape, cross):
+def _write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, keys, values, shape, cross):
     """Write the summaries of one segment's lists, sum residuals into shape and cross; returns the trace of shape."""
     D = x.shape[1]
     Dv = y.shape[1]
@@ -175,15 +203,16 @@ def _write_lists(x, y, lo, list_end, count, begin, size, variance, keys, values,
         end = list_end[j]
         begin[j] = lo + at
         size[j] = end - at
-        variance[j] = _summary(x, y, at, end, key, value)
+        _means(x, y, at, end, key, value)
+        variance[j] = _scatter(in_metric, at, end) / F(end - at)
         _pack(key, keys[j])
         _pack(value, values[j])
         # residual covariance from every eighth list: one matrix per head needs no more
         if j % 8 == 0:
+            trace += _scatter(in_metric, at, end)
             for i in range(at, end):
                 for d in range(D):
                     r = x[i, d] - key[d]
-                    trace += r * r
                     for e in range(D):
                         shape[d, e] += r * (x[i, e] - key[e])
                     for e in range(Dv):
@@ -193,7 +222,7 @@ def _write_lists(x, y, lo, list_end, count, begin, size, variance, keys, values,
 
 
 @inner
-def _write_supers(x, y, list_end, super_end, count, list_base, firsts, size, variance, keys, values):
+def _write_supers(x, y, in_metric, list_end, super_end, count, list_base, firsts, size, variance, keys, values):
     """Write the summaries of one segment's super-lists, whose lists are numbered from list_base on."""
     key = np.empty(x.shape[1], F)
     value = np.empty(y.shape[1], F)
@@ -204,7 +233,8 @@ def _write_supers(x, y, list_end, super_end, count, list_base, firsts, size, var
         end = list_end[last - 1]
         firsts[j] = list_base + first
         size[j] = end - at
-        variance[j] = _summary(x, y, at, end, key, value)
+        _means(x, y, at, end, key, value)
+        variance[j] = _scatter(in_metric, at, end) / F(end - at)
         _pack(key, keys[j])
         _pack(value, values[j])
         at = end
@@ -212,7 +242,7 @@ def _write_supers(x, y, list_end, super_end, count, list_base, firsts, size, var
 
 
 @inner
-def _write_head(w, keys, values, positions, start, bounds, first_segment, found, lists, supers, segments):
+def _write_head(w, keys, values, positions, start, bounds, first_segment, learnt, found, lists, supers, segments):
     """Permute the rows of one segment and KV head, and write what is known of their lists."""
     B, H = keys.shape[:2]
     D, Dv = segments.cross.shape[3:]
@@ -233,21 +263,25 @@ def _write_head(w, keys, values, positions, start, bounds, first_segment, found,
         at[lo + i] = came[order[i]]
     _permute(keys[b, h], lo, order, x)
     _permute(values[b, h], lo, order, y)
+    in_metric = _in_metric(x, learnt.metric[s, b, h], learnt.holds[s, b])
     base, trace = segments.lists[b, h, segment], segments.trace[b, h]
     trace[segment] = _write_lists(
-        x, y, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:], lists.size[b, h, base:],
-        lists.variance[b, h, base:], lists.key[b, h, base:], lists.value[b, h, base:], segments.shape[b, h, segment],
-        segments.cross[b, h, segment],
+        x, y, in_metric, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:],
+        lists.size[b, h, base:], lists.variance[b, h, base:], lists.key[b, h, base:], lists.value[b, h, base:],
+        segments.shape[b, h, segment], segments.cross[b, h, segment],
     )  # fmt: skip
     to = segments.supers[b, h, segment]
     _write_supers(
-        x, y, found.list_end[s, bh], found.super_end[s, bh], found.supers[s, bh], base, supers.first[b, h, to:],
-        supers.size[b, h, to:], supers.variance[b, h, to:], supers.key[b, h, to:], supers.value[b, h, to:],
+        x, y, in_metric, found.list_end[s, bh], found.super_end[s, bh], found.supers[s, bh], base,
+        supers.first[b, h, to:], supers.size[b, h, to:], supers.variance[b, h, to:], supers.key[b, h, to:],
+        supers.value[b, h, to:],
     )  # fmt: skip
 
 
 @inner_parallel
-def _each_head(phase, keys, values, positions, start, bounds, first_segment, how, found, lists, supers, segments):
+def _each_head(
+    phase, keys, values, positions, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+):
     """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
 
     It calls functions: what a loop writes itself into an array in a NamedTuple, Numba takes for dead code.
@@ -256,14 +290,17 @@ def _each_head(phase, keys, values, positions, start, bounds, first_segment, how
         # An index of the loop is unsigned inside it and signed outside, which would compile the functions twice.
         w = np.int64(i)
         if phase == CLUSTER:
-            _cluster_head(w, keys, start, bounds, how, segments.cross.shape[3], found)
+            _cluster_head(w, keys, start, bounds, how, segments.cross.shape[3], learnt, found)
         else:
-            _write_head(w, keys, values, positions, start, bounds, first_segment, found, lists, supers, segments)
+            _write_head(
+                w, keys, values, positions, start, bounds, first_segment, learnt, found, lists, supers, segments
+            )
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def seal(
     keys, values, positions, start, bounds, first_segment, rows_per_super, rows_per_list, iterations, stride,
+    metric, holds,
     begin, size, variance, key, value, count,
     first, super_size, super_variance, super_key, super_value, n_supers,
     segment_lists, segment_supers, shape, cross, trace,
@@ -273,8 +310,13 @@ def seal(
     supers = SuperListArrays(first, super_size, super_variance, super_key, super_value, n_supers)
     segments = SegmentArrays(segment_lists, segment_supers, shape, cross, trace)
     how = Clustering(rows_per_super, rows_per_list, iterations, stride)
+    learnt = LearntMetric(metric, holds)
     order, list_end, super_end, n, n_super = _room(bounds, keys.shape[0] * keys.shape[1], rows_per_super)
     found = Clusters(order, list_end, super_end, n, n_super)
-    _each_head(CLUSTER, keys, values, positions, start, bounds, first_segment, how, found, lists, supers, segments)
+    _each_head(
+        CLUSTER, keys, values, positions, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+    )
     _count(found, first_segment, lists, supers, segments)
-    _each_head(WRITE, keys, values, positions, start, bounds, first_segment, how, found, lists, supers, segments)
+    _each_head(
+        WRITE, keys, values, positions, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .fork import check_fork
-from .summaries import Array, Clustering, ListArrays, SegmentArrays, SuperListArrays
+from .summaries import Array, Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
 
 
 def seal_rows(
@@ -20,6 +20,7 @@ def seal_rows(
     bounds: list[int],
     first_segment: int,
     how: Clustering,
+    learnt: LearntMetric,
     lists: ListArrays,
     supers: SuperListArrays,
     segments: SegmentArrays,
@@ -28,9 +29,9 @@ def seal_rows(
 ) -> None:
     """Make segment ``first_segment + s`` of rows ``bounds[s] .. bounds[s + 1]``, for every batch row and KV head.
 
-    Two-level k-means of the keys; each list's rows become contiguous. Changes keys, values ``[B, Hkv, T, D]`` (any
-    stored type) and positions ``[B, Hkv, T]`` int32 in place, and appends to the lists, segment by segment, so that
-    dropping the newest segments is lowering a count.
+    Two-level k-means of the keys, in the metric learnt; each list's rows become contiguous. Changes keys, values
+    ``[B, Hkv, T, D]`` (any stored type) and positions ``[B, Hkv, T]`` int32 in place, and appends to the lists, segment
+    by segment, so that dropping the newest segments is lowering a count.
 
     Args:
         keys, values: the store's buffers; the rows in position order, packed ones with their scales.
@@ -41,7 +42,7 @@ def seal_rows(
     with _on_host(keys, values, bounds[0], bounds[-1]) as (host_keys, host_values):
         kernels.seal(
             host_keys, host_values, positions, start.cpu().numpy(), np.asarray(bounds, np.int64), first_segment, *how,
-            *lists, *supers, *segments,
+            *learnt, *lists, *supers, *segments,
         )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 A store's older rows stand in lists: contiguous runs of similar keys, about 16 rows each, under super-lists of about
 256. A summary is a mean key, a mean value, a size and the variance of the keys; ``shape`` is the covariance of keys
-around their list's mean, per KV head and scaled to trace 1, ``cross`` the covariance of keys and values on that scale.
+around their list's mean, per KV head and on the scale where that variance is 1, ``cross`` the covariance of keys and
+values on that scale.
 """
 
 from collections.abc import Callable
@@ -61,7 +62,8 @@ class Summaries:
     Attributes:
         begin, size: ``[B, Hkv, L]`` int64, the rows ``begin .. begin + size`` of the store.
         key, value: ``[B, Hkv, L, D]`` and ``[B, Hkv, L, Dv]`` float32, means.
-        variance: ``[B, Hkv, L]`` float32, mean squared distance of the keys from their mean.
+        variance: ``[B, Hkv, L]`` float32, mean squared distance of the keys from their mean, in the metric they were
+            clustered in.
         shape: ``[B, Hkv, D, D]``, cross: ``[B, Hkv, D, Dv]``, float32.
     """
 
@@ -207,6 +209,16 @@ class SegmentedAnswer(NamedTuple):
     deviation: Tensor | None
     chosen: Tensor | None
     unread: Tensor | None
+
+
+class LearntMetric(NamedTuple):
+    """In which metric keys are clustered: as ``key @ metric``, ``[S, B, Hkv, D, D]`` float32 for each segment.
+
+    ``holds [S, B]`` bool: where there is one; elsewhere keys stand as they are.
+    """
+
+    metric: Array
+    holds: Array
 
 
 class Clustering(NamedTuple):

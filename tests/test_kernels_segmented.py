@@ -9,7 +9,16 @@ from test_kernels import assert_close, interpreter, rng  # noqa: F401 (a fixture
 
 from dbattn.index._lists import Lists
 from dbattn.index.segmented import CLUSTERING
-from index_kernels import ListReading, attend_rows, attend_segmented, floats, pack_rows, seal_rows, unseal_rows
+from index_kernels import (
+    LearntMetric,
+    ListReading,
+    attend_rows,
+    attend_segmented,
+    floats,
+    pack_rows,
+    seal_rows,
+    unseal_rows,
+)
 
 BACKENDS = ["numba", "triton"]
 SEALED, LENGTH, N_SINK = 2300, 2391, 2
@@ -26,6 +35,14 @@ CASES = {
 }
 
 
+def metrics(case):
+    """In which keys are clustered, ``[3, B, Hkv, D, D]``; those of the first segment stand as they are."""
+    _, kv_heads, _, dim, *_, start = CASES[case]
+    root = torch.randn(3, len(start), kv_heads, dim, dim, generator=rng(4)) / dim**0.5
+    root[0] = torch.eye(dim)
+    return root @ root.transpose(3, 4)
+
+
 def sealed_store(case):
     """Rows in clusters, sealed; the same rows as they came; how they are read; and a query."""
     dtype, kv_heads, group, dim, value_dim, softcap, read, opened, start = CASES[case]
@@ -40,7 +57,9 @@ def sealed_store(case):
     lists, bounds = Lists(batch, kv_heads, dim, value_dim), [0, 1024, 2048, SEALED]
     lists.reserve(bounds, keys.shape[2])
     arrays = lists.lists, lists.supers, lists.segments
-    seal_rows(keys, values, lists.positions, bounds, 0, CLUSTERING, *arrays, start=start + N_SINK)
+    holds = np.repeat([[False], [True], [True]], batch, axis=1)
+    learnt = LearntMetric(metrics(case).numpy(), holds)
+    seal_rows(keys, values, lists.positions, bounds, 0, CLUSTERING, learnt, *arrays, start=start + N_SINK)
     lists.settle(3)
     how = ListReading(SEALED, LENGTH, N_SINK, read * kv_heads, opened * kv_heads, 0.3, softcap, 0.38, 0.7, True)
     query = torch.randn(batch, kv_heads * group, 1, dim, generator=noise)
@@ -140,8 +159,10 @@ def test_sealing_groups_rows_under_true_summaries_and_unsealing_puts_them_back(c
             levels.lists.variance[b, h][used], strict=True,
         ):  # fmt: skip
             members = rows[begin : begin + size]
+            metric = metrics(case)[0 if begin < 1024 else 1 if begin < 2048 else 2, b, h]
             assert (members.mean(dim=0) - key).abs().max() <= key.abs().max() / 127
-            assert_near(variance, (members - members.mean(dim=0)).square().sum(dim=1).mean(), 1e-3)
+            residuals = (members - members.mean(dim=0)) @ metric
+            assert_near(variance, residuals.square().sum(dim=1).mean(), 1e-3)
         listed = int(levels.lists.size[b, h].sum())
         assert listed == max(0, SEALED - int(start[b]) - N_SINK) == int(levels.supers.size[b, h].sum())
     unseal_rows(keys, values, lists.positions, [0, 1024, 2048, SEALED], start=start + N_SINK)

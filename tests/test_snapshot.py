@@ -657,7 +657,7 @@ def test_layers_in_files_of_limited_size(tmp_path, monkeypatch):
         cache = handle.new_cache()
         model(ids, past_key_values=cache)
         handle.save(tmp_path / "a")
-    assert [file.layers for file in describe(tmp_path / "a").files] == [(0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)]
+    assert [file.layers for file in describe(tmp_path / "a").files if file.kind == "rows"] == [(i,) for i in range(5)]
     with wrap(model, context=tmp_path / "a") as handle:
         for a, b in zip(cache.layers, handle.new_cache().layers, strict=True):
             assert torch.equal(a.keys, b.keys)

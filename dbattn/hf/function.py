@@ -66,6 +66,7 @@ def attention_function(
                 audits.append(db.stats.audits[-1])
             if switches.watcher is not None:
                 switches.watcher(layer.layer_index, db, query.detach(), scale, softcap)
+            db.store.note_queries(query, len(db) - query.shape[2])
             # Only now: an index may move rows, and the newest queries see only what came before them.
             db.sync()
             assert isinstance(out, Tensor)

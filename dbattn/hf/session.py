@@ -174,6 +174,7 @@ class Session:
             assert layer.db is not None
             if layer.db.store.has_padding:
                 ours.db.store.set_start(layer.db.store.start)
+            ours.db.store.sample = copy.deepcopy(layer.db.store.sample)
         return ours
 
 

@@ -74,6 +74,9 @@ class FaissIndex(SearchIndex):
         self._length = 0
         self._units: list[list[Unit]] = []
         self._owned: list[list[bool]] = []
+        # The metric that keys were indexed in, and its inverse for queries: products stay what they are. It is made
+        # anew, and all rows indexed by it, each time they have doubled.
+        self._metric: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def rows_indexed(cls, config: RetrievalConfig, rows: int) -> int:
@@ -93,8 +96,8 @@ class FaissIndex(SearchIndex):
         length = max(0, len(store) - self._window) // BLOCK * BLOCK
         if length < self.min_rows or length <= self._length:
             return
-        if not self._units:
-            self._make_units(store)
+        if not self._units or (store.sample is not None and _doubled(length) != _doubled(self._length)):
+            self._make_units(store, length)
 
         def build(b: int, h: int, keys: Rows, stops: list[int]) -> None:
             if not self._owned[b][h]:
@@ -117,7 +120,7 @@ class FaissIndex(SearchIndex):
         """See KeyIndex."""
         if stop % BLOCK or not self.min_rows <= stop <= len(store) - self._window:
             raise ValueError(f"{stop} indexed rows are not whole blocks of {BLOCK} within {len(store)} rows")
-        self._make_units(store)
+        self._make_units(store, stop)
         batch, heads = len(self._units), store.num_kv_heads
         by_unit: dict[str, Arrays] = {f"{b}.{h}": {} for b in range(batch) for h in range(heads)}
         for key, array in state.items():
@@ -138,8 +141,14 @@ class FaissIndex(SearchIndex):
             expect_no_more(arrays)
         self._length = stop
 
-    def _make_units(self, store: KVStore) -> None:
+    def _make_units(self, store: KVStore, length: int) -> None:
+        """Empty units, to be filled up to row ``length`` in the metric that the store's queries tell, if any."""
         batch, heads = len(store.start), store.num_kv_heads
+        self._metric, self.learnt = None, False
+        if store.sample is not None:
+            metric, enough = store.sample.metric(_doubled(length), store.start, heads)
+            if bool(enough.all()):
+                self._metric, self.learnt = (metric, torch.linalg.inv(metric)), True
         self._units = [[self._new_unit() for _ in range(heads)] for _ in range(batch)]
         self._owned = [[True] * heads for _ in range(batch)]
 
@@ -156,6 +165,8 @@ class FaissIndex(SearchIndex):
                 stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
                 if stops:
                     rows = floats(keys[b, h, first[b] : length])
+                    if self._metric is not None:
+                        rows = rows.float() @ self._metric[0][b, h].to(rows.device)
                     if self._sample:
                         noise = exponential_noise(heads, first[b], length, keys.device)[h]
                         rows = torch.cat([rows, noise[:, None]], dim=-1)
@@ -170,11 +181,14 @@ class FaissIndex(SearchIndex):
         self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
     ) -> Candidates:
         """See KeyIndex."""
-        if self._sample:
-            query = pad(query.float(), (0, 1), value=lift or 0.0)
         batch, heads, m, dim = query.shape
         kv_heads = store.num_kv_heads
-        grouped = _to_numpy(query.reshape(batch, kv_heads, -1, dim))
+        asked = query.float().reshape(batch, kv_heads, -1, dim)
+        if self._metric is not None:
+            asked = asked @ self._metric[1].to(asked.device)
+        if self._sample:
+            asked = pad(asked, (0, 1), value=lift or 0.0)
+        grouped = _to_numpy(asked)
         found = np.full((batch, kv_heads, grouped.shape[2], k), -1, dtype=np.int64)
         scored = 0
         with _one_faiss_thread():
@@ -184,16 +198,21 @@ class FaissIndex(SearchIndex):
                     ids, count = self._units[b][h].search(grouped[b, h], k, limit)
                     found[b, h] = np.where(ids >= 0, ids + first, -1)
                     scored += count
-        return Candidates(torch.from_numpy(found).view(batch, heads, m, k).to(query.device), 4 * dim * scored)
+        return Candidates(
+            torch.from_numpy(found).view(batch, heads, m, k).to(query.device), 4 * asked.shape[3] * scored
+        )
 
     def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex; a cut into the indexed rows drops the units, and the next extend builds them again."""
         if length < self._length:
-            self._length, self._units, self._owned = 0, [], []
+            self._length, self._units, self._owned, self._metric = 0, [], [], None
 
     def select(self, batch: Tensor) -> None:
         """See KeyIndex; repeated rows share their units."""
         self._units = [list(self._units[b]) for b in batch.tolist()] if self._units else []
+        if self._metric is not None:
+            metric, inverse = self._metric
+            self._metric = metric[batch.cpu()], inverse[batch.cpu()]
         self._disown()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -213,10 +232,16 @@ class FaissIndex(SearchIndex):
     def describe(self) -> dict[str, Any]:
         """See KeyIndex; the figures of the first unit stand for all."""
         built = self._units[0][0].describe() if self._units else {}
-        return {"index": self.name, "rows": self._length, **built}
+        learnt = {"learnt_from": "queries"} if self._metric is not None else {}
+        return {"index": self.name, "rows": self._length, **built, **learnt}
 
     def _disown(self) -> None:
         self._owned = [[False] * len(units) for units in self._units]
+
+
+def _doubled(rows: int) -> int:
+    """The largest power of two up to ``rows``."""
+    return 1 << rows.bit_length() >> 1
 
 
 def on_gpu(index: Any, device: torch.device) -> Any:

@@ -100,9 +100,10 @@ class ListScan(Step):
         size = int(does.bytes) + int(does.items) * (vector_bytes(work.dim) + NUMBERS_BYTES)
         usage = Usage(read, size, read / ROWS_PER_LIST, None if own is None else own.seconds(does))
         eligible = work.indexed - work.first_index_row
+        by = "queries and keys" if work.learnt else "keys alone (no queries to learn from)"
         sources = [
             ExactRows.source(work, work.indexed, config.n_sink, scan),
-            Source("list scan", f"segmented, {asked} of {eligible} rows", usage),
+            Source("list scan", f"segmented by {by}, {asked} of {eligible} rows", usage),
         ]
         tail = config.tail_name == "centroid"
         if tail:

@@ -34,6 +34,7 @@ class KeyIndex(ABC):
     Attributes:
         name: as ``RetrievalConfig.index`` names it.
         moves_rows: whether rows stand permuted inside the runs that ``bounds`` marks.
+        learnt: whether what was built last was built by what queries told.
         searches_all: whether ``search`` scores every row that it may find.
         built_in: its rates on two cores of an AMD EPYC (Zen 5), for where nothing can be measured.
         typical: the work of a call over 8K rows: where measured rates make that far slower than the built-in ones,
@@ -42,6 +43,7 @@ class KeyIndex(ABC):
 
     name: ClassVar[str]
     moves_rows = False
+    learnt = False
     searches_all = False
     built_in: ClassVar[Rates]
     typical: ClassVar[Work]

@@ -10,10 +10,11 @@ index (segments, small lists, an estimation zone); the second-moment correction 
 from importlib.util import find_spec
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from index_kernels import ListTable, seal_rows, top_k, unseal_rows
+from index_kernels import LearntMetric, ListTable, seal_rows, top_k, unseal_rows
 from index_kernels.summaries import Clustering
 
 from ..config import RetrievalConfig
@@ -129,9 +130,11 @@ class SegmentedIndex(KeyIndex):
         lists = self._lists
         lists.reserve(target, keys.shape[2])
         store.touch(target[keep])
+        learnt = _learnt(store, target[keep:])
+        self.learnt = bool(learnt.holds.any())
         seal_rows(
-            keys, values, lists.positions, target[keep:], keep, CLUSTERING, lists.lists, lists.supers, lists.segments,
-            start=lo,
+            keys, values, lists.positions, target[keep:], keep, CLUSTERING, learnt, lists.lists, lists.supers,
+            lists.segments, start=lo,
         )  # fmt: skip
         self._bounds = target
         lists.settle(len(target) - 1)
@@ -196,6 +199,9 @@ class SegmentedIndex(KeyIndex):
             self._lists = Lists(len(lo), store.num_kv_heads, store.head_dim, store.value_dim)
         load_segment(self._lists, target, len(store), lo.cpu().numpy(), state)
         self._bounds = target
+        self.learnt = store.sample is not None and bool(
+            store.sample.metric(stop, store.start, store.num_kv_heads)[1].any()
+        )
 
     @property
     def nbytes(self) -> int:
@@ -242,6 +248,15 @@ class SegmentedIndex(KeyIndex):
         """Bytes of one list's summary, its mean value included."""
         assert self._lists is not None
         return self._lists.summary_bytes
+
+
+def _learnt(store: KVStore, bounds: list[int]) -> LearntMetric:
+    """What each segment of these bounds is clustered by, as far as the store's queries tell."""
+    batch, heads, count = len(store.start), store.num_kv_heads, len(bounds) - 1
+    if store.sample is None:
+        return LearntMetric(np.zeros((count, batch, heads, 0, 0), np.float32), np.zeros((count, batch), np.bool_))
+    found = [store.sample.metric(stop, store.start, heads) for stop in bounds[1:]]
+    return LearntMetric(*(torch.stack(parts).numpy() for parts in zip(*found, strict=True)))
 
 
 def _require_numba() -> None:

@@ -18,6 +18,7 @@ class RowIndex(Protocol):
     """What a call knows of its index; ``index.KeyIndex`` is all of it."""
 
     moves_rows: bool
+    learnt: bool
 
     def __len__(self) -> int:
         """Rows below this are in the index."""
@@ -105,6 +106,7 @@ class Call:
             dim=store.head_dim,
             value_dim=store.value_dim,
             row_bytes=store.row_bytes,
+            learnt=self.index.learnt,
         )
 
     def plainly(self) -> "Call":

@@ -97,7 +97,7 @@ def rates(engine: type[TimedIndex] | None, threads: int) -> Rates:
 class _NoIndex:
     """A store's index that holds nothing."""
 
-    moves_rows = False
+    moves_rows = learnt = False
 
     def __len__(self) -> int:
         return 0

@@ -42,6 +42,7 @@ class Workload(NamedTuple):
         first_index_row: the least row that the index answers for; earlier ones are padding or sinks.
         batch, heads, kv_heads, dim, value_dim: shapes of the query and of the store.
         row_bytes: bytes of one row: a key and a value.
+        learnt: whether the index learnt from queries.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class Workload(NamedTuple):
     dim: int = 64
     value_dim: int = 64
     row_bytes: int = 512
+    learnt: bool = False
 
     @property
     def units(self) -> int:

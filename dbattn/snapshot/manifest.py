@@ -15,7 +15,7 @@ from .folder import MANIFEST, SnapshotError
 
 FORMAT, VERSION = "dbattn snapshot", 2
 MANIFEST_LIMIT = 16 << 20
-KINDS = ("rows", "segment", "index", "tokens")
+KINDS = ("rows", "segment", "index", "tokens", "queries")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 _LARGEST = 1 << 48
 
@@ -26,7 +26,8 @@ class FileInfo:
 
     Attributes:
         kind: "rows" (keys and values in the order of their positions), "segment" (those of a sealed segment, in the
-            order of its lists, with the lists), "index" (what an index built), "tokens" (the token ids).
+            order of its lists, with the lists), "index" (what an index built), "tokens" (the token ids), "queries"
+            (sampled queries that the index learnt from).
         first, stop: the rows it is about.
         layers: the layers it is about.
         bytes: its size.
@@ -262,7 +263,7 @@ def _check_cover(info: SnapshotInfo) -> None:
     if not info.layers:
         raise ValueError("layers is empty, expected at least one")
     owned: list[list[FileInfo]] = [[] for _ in info.layers]
-    indexes = [0] * len(info.layers)
+    indexes, sampled = [0] * len(info.layers), [0] * len(info.layers)
     tokens = 0
     for file in info.files:
         if file.kind == "tokens":
@@ -274,7 +275,11 @@ def _check_cover(info: SnapshotInfo) -> None:
         if not file.layers or list(file.layers) != sorted(set(file.layers)) or file.layers[-1] >= len(info.layers):
             raise ValueError(f"{file.name} names the layers {_short(list(file.layers))} of {len(info.layers)}")
         for number in file.layers:
-            if file.kind != "index":
+            if file.kind == "queries":
+                if (file.first, file.stop) != (0, info.rows) or sampled[number]:
+                    raise ValueError(f"{file.name} is not the one sample of queries of {info.rows} rows of a layer")
+                sampled[number] = 1
+            elif file.kind != "index":
                 owned[number].append(file)
             elif (file.first, file.stop) != (0, info.layers[number].indexed) or indexes[number]:
                 raise ValueError(f"{file.name} is not the one index of {info.layers[number].indexed} rows of a layer")

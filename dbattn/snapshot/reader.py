@@ -12,7 +12,7 @@ from index_kernels.packed import SCALE_BYTES
 
 from ..config import RetrievalConfig
 from ..index import KeyIndex
-from ..store import KVStore, MappedRows, check_range
+from ..store import KVStore, MappedRows, QuerySample, check_range
 from .folder import MANIFEST, SnapshotError, check_content, map_tensors, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
 
@@ -101,10 +101,11 @@ class Snapshot:
         own = {
             file: _of_layer(number, tensors)
             for file, tensors in sorted(self._tensors.items(), key=lambda item: item[0].first)
-            if number in file.layers and file.kind != "tokens"
+            if number in file.layers and file.kind not in ("tokens", "queries")
         }
         parts = [self._rows(file, layer, arrays) for file, arrays in own.items() if file.kind != "index"]
         store.restore(MappedRows(parts, device), torch.tensor(layer.start, dtype=torch.int64), layer.settled)
+        self._restore_queries(number, store, device)
         states = {file: arrays for file, arrays in own.items() if arrays or file.kind == "segment"}
         runs = [(file.name, file.first, file.stop, arrays) for file, arrays in states.items()]
         if not runs and layer.indexed:
@@ -121,6 +122,18 @@ class Snapshot:
                 f"its files {len(index)}"
             )
         store.mark_saved(self.info.digest)
+
+    def _restore_queries(self, number: int, store: KVStore, device: torch.device) -> None:
+        layer = self.info.layers[number]
+        for file, tensors in self._tensors.items():
+            if file.kind == "queries" and number in file.layers:
+                state = _of_layer(number, tensors)
+                try:
+                    store.sample = QuerySample.of_state(
+                        state, self.info.rows, len(layer.start), layer.num_kv_heads, layer.head_dim, device
+                    )
+                except ValueError as error:
+                    raise SnapshotError(f"{self.info.path / file.name} is refused: layer {number}: {error}") from None
 
     def _rows(self, file: FileInfo, layer: LayerInfo, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Take keys and values out of a file's arrays of one layer."""

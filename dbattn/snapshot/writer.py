@@ -116,6 +116,10 @@ class SnapshotWriter:
         if token_ids is not None and rows:
             tokens = FileInfo("tokens", 0, rows, tuple(range(len(layers))), 0, "")
             files.append(self._write(tokens, {"token_ids": token_ids.detach().cpu().long().contiguous()}))
+        sampled = tuple(number for number, (store, _) in enumerate(layers) if store.sample is not None)
+        if sampled:
+            queries = FileInfo("queries", 0, rows, sampled, 0, "")
+            files.append(self._write(queries, _tensors(queries, layers)))
         facts = tuple(_facts(store, index) for store, index in layers)
         info = SnapshotInfo(self.path, rows, config, facts, model, tuple(files))
         before = {file.name for file in self._saved.files} if self._saved else set()
@@ -240,6 +244,11 @@ def _tensors(file: FileInfo, layers: Sequence[Layer]) -> dict[str, Tensor]:
     tensors = {}
     for number in file.layers:
         store, index = layers[number]
+        if file.kind == "queries":
+            assert store.sample is not None
+            for name, part in store.sample.state().items():
+                tensors[f"layer.{number}.{name}"] = part.cpu().contiguous()
+            continue
         if file.kind != "index":
             for name, rows in zip(("keys", "values"), store.rows, strict=True):
                 tensors[f"layer.{number}.{name}"] = rows[:, :, file.first : file.stop].detach().cpu().contiguous()

@@ -2,6 +2,7 @@
 
 from .mapped import MappedRows, new_buffer
 from .noise import exponential_noise
+from .queries import QuerySample
 from .rows import KVStore, rows_at
 from .source import RowSource, StateSource
 from .storage import check_finite, check_range
@@ -9,6 +10,7 @@ from .storage import check_finite, check_range
 __all__ = [
     "KVStore",
     "MappedRows",
+    "QuerySample",
     "RowSource",
     "StateSource",
     "check_finite",

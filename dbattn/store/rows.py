@@ -9,6 +9,7 @@ from index_kernels.ops import FLOATS
 from index_kernels.reference import softcapped
 
 from .mapped import MappedRows, new_buffer
+from .queries import STRIDE, QuerySample
 from .storage import check_range, stored
 
 
@@ -23,6 +24,8 @@ class KVStore:
     has_padding: bool
     # Whether rows came out of a graph; they are stored detached, so that no gradient goes back into it.
     requires_grad: bool
+    # Some of the queries that rows were asked; None where none came.
+    sample: QuerySample | None
 
     def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int, storage: str | None = None) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
@@ -39,7 +42,38 @@ class KVStore:
         self._saved: tuple[str, int] = "", 0
         self._row_bytes = 0
         self.requires_grad = False
+        self.sample = None
         self._set_start(torch.zeros(0, dtype=torch.int64))
+
+    def check_queries(self, queries: Tensor, batch: int, rows: int, device: torch.device) -> None:
+        """Raise ValueError unless queries are ``[B, Hq, n, D]`` of so many rows, with heads as those sampled before."""
+        heads = "Hq" if self.sample is None else self.sample.heads
+        expected = f"[{batch}, {heads}, {rows}, {self.head_dim}]"
+        shape = tuple(queries.shape)
+        if len(shape) != 4 or (shape[0], *shape[2:]) != (batch, rows, self.head_dim) or heads not in ("Hq", shape[1]):
+            raise ValueError(f"queries have shape {list(shape)}, expected {expected}")
+        if not shape[1] or shape[1] % self.num_kv_heads:
+            raise ValueError(f"{shape[1]} query heads do not divide into groups over {self.num_kv_heads} KV heads")
+        if queries.dtype not in FLOATS or queries.device != device:
+            raise ValueError(
+                f"queries are {queries.dtype} on {queries.device}, expected float32, float16 or bfloat16 on {device}"
+            )
+        check_range("queries", queries)
+
+    def note_queries(self, queries: Tensor, first: int) -> None:
+        """Sample queries ``[B, Hq, n, D]`` of the rows from ``first`` on; most calls of one row bring none."""
+        if queries.shape[2] > -first % STRIDE:
+            self._sample_for(queries).note(queries, first)
+
+    def learn(self, queries: Tensor, first: int) -> None:
+        """Learn from queries ``[B, Hq, m, D]`` of the rows from ``first`` on, for all rows; see QuerySample."""
+        self._sample_for(queries).give(queries, self.start, first)
+
+    def _sample_for(self, queries: Tensor) -> QuerySample:
+        if self.sample is None:
+            batch, heads, _, dim = queries.shape
+            self.sample = QuerySample(batch, heads, dim, queries.device)
+        return self.sample
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows after the newest; nothing is written when anything about them is wrong.
@@ -124,6 +158,8 @@ class KVStore:
         self._length = length
         self._settled = min(self._settled, length)
         self.touch(length)
+        if self.sample is not None:
+            self.sample.truncate(length)
         if not length:
             # As if no row had ever come: the next ones may have another batch size, dtype or padding.
             self._clear()
@@ -137,6 +173,8 @@ class KVStore:
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = keys.index_select(0, batch), values.index_select(0, batch)
         self._set_start(self.start[batch])
+        if self.sample is not None:
+            self.sample.select(batch)
         self.touch(0)
 
     def touch(self, first: int) -> None:

@@ -1,0 +1,188 @@
+"""QuerySample: some of the queries that the rows of a store were asked, from which an index learns.
+
+What a list must keep small is the scatter of its *logits*, q·(k - mean), not of its keys. With E, the second moment of
+the queries of a KV head's group, keys are clustered as A(k - mean), A = (E + ridge)^(POWER / 2). E is taken of the
+queries just before the rows that are clustered end: those of a text's beginning, which rotary embedding has turned less
+far, mislead (measured: worse than none at all).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from index_kernels import floats, pack_rows
+from index_kernels.packed import SCALE_BYTES
+
+from .storage import check_range
+
+# Every STRIDE-th query is kept; a metric is made of those of the WINDOW rows before it.
+STRIDE, WINDOW = 32, 2048
+# Where windows end, so that neighbouring segments share a metric; and how many of its queries one takes at least.
+STEP, LEAST_KNOWN = 512, 16
+GIVEN = WINDOW // STRIDE
+# Swept on rows of SmolLM2, Qwen2.5-Coder and Gemma 3: power 1 does as well on most layers and fails on some.
+POWER, RIDGE = 0.75, 1e-3
+# Metrics kept at hand.
+METRICS = 8
+
+
+class QuerySample:
+    """Sampled queries of one store, as packed int8 rows; it grows with the store.
+
+    What it tells is a function of rows and queries in their order, not of how they arrived. Queries given to
+    ``analyze`` count for all rows that were there, whatever was sampled of them.
+    """
+
+    def __init__(self, batch: int, heads: int, dim: int, device: torch.device) -> None:
+        self.queries = torch.zeros(batch, heads, 0, dim + SCALE_BYTES, dtype=torch.int8, device=device)
+        # Of the positions 0, STRIDE, 2 STRIDE, ...: those whose queries came.
+        self.present = torch.zeros(0, dtype=torch.bool)
+        self.given = self.queries
+        self.given_known = torch.zeros(batch, 0, dtype=torch.bool)
+        self.given_rows = 0
+        self._metrics: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.queries.shape[1]
+
+    def note(self, queries: Tensor, first: int) -> None:
+        """Take in what belongs to the sample of the queries ``[B, Hq, n, D]`` of positions ``first ..``."""
+        least = -first % STRIDE
+        found = pack_rows(queries[:, :, least::STRIDE].detach())
+        if not found.shape[2]:
+            return
+        at = (first + least) // STRIDE
+        count = at + found.shape[2]
+        if count > len(self.present):
+            grown = self.queries.new_zeros(*self.queries.shape[:2], max(count, 2 * len(self.present)), found.shape[3])
+            grown[:, :, : len(self.present)] = self.queries
+            self.queries = grown
+            self.present = torch.cat([self.present, torch.zeros(grown.shape[2] - len(self.present)).bool()])
+        self.queries[:, :, at:count] = found
+        self.present[at:count] = True
+
+    def give(self, queries: Tensor, start: Tensor, first: int) -> None:
+        """Learn from the queries ``[B, Hq, m, D]`` of positions ``first ..`` for all rows up to the last of them."""
+        m = queries.shape[2]
+        at = torch.linspace(0, m - 1, min(m, GIVEN)).round().long()
+        self.given = pack_rows(queries[:, :, at.to(queries.device)].detach())
+        self.given_known = first + at >= start.cpu()[:, None]
+        self.given_rows = first + m
+        self._metrics = {}
+
+    def truncate(self, length: int) -> None:
+        """Forget the queries of rows from ``length`` on; what was given stays."""
+        self.present[-(-length // STRIDE) :] = False
+        self._metrics = {}
+
+    def select(self, batch: Tensor) -> None:
+        """Keep those of the batch rows ``batch [B']``."""
+        kept = batch.cpu()
+        self.queries, self.given = self.queries[batch], self.given[batch]
+        self.given_known = self.given_known[kept]
+        self._metrics = {}
+
+    def metric(self, stop: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """What to cluster keys of rows up to ``stop`` by, and in which batch rows there is enough to tell.
+
+        Returns:
+            A, float32 ``[B, Hkv, D, D]``, symmetric, positive and on the scale of the identity; bool ``[B]``. On the
+            CPU.
+        """
+        end = self.given_rows if stop <= self.given_rows else max(stop - stop % STEP, min(stop, STEP))
+        if end not in self._metrics:
+            if len(self._metrics) >= METRICS:
+                self._metrics.pop(next(iter(self._metrics)))
+            self._metrics[end] = self._made(end, start.cpu(), kv_heads)
+        return self._metrics[end]
+
+    def _made(self, end: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+        if end == self.given_rows:
+            packed, known, least = self.given, self.given_known, 1
+        else:
+            first, last = -(-max(0, end - WINDOW) // STRIDE), -(-end // STRIDE)
+            packed, least = self.queries[:, :, first:last], LEAST_KNOWN
+            at = torch.arange(first, first + packed.shape[2])
+            known = self.present[first:last] & (STRIDE * at >= start[:, None])
+        enough = known.sum(dim=1) >= least
+        batch, heads, m, _ = packed.shape
+        queries = floats(packed.cpu()).double() * known[:, None, :, None]
+        grouped = queries.view(batch, kv_heads, heads // kv_heads * m, -1)
+        moment = grouped.transpose(2, 3) @ grouped
+        eye = torch.eye(moment.shape[2], dtype=torch.float64)
+        # On the scale of a mean of 1 over the dimensions; the identity where all queries are 0.
+        trace = moment.diagonal(dim1=2, dim2=3).sum(dim=-1)[..., None, None]
+        moment = torch.where(trace > 0, moment * len(eye) / trace.clamp(min=1e-300), eye)
+        size, direction = torch.linalg.eigh(moment + RIDGE * eye)
+        power = size.clamp(min=RIDGE).pow(POWER / 2)
+        return ((direction * power[..., None, :]) @ direction.transpose(2, 3)).float().contiguous(), enough
+
+    def state(self) -> dict[str, Tensor]:
+        """What a snapshot keeps of it."""
+        used = int(self.present.nonzero().max()) + 1 if bool(self.present.any()) else 0
+        return {
+            "queries": self.queries[:, :, :used],
+            "present": self.present[:used].to(torch.uint8),
+            "given": self.given,
+            "given_known": self.given_known.to(torch.uint8),
+            "given_rows": torch.tensor([self.given_rows]),
+        }
+
+    @classmethod
+    def of_state(
+        cls, state: dict[str, Tensor], rows: int, batch: int, kv_heads: int, dim: int, device: torch.device
+    ) -> "QuerySample":
+        """The sample of a store of ``rows`` rows that ``state`` was taken of; it may come from anyone.
+
+        Raises:
+            ValueError: tensors that are no such sample; names the first.
+        """
+
+        def take(name: str, dtype: torch.dtype, *shape: int | None) -> Tensor:
+            part = state.get(name)
+            if part is None:
+                raise ValueError(f"{name} is missing")
+            fits = part.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, part.shape, strict=True))
+            if part.dtype != dtype or not fits:
+                raise ValueError(f"{name} is {part.dtype} {list(part.shape)}, expected {dtype} {list(shape)}")
+            return part
+
+        queries = take("queries", torch.int8, batch, None, None, dim + SCALE_BYTES)
+        heads, count = queries.shape[1:3]
+        if not heads or heads % kv_heads or STRIDE * (count - 1) >= rows:
+            raise ValueError(f"queries are {list(queries.shape)}, not of heads over {kv_heads} KV heads or of rows")
+        given = take("given", torch.int8, batch, heads, None, dim + SCALE_BYTES)
+        present = take("present", torch.uint8, count)
+        known = take("given_known", torch.uint8, batch, given.shape[2])
+        stop = take("given_rows", torch.int64, 1)
+        if unknown := sorted(state.keys() - {"queries", "present", "given", "given_known", "given_rows"}):
+            raise ValueError(f"{unknown[0]} is not part of it")
+        if given.shape[2] > GIVEN or not 0 <= int(stop) < 1 << 48 or (int(stop) > 0) != (given.shape[2] > 0):
+            raise ValueError(
+                f"given is {list(given.shape)} with given_rows {int(stop)}, expected at most {GIVEN} positions"
+            )
+        for name, part in (("present", present), ("given_known", known)):
+            if bool((part > 1).any()):
+                raise ValueError(f"{name} holds {int(part.max())}, expected 0 and 1")
+        for name, part in (("queries", queries), ("given", given)):
+            check_range(name, part)
+        sample = cls(batch, heads, dim, device)
+        sample.queries, sample.present = queries.clone().to(device), present.bool()
+        sample.given, sample.given_known, sample.given_rows = given.clone().to(device), known.bool(), int(stop)
+        return sample
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuerySample":
+        copy = object.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(self.__dict__)
+        # Written in place by ``note``; everything else is replaced whole.
+        copy.queries, copy.present, copy._metrics = self.queries.clone(), self.present.clone(), dict(self._metrics)
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.queries.nbytes + self.given.nbytes + self.present.nbytes

@@ -1,0 +1,266 @@
+"""What an index learns from queries: the metric it clusters keys in, a function of rows and queries in their order."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import real_rows, tiny_llama
+from safetensors.torch import load_file, save_file
+
+from dbattn import AttentionDB, RetrievalConfig
+from dbattn.hf import wrap
+from dbattn.snapshot import SnapshotError
+from dbattn.store.queries import GIVEN, STRIDE, QuerySample
+
+SEGMENTED = RetrievalConfig(index="segmented", k=200, dense_below=0, n_sink=2, window=8, audit_rate=0.0)
+
+
+def rows_and_queries(n=2400, batch=1):
+    """Keys that differ most where no query looks: of 16 dimensions queries see four."""
+    keys, values = torch.randn(batch, 2, n, 16), torch.randn(batch, 2, n, 16)
+    queries = torch.randn(batch, 4, n, 16)
+    keys[..., 4:] *= 4
+    queries[..., 4:] *= 0.02
+    return keys, values, 3 * queries
+
+
+def filled(keys, values, queries=None, chunks=(), **options):
+    db = AttentionDB(2, 16, config=SEGMENTED)
+    for first, stop in zip((0, *chunks), (*chunks, keys.shape[2]), strict=True):
+        asked = None if queries is None else queries[:, :, first:stop]
+        db.insert(keys[:, :, first:stop], values[:, :, first:stop], asked, **(options if not first else {}))
+    return db
+
+
+def newest(queries):
+    return queries[:, :, -1:]
+
+
+def test_lists_that_learn_from_queries_answer_them_better():
+    keys, values, queries = rows_and_queries()
+    plain, learnt = filled(keys, values), filled(keys, values, queries)
+    errors = [db.audit(newest(queries)).relative_error for db in (plain, learnt)]
+    assert errors[1] < 0.7 * errors[0]
+    assert "keys alone" in str(plain.explain(newest(queries)))
+    assert "queries and keys" in str(learnt.explain(newest(queries)))
+
+
+@pytest.mark.parametrize("layer", [8, 22])
+def test_real_queries_lower_the_error_of_the_default(layer):
+    query, keys, values = real_rows(layer)
+    errors = []
+    for learns in (False, True):
+        db = AttentionDB(1, 64, config=RetrievalConfig(k=150, dense_below=0, audit_rate=0.0))
+        db.insert(keys, values)
+        if learns:
+            db.analyze(query)
+        errors.append(db.audit(query[:, :, -1:]).relative_error)
+    assert errors[1] < 1.15 * errors[0]
+
+
+@pytest.mark.parametrize("chunks", [(1,), (100, 1023, 1024, 1025), (8, 2000), tuple(range(7, 2400, 97))])
+def test_what_is_learnt_does_not_depend_on_how_rows_arrived(chunks):
+    keys, values, queries = rows_and_queries()
+    whole, pieces = filled(keys, values, queries), filled(keys, values, queries, chunks)
+    assert torch.equal(whole.attend(newest(queries)), pieces.attend(newest(queries)))
+    assert torch.equal(whole.store.keys, pieces.store.keys)
+
+
+def test_without_queries_nothing_is_learnt_and_with_too_few_neither():
+    keys, values, queries = rows_and_queries()
+    plain = filled(keys, values)
+    few = AttentionDB(2, 16, config=SEGMENTED)
+    few.insert(keys[:, :, :100], values[:, :, :100], queries[:, :, :100])
+    few.insert(keys[:, :, 100:], values[:, :, 100:])
+    assert few.store.sample.present.sum() == 4
+    assert torch.equal(few.attend(newest(queries)), plain.attend(newest(queries)))
+
+
+@pytest.mark.parametrize("length", [900, 1300, 2200])
+def test_cut_rows_leave_no_trace(length):
+    keys, values, queries = rows_and_queries()
+    other = rows_and_queries()[2]
+    db = filled(keys, values, torch.cat([queries[:, :, :length], other[:, :, length:]], dim=2))
+    db.truncate(length)
+    db.insert(keys[:, :, length:], values[:, :, length:], queries[:, :, length:])
+    assert torch.equal(db.attend(newest(queries)), filled(keys, values, queries).attend(newest(queries)))
+
+
+def test_a_snapshot_goes_on_learning_where_it_was(tmp_path):
+    keys, values, queries = rows_and_queries()
+    for stop in (700, 2300):
+        db = filled(keys[:, :, :stop], values[:, :, :stop], queries[:, :, :stop])
+        db.save(tmp_path / f"{stop}.dbattn")
+        opened = AttentionDB.open(tmp_path / f"{stop}.dbattn")
+        assert torch.equal(opened.attend(queries[:, :, stop - 1 : stop]), db.attend(queries[:, :, stop - 1 : stop]))
+        for each in (db, opened):
+            each.insert(keys[:, :, stop:], values[:, :, stop:], queries[:, :, stop:])
+        assert torch.equal(opened.attend(newest(queries)), db.attend(newest(queries)))
+
+
+def test_a_forged_sample_is_refused():
+    keys, values, queries = rows_and_queries(1300)
+    db = filled(keys, values, queries)
+    db.analyze(queries[:, :, -100:])
+    state = db.store.sample.state()
+
+    def refused(**changes):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            QuerySample.of_state({**state, **changes}, 1300, 1, 2, 16, torch.device("cpu"))
+
+    refused(queries=state["queries"][:, :3])
+    refused(queries=state["queries"].float())
+    refused(queries=state["queries"].repeat(1, 1, 2, 1))
+    refused(queries=torch.full_like(state["queries"], -1))
+    refused(present=state["present"][1:])
+    refused(present=state["present"] + 1)
+    refused(given=state["given"].repeat(1, 1, 3, 1))
+    refused(given_known=state["given_known"][:, 1:])
+    refused(given_rows=state["given_rows"] * 0)
+    refused(other=state["queries"])
+
+
+def test_a_damaged_file_of_queries_is_refused_by_name(tmp_path):
+    keys, values, queries = rows_and_queries(1300)
+    filled(keys, values, queries).save(tmp_path / "db")
+    (file,) = (tmp_path / "db").glob("queries-*")
+    tensors = load_file(file)
+    save_file({name: part.flip(-1).contiguous() for name, part in tensors.items()}, file)
+    with pytest.raises(SnapshotError, match="queries-"):
+        AttentionDB.open(tmp_path / "db")
+
+
+def test_analyze_indexes_anew_what_came_without_queries():
+    keys, values, queries = rows_and_queries()
+    db = filled(keys, values)
+    before = db.audit(newest(queries)).relative_error
+    db.analyze(queries[:, :, -300:])
+    assert db.audit(newest(queries)).relative_error < 0.7 * before
+    assert "queries and keys" in str(db.explain(newest(queries)))
+    assert torch.equal(db.keys, keys)
+    # Answers do not depend on what had been learnt before.
+    other = filled(keys, values, queries.flip(3))
+    other.analyze(queries[:, :, -300:])
+    assert torch.equal(other.attend(newest(queries)), db.attend(newest(queries)))
+
+
+@pytest.mark.parametrize("index", ["ivf", "hnsw"])
+def test_faiss_indexes_learn_too_and_find_by_the_same_products(index, tmp_path):
+    pytest.importorskip("faiss")
+    keys, values, queries = rows_and_queries()
+    config = RetrievalConfig(index=index, k=64, dense_below=0, window=8, n_sink=2, audit_rate=0.0)
+    built = []
+    for chunks in ((2400,), (100, 900, 1000, 400)):
+        db = AttentionDB(2, 16, config=config)
+        for part in zip(*(rows.split(chunks, dim=2) for rows in (keys, values, queries)), strict=True):
+            db.insert(*part)
+        built.append(db)
+    answers = [db.attend(newest(queries)) for db in built]
+    assert torch.equal(answers[0], answers[1])
+    assert built[0].index.describe()["learnt_from"] == "queries"
+    exact = AttentionDB(2, 16, config=RetrievalConfig(index="flat", k=64, dense_below=0, window=8, n_sink=2))
+    exact.insert(keys, values)
+    found, best = (db.search(newest(queries), 64).scores for db in (built[0], exact))
+    assert (found >= best[..., -1:] - 1e-4).float().mean() > 0.9
+    built[0].save(tmp_path / "db")
+    assert torch.equal(AttentionDB.open(tmp_path / "db").attend(newest(queries)), answers[0])
+    plain = AttentionDB(2, 16, config=config)
+    plain.insert(keys, values)
+    assert "learnt_from" not in plain.index.describe()
+    plain.analyze(queries[:, :, -200:])
+    assert plain.index.describe()["learnt_from"] == "queries"
+    assert (plain.search(newest(queries), 64).scores >= best[..., -1:] - 1e-4).float().mean() > 0.9
+
+
+def test_with_every_row_read_what_is_learnt_changes_nothing():
+    keys, values, queries = rows_and_queries()
+    db = filled(keys, values, queries)
+    exact = db.attend(newest(queries), retrieve=False)
+    db.config = RetrievalConfig(index="segmented", k=len(db), dense_below=0, n_sink=2, window=8)
+    assert torch.allclose(db.attend(newest(queries)), exact, rtol=0, atol=1e-5)
+
+
+def test_padding_is_not_learnt_from():
+    keys, values, queries = rows_and_queries(batch=2)
+    start = torch.tensor([0, 301])
+    other = queries.clone()
+    other[1, :, :301] = 1e4
+    dbs = [filled(keys, values, each, (1100,), start=start) for each in (queries, other)]
+    metrics = [db.store.sample.metric(1024, start, 2) for db in dbs]
+    assert torch.allclose(metrics[0][0], metrics[1][0])
+    assert metrics[0][1].all()
+    assert not dbs[0].store.sample.metric(512, start, 2)[1][1]
+
+
+def test_selected_batch_rows_keep_what_they_learnt():
+    keys, values, queries = rows_and_queries(batch=2)
+    db = filled(keys, values, queries)
+    db.select(torch.tensor([1, 1]))
+    alone = filled(keys[1:], values[1:], queries[1:])
+    out = db.attend(newest(queries)[[1, 1]])
+    assert torch.equal(out[:1], out[1:])
+    assert torch.allclose(out[:1], alone.attend(newest(queries)[1:]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda q: q[:, :, 1:], r"queries have shape \[1, 4, 2399, 16\], expected \[1, Hq, 2400, 16\]"),
+        (lambda q: q[:, :3], "3 query heads do not divide"),
+        (lambda q: q.double(), "queries are torch.float64"),
+        (lambda q: q / 0, "queries hold"),
+    ],
+)
+def test_queries_that_do_not_fit_are_refused_before_anything_is_stored(change, word):
+    keys, values, queries = rows_and_queries()
+    db = AttentionDB(2, 16, config=SEGMENTED)
+    with pytest.raises(ValueError, match=word):
+        db.insert(keys, values, change(queries))
+    assert len(db) == 0
+    db.insert(keys, values, queries)
+    with pytest.raises(ValueError, match="expected"):
+        db.analyze(torch.zeros(1, 4, len(db) + 1, 16))
+    with pytest.raises(ValueError, match=r"queries have shape \[1, 2, 1, 16\], expected \[1, 4, 1, 16\]"):
+        db.insert(keys[:, :, :1], values[:, :, :1], queries[:, :2, :1])
+
+
+def test_a_wrapped_model_learns_from_its_prompt():
+    model, ids = tiny_llama(), torch.arange(1300)[None] % 1000
+    with wrap(model, RetrievalConfig(k=64, dense_below=0)) as handle, torch.inference_mode():
+        cache = handle.new_cache()
+        for chunk in ids.split(400, dim=1):
+            model(chunk, past_key_values=cache)
+        samples = [layer.db.store.sample for layer in cache.layers]
+        metrics = [layer.db.store.sample.metric(1024, layer.db.store.start, 2)[0] for layer in cache.layers]
+        assert all(layer.db.index.learnt for layer in cache.layers)
+    assert all(sample.present[: 1300 // STRIDE].all() and sample.heads == 6 for sample in samples)
+    assert not torch.equal(metrics[0], metrics[1])
+
+
+def test_a_metric_is_symmetric_and_on_the_scale_of_the_identity():
+    keys, values, queries = rows_and_queries(1024)
+
+    def metric(queries):
+        db = filled(keys, values, queries)
+        return db.store.sample.metric(1024, db.store.start, 2)[0]
+
+    found = metric(queries)
+    assert torch.allclose(found, found.transpose(2, 3), atol=1e-6)
+    assert np.all(np.linalg.eigvalsh(found.numpy()) > 0)
+    assert torch.allclose(metric(64 * queries), found, atol=1e-5)
+
+
+def test_the_queries_before_a_segment_ends_are_those_it_learns_from():
+    keys, values, queries = rows_and_queries(4200)
+    old = queries.clone()
+    old[:, :, : 4096 - 2048] *= 100
+    answers = [filled(keys, values, each).attend(newest(queries)) for each in (queries, old)]
+    assert torch.equal(*answers)
+
+
+def test_a_sample_stays_small():
+    keys, values, queries = rows_and_queries(4096)
+    db = filled(keys, values, queries)
+    rows = db.store.keys.nbytes + db.store.values.nbytes
+    assert db.store.sample.nbytes < 0.02 * rows
+    db.analyze(queries)
+    assert db.store.sample.given.shape[2] == GIVEN
