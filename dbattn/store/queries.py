@@ -35,11 +35,12 @@ class QuerySample:
     """
 
     def __init__(self, batch: int, heads: int, dim: int, device: torch.device) -> None:
-        self.queries = torch.zeros(batch, heads, 0, dim + SCALE_BYTES, dtype=torch.int8, device=device)
-        # Of the positions 0, STRIDE, 2 STRIDE, ...: those whose queries came.
-        self.present = torch.zeros(0, dtype=torch.bool)
-        self.given = self.queries
-        self.given_known = torch.zeros(batch, 0, dtype=torch.bool)
+        with torch.inference_mode(False):
+            self.queries = torch.zeros(batch, heads, 0, dim + SCALE_BYTES, dtype=torch.int8, device=device)
+            # Of the positions 0, STRIDE, 2 STRIDE, ...: those whose queries came.
+            self.present = torch.zeros(0, dtype=torch.bool)
+            self.given = self.queries
+            self.given_known = torch.zeros(batch, 0, dtype=torch.bool)
         self.given_rows = 0
         self._metrics: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -51,25 +52,27 @@ class QuerySample:
     def note(self, queries: Tensor, first: int) -> None:
         """Take in what belongs to the sample of the queries ``[B, Hq, n, D]`` of positions ``first ..``."""
         least = -first % STRIDE
-        found = pack_rows(queries[:, :, least::STRIDE].detach())
-        if not found.shape[2]:
+        chosen = queries[:, :, least::STRIDE]
+        if not chosen.shape[2]:
             return
         at = (first + least) // STRIDE
-        count = at + found.shape[2]
-        if count > len(self.present):
-            grown = self.queries.new_zeros(*self.queries.shape[:2], max(count, 2 * len(self.present)), found.shape[3])
-            grown[:, :, : len(self.present)] = self.queries
-            self.queries = grown
-            self.present = torch.cat([self.present, torch.zeros(grown.shape[2] - len(self.present)).bool()])
-        self.queries[:, :, at:count] = found
-        self.present[at:count] = True
+        count = at + chosen.shape[2]
+        # Written in place again, by calls in inference mode or not.
+        with torch.inference_mode(False), torch.no_grad():
+            if count > len(self.present):
+                room = max(count, 2 * len(self.present)) - len(self.present)
+                self.queries = torch.nn.functional.pad(self.queries, (0, 0, 0, room))
+                self.present = torch.nn.functional.pad(self.present, (0, room))
+            self.queries[:, :, at:count] = pack_rows(chosen)
+            self.present[at:count] = True
 
     def give(self, queries: Tensor, start: Tensor, first: int) -> None:
         """Learn from the queries ``[B, Hq, m, D]`` of positions ``first ..`` for all rows up to the last of them."""
         m = queries.shape[2]
-        at = torch.linspace(0, m - 1, min(m, GIVEN)).round().long()
-        self.given = pack_rows(queries[:, :, at.to(queries.device)].detach())
-        self.given_known = first + at >= start.cpu()[:, None]
+        with torch.inference_mode(False), torch.no_grad():
+            at = torch.linspace(0, m - 1, min(m, GIVEN)).round().long()
+            self.given = pack_rows(queries[:, :, at.to(queries.device)])
+            self.given_known = first + at >= start.cpu()[:, None]
         self.given_rows = first + m
         self._metrics = {}
 
@@ -80,9 +83,9 @@ class QuerySample:
 
     def select(self, batch: Tensor) -> None:
         """Keep those of the batch rows ``batch [B']``."""
-        kept = batch.cpu()
-        self.queries, self.given = self.queries[batch], self.given[batch]
-        self.given_known = self.given_known[kept]
+        with torch.inference_mode(False), torch.no_grad():
+            self.queries, self.given = self.queries[batch], self.given[batch]
+            self.given_known = self.given_known[batch.cpu()]
         self._metrics = {}
 
     def metric(self, stop: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -110,7 +113,7 @@ class QuerySample:
         enough = known.sum(dim=1) >= least
         batch, heads, m, _ = packed.shape
         queries = floats(packed.cpu()).double() * known[:, None, :, None]
-        grouped = queries.view(batch, kv_heads, heads // kv_heads * m, -1)
+        grouped = queries.view(batch, kv_heads, heads // kv_heads * m, queries.shape[3])
         moment = grouped.transpose(2, 3) @ grouped
         eye = torch.eye(moment.shape[2], dtype=torch.float64)
         # On the scale of a mean of 1 over the dimensions; the identity where all queries are 0.
@@ -170,8 +173,9 @@ class QuerySample:
         for name, part in (("queries", queries), ("given", given)):
             check_range(name, part)
         sample = cls(batch, heads, dim, device)
-        sample.queries, sample.present = queries.clone().to(device), present.bool()
-        sample.given, sample.given_known, sample.given_rows = given.clone().to(device), known.bool(), int(stop)
+        with torch.inference_mode(False):
+            sample.queries, sample.present = queries.clone().to(device), present.bool()
+            sample.given, sample.given_known, sample.given_rows = given.clone().to(device), known.bool(), int(stop)
         return sample
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuerySample":
@@ -179,7 +183,8 @@ class QuerySample:
         memo[id(self)] = copy
         copy.__dict__.update(self.__dict__)
         # Written in place by ``note``; everything else is replaced whole.
-        copy.queries, copy.present, copy._metrics = self.queries.clone(), self.present.clone(), dict(self._metrics)
+        with torch.inference_mode(False):
+            copy.queries, copy.present, copy._metrics = self.queries.clone(), self.present.clone(), dict(self._metrics)
         return copy
 
     @property
