@@ -12,8 +12,18 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("numba")
 
 from benchmarks import __main__ as everything
-from benchmarks import _stores, bench_decode, bench_frontier, bench_insert, bench_model, bench_plan
-from benchmarks._common import QuietGuard, Side, Timing, check_exact, fit_exponent, time_sides, timings_of, write_json
+from benchmarks import _stores, bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, readme
+from benchmarks._common import (
+    RESULTS,
+    QuietGuard,
+    Side,
+    Timing,
+    check_exact,
+    fit_exponent,
+    time_sides,
+    timings_of,
+    write_json,
+)
 from benchmarks._model import compare_logits, stretched
 from benchmarks._plots import plot_frontier, plot_summary
 from benchmarks._stores import STEPS_TO, build, config_of, query_at
@@ -258,3 +268,19 @@ def test_help_teaches_with_an_example(module, capsys):
         module.main(["--help"])
     assert stop.value.code == 0
     assert "  python -m benchmarks" in capsys.readouterr().out
+
+
+def test_the_page_of_figures_is_what_the_records_say():
+    found = readme.records_in(RESULTS)
+    assert (RESULTS.parent / readme.PAGE).read_text(encoding="utf-8") == readme.page(found)
+    assert {"decode", "model", "summary"} <= set(found)
+
+
+def test_the_page_leaves_rough_records_out_and_names_what_was_not_measured(tmp_path):
+    results = {"targets": [{"what": "speed", "must": 2.0, "aim": 3.0, "measured": 1.5, "unit": "x", "verdict": "missed",
+                            "note": "here"}]}  # fmt: skip
+    write_json(tmp_path / "summary.json", "summary", {"quick": False}, results)
+    write_json(tmp_path / "decode.json", "decode", {"quick": True}, {})
+    shown = readme.page(readme.records_in(tmp_path))
+    assert "| speed | 2x | 3x | 1.5x | **missed** | here |" in shown
+    assert "Not measured: `make bench` has left no record." in shown
