@@ -1,7 +1,7 @@
 """DatabaseLayer: the cache layer that keeps its rows in an AttentionDB."""
 
 import copy
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -10,14 +10,32 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 from index_kernels.inference import refuse_gradients
 
 from ..attention import AttentionDB
+from ..config import RetrievalConfig
+from ..query.stats import RunningStats
 from .adapters import Adapters
 from .stored_rows import rows_as
-
-if TYPE_CHECKING:
-    from .session import Session  # which makes layers
+from .switches import Switches
 
 # Cache layers of transformers that keep every row; the second kind keeps a state of linear attention beside them.
 SERVED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+
+
+class LayerSession(Protocol):
+    """What a layer knows of the session that made it; ``session.Session`` is all of it."""
+
+    config: RetrievalConfig
+    stats: list[RunningStats]
+
+    @property
+    def serving(self) -> bool:
+        """Whether a pass is under way whose attention goes through dbattn's function."""
+
+    @property
+    def switches(self) -> Switches:
+        """Those of the present thread or task."""
+
+    def note_dense(self, number: int, reason: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+        """Count a call that no database answered."""
 
 
 class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
@@ -28,7 +46,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     function serves they stand as the index keeps them; everybody else gets rows by position.
     """
 
-    def __init__(self, session: "Session", layer_index: int) -> None:
+    def __init__(self, session: LayerSession, layer_index: int) -> None:
         # Not super().__init__(), which assigns keys and values: here they are read from the database.
         self.is_initialized = False
         self.session = session
@@ -161,7 +179,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 class HybridDatabaseLayer(LinearAttentionAndFullAttentionLayer, DatabaseLayer):  # type: ignore[misc]  # as above
     """A DatabaseLayer with a state of linear attention beside its rows; transformers goes on keeping that."""
 
-    def __init__(self, session: "Session", layer_index: int, taken_over: LinearAttentionLayer) -> None:
+    def __init__(self, session: LayerSession, layer_index: int, taken_over: LinearAttentionLayer) -> None:
         DatabaseLayer.__init__(self, session, layer_index)
         for name in vars(LinearAttentionLayer()):
             setattr(self, name, getattr(taken_over, name))

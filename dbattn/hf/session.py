@@ -17,23 +17,12 @@ from index_kernels.integer import is_integer
 
 from ..attention import AttentionDB
 from ..config import RetrievalConfig
-from ..query.audit import AuditReport
 from ..query.stats import RunningStats
 from .adapters import Adapters, in_words
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
+from .switches import Switches
 
 WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
-# Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
-Watcher = Callable[[int, AttentionDB, Tensor, float, float | None], None]
-
-
-@dataclass(frozen=True)
-class Switches:
-    """How calls are answered inside the blocks that a thread or task has entered, and what becomes of them."""
-
-    retrieve: bool = True
-    audits: list[AuditReport] | None = None
-    watcher: Watcher | None = None
 
 
 class Session:

@@ -26,7 +26,8 @@ from .decoder import find_decoder
 from .function import NAME, register, unregister
 from .offload import device_of
 from .report import Report
-from .session import ForwardPass, Session, Watcher, forward_pass, left_to_transformers
+from .session import ForwardPass, Session, forward_pass, left_to_transformers
+from .switches import Watcher
 from .trace import Trace
 from .travel import residual_stream, stream_errors
 

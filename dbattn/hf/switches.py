@@ -1,0 +1,21 @@
+"""Switches: how calls are answered inside the blocks that a thread or task has entered."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..attention import AttentionDB
+from ..query.audit import AuditReport
+
+# Called after every call that a database answered: layer number, database, query, scale of the logits, softcap.
+Watcher = Callable[[int, AttentionDB, Tensor, float, float | None], None]
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How calls are answered inside the blocks that a thread or task has entered, and what becomes of them."""
+
+    retrieve: bool = True
+    audits: list[AuditReport] | None = None
+    watcher: Watcher | None = None
