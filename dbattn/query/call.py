@@ -7,10 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from index_kernels.ops import FLOATS
-
 from ..config import RetrievalConfig
-from ..store import KVStore, RowSource, StateSource, check_range
+from ..store import KVStore, RowSource, StateSource, check_queries, check_range
 from .usage import Workload
 
 
@@ -65,20 +63,14 @@ class Call:
         sink_logits: Tensor | None = None,
     ) -> "Call":
         """The call with its default scale; ValueError states what was received where it does not fit the store."""
-        keys, dim, kv_heads = store.rows[0], store.head_dim, store.num_kv_heads
+        keys, dim = store.rows[0], store.head_dim
         if query.ndim != 4 or query.shape[0] != keys.shape[0] or query.shape[3] != dim:
             raise ValueError(f"query has shape {list(query.shape)}, expected [{keys.shape[0]}, Hq, m, {dim}]")
-        if query.shape[1] == 0 or query.shape[1] % kv_heads:
-            raise ValueError(f"{query.shape[1]} query heads do not divide into groups over {kv_heads} KV heads")
         if not 1 <= query.shape[2] <= len(store):
             raise ValueError(
                 f"query has {query.shape[2]} positions, expected 1 to {len(store)}: they are the newest rows"
             )
-        if query.dtype not in FLOATS or query.device != keys.device:
-            raise ValueError(
-                f"query is {query.dtype} on {query.device}, expected float32, float16 or bfloat16 on {keys.device}"
-            )
-        check_range("query", query)
+        check_queries("query is", query, store.num_kv_heads, keys.device)
         if scale is None:
             scale = float(query.shape[-1] ** -0.5)
         elif not (math.isfinite(scale) and scale > 0):

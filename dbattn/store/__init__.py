@@ -5,7 +5,7 @@ from .noise import exponential_noise
 from .queries import QuerySample
 from .rows import KVStore, rows_at
 from .source import RowSource, StateSource
-from .storage import check_finite, check_range
+from .storage import check_finite, check_queries, check_range
 
 __all__ = [
     "KVStore",
@@ -14,6 +14,7 @@ __all__ = [
     "RowSource",
     "StateSource",
     "check_finite",
+    "check_queries",
     "check_range",
     "exponential_noise",
     "new_buffer",

@@ -10,7 +10,7 @@ from index_kernels.reference import softcapped
 
 from .mapped import MappedRows, new_buffer
 from .queries import STRIDE, QuerySample
-from .storage import check_range, stored
+from .storage import check_queries, check_range, stored
 
 
 class KVStore:
@@ -52,13 +52,7 @@ class KVStore:
         shape = tuple(queries.shape)
         if len(shape) != 4 or (shape[0], *shape[2:]) != (batch, rows, self.head_dim) or heads not in ("Hq", shape[1]):
             raise ValueError(f"queries have shape {list(shape)}, expected {expected}")
-        if not shape[1] or shape[1] % self.num_kv_heads:
-            raise ValueError(f"{shape[1]} query heads do not divide into groups over {self.num_kv_heads} KV heads")
-        if queries.dtype not in FLOATS or queries.device != device:
-            raise ValueError(
-                f"queries are {queries.dtype} on {queries.device}, expected float32, float16 or bfloat16 on {device}"
-            )
-        check_range("queries", queries)
+        check_queries("queries are", queries, self.num_kv_heads, device)
 
     def note_queries(self, queries: Tensor, first: int) -> None:
         """Sample queries ``[B, Hq, n, D]`` of the rows from ``first`` on; most calls of one row bring none."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from index_kernels import pack_rows
+from index_kernels.ops import FLOATS
 from index_kernels.packed import scales
 
 # Elements of rows and queries may be this large: what is computed from them, in the end squares of products summed over
@@ -65,3 +66,18 @@ def check_range(name: str, rows: Tensor) -> None:
         f"{name} hold {rows[tuple(at)].item():g} at {at}, expected at most {LARGEST:g} in size: "
         "products and distances of larger rows leave float32"
     )
+
+
+def check_queries(what: str, queries: Tensor, kv_heads: int, device: torch.device) -> None:
+    """Raise ValueError unless queries ``[B, Hq, n, D]`` fit a store's heads, device and range.
+
+    ``what`` begins the error: "query is", "queries are".
+    """
+    heads = queries.shape[1]
+    if heads == 0 or heads % kv_heads:
+        raise ValueError(f"{heads} query heads do not divide into groups over {kv_heads} KV heads")
+    if queries.dtype not in FLOATS or queries.device != device:
+        raise ValueError(
+            f"{what} {queries.dtype} on {queries.device}, expected float32, float16 or bfloat16 on {device}"
+        )
+    check_range(what.split()[0], queries)
