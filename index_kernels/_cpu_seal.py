@@ -82,6 +82,15 @@ def _pack(numbers, row):
 
 
 @inner
+def _summarise(x, y, in_metric, lo, hi, key, value, j, variance, keys, values):
+    """Write the summary j of rows lo..hi: variance and packed means, which key and value hold as floats then."""
+    _means(x, y, lo, hi, key, value)
+    variance[j] = _scatter(in_metric, lo, hi) / F(hi - lo)
+    _pack(key, keys[j])
+    _pack(value, values[j])
+
+
+@inner
 def _centred(keys, lo, n, D):
     """Keys lo..lo + n of one KV head as floats around their mean.
 
@@ -203,10 +212,7 @@ def _write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, ke
         end = list_end[j]
         begin[j] = lo + at
         size[j] = end - at
-        _means(x, y, at, end, key, value)
-        variance[j] = _scatter(in_metric, at, end) / F(end - at)
-        _pack(key, keys[j])
-        _pack(value, values[j])
+        _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
         # residual covariance from every eighth list: one matrix per head needs no more
         if j % 8 == 0:
             trace += _scatter(in_metric, at, end)
@@ -233,10 +239,7 @@ def _write_supers(x, y, in_metric, list_end, super_end, count, list_base, firsts
         end = list_end[last - 1]
         firsts[j] = list_base + first
         size[j] = end - at
-        _means(x, y, at, end, key, value)
-        variance[j] = _scatter(in_metric, at, end) / F(end - at)
-        _pack(key, keys[j])
-        _pack(value, values[j])
+        _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
         at = end
         first = last
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts, to_f32
+from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts, numpy_queries, to_f32
 from ._cpu_list_steps import cycles, log_sum_exp, squares
 from ._cpu_segmented_read import answer_part
 from ._cpu_segmented_scan import ask, choose_lists, hot_masses, open_supers, scan_part, score_part
@@ -158,7 +158,7 @@ def attend_segmented(query, keys, values, table, how, *, start, want_deviation, 
     parts = use_torchs_threads()
     scratch, stats = _scratch(batch, kv_heads, heads // kv_heads, supers.size.shape[2], lists.size.shape[2], parts)
     out, lses = torch.empty(batch, heads, value_dim), torch.empty(4, batch, heads)
-    lses_out, asked = lses.numpy(), query.detach().float().contiguous().numpy()[:, :, 0]
+    lses_out, asked = lses.numpy(), numpy_queries(query)
     reading = Reading(
         how.n_sink, how.sealed, how.length, how.rows_opened, how.rows_read, F(how.softcap or 0.0), F(how.alpha),
         F(how.beta), how.tail, parts,
