@@ -56,9 +56,12 @@ def config_of(index: str, k: int | None, tail: str | None = None) -> RetrievalCo
 
 
 def build(rows: Rows, config: RetrievalConfig, stop: int) -> AttentionDB:
-    """A store of the first ``stop`` rows."""
+    """A store of the first ``stop`` rows, which has learnt from the queries captured up to there."""
     db = AttentionDB(rows.keys.shape[1], rows.keys.shape[3], config=config)
     db.insert(rows.keys[:, :, :stop], rows.values[:, :, :stop])
+    known = rows.query.shape[2] - (len(rows) - stop)
+    if known > 0:
+        db.analyze(rows.query[:, :, :known])
     return db
 
 

@@ -46,8 +46,9 @@ class RetrievalConfig:
         index: "segmented" (which "auto" is), "flat" (exact), "ivf" or "hnsw" (both FAISS).
         k: rows retrieved per query and KV head; k >= the rows in the store reads all of them. Default: 128, and for
             "segmented" a budget that grows slower than the store (heads share it by need).
-        tail: what answers for rows that were not retrieved. "centroid": each unread list's summary ("segmented", its
-            default). "sample": retrieval becomes a weighted sample of the rows, unbiased (the others). "none".
+        tail: what answers for rows that were not retrieved. "centroid": their codes, and the summaries of lists that
+            were not opened ("segmented", its default). "sample": retrieval becomes a weighted sample of the rows,
+            unbiased (the others). "none".
         n_sink: first rows that every query reads.
         window: newest rows that every query reads, its own row included.
         dense_below: a store with fewer rows than this is scanned densely. "auto": wherever a dense scan is estimated to

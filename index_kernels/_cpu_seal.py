@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from ._cpu_common import FAST, F, inner, inner_parallel, row_scale, set_row_scale, to_f32
+from ._cpu_common import FAST, F, inner, inner_parallel, row_scale, to_f32
 from ._cpu_kmeans import cluster, copy_row
-from .packed import SMALLEST, STEP
+from ._cpu_seal_lists import write_lists, write_supers
 from .summaries import Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
 
-_STEP, _SMALLEST = F(STEP), F(SMALLEST)
 # Not Python's integers: Numba compiles a function once for each literal it gets.
 CLUSTER, WRITE = np.arange(2)
 
@@ -26,68 +25,6 @@ class Clusters(NamedTuple):
     super_end: Any
     lists: Any
     supers: Any
-
-
-@inner
-def _means(x, y, lo, hi, key, value):
-    """Mean key, mean value of rows lo..hi of x, y."""
-    D = x.shape[1]
-    Dv = y.shape[1]
-    for d in range(D):
-        key[d] = F(0.0)
-    for d in range(Dv):
-        value[d] = F(0.0)
-    for i in range(lo, hi):
-        for d in range(D):
-            key[d] += x[i, d]
-        for d in range(Dv):
-            value[d] += y[i, d]
-    inv = F(1.0) / F(hi - lo)
-    for d in range(D):
-        key[d] *= inv
-    for d in range(Dv):
-        value[d] *= inv
-
-
-@inner
-def _scatter(x, lo, hi):
-    """Sum of squared distances of rows lo..hi of x from their mean."""
-    D = x.shape[1]
-    mean = np.zeros(D, F)
-    for i in range(lo, hi):
-        for d in range(D):
-            mean[d] += x[i, d]
-    inv = F(1.0) / F(hi - lo)
-    for d in range(D):
-        mean[d] *= inv
-    total = F(0.0)
-    for i in range(lo, hi):
-        for d in range(D):
-            r = x[i, d] - mean[d]
-            total += r * r
-    return total
-
-
-@inner
-def _pack(numbers, row):
-    """Write numbers [D] as a packed row [D + 4], see packed.py."""
-    D = numbers.size
-    most = F(0.0)
-    for d in range(D):
-        most = max(most, abs(numbers[d]))
-    scale = max(most * _STEP, _SMALLEST)
-    for d in range(D):
-        row[d] = np.int8(np.rint(numbers[d] / scale))
-    set_row_scale(row, D, scale)
-
-
-@inner
-def _summarise(x, y, in_metric, lo, hi, key, value, j, variance, keys, values):
-    """Write the summary j of rows lo..hi: variance and packed means, which key and value hold as floats then."""
-    _means(x, y, lo, hi, key, value)
-    variance[j] = _scatter(in_metric, lo, hi) / F(hi - lo)
-    _pack(key, keys[j])
-    _pack(value, values[j])
 
 
 @inner
@@ -195,57 +132,9 @@ def _permute(rows, lo, order, x):
 
 
 @inner
-def _write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, keys, values, shape, cross):
-    """Write the summaries of one segment's lists, sum residuals into shape and cross; returns the trace of shape."""
-    D = x.shape[1]
-    Dv = y.shape[1]
-    key = np.empty(D, F)
-    value = np.empty(Dv, F)
-    for d in range(D):
-        for e in range(D):
-            shape[d, e] = F(0.0)
-        for e in range(Dv):
-            cross[d, e] = F(0.0)
-    trace = F(0.0)
-    at = np.int64(0)
-    for j in range(count):
-        end = list_end[j]
-        begin[j] = lo + at
-        size[j] = end - at
-        _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
-        # residual covariance from every eighth list: one matrix per head needs no more
-        if j % 8 == 0:
-            trace += _scatter(in_metric, at, end)
-            for i in range(at, end):
-                for d in range(D):
-                    r = x[i, d] - key[d]
-                    for e in range(D):
-                        shape[d, e] += r * (x[i, e] - key[e])
-                    for e in range(Dv):
-                        cross[d, e] += r * (y[i, e] - value[e])
-        at = end
-    return trace
-
-
-@inner
-def _write_supers(x, y, in_metric, list_end, super_end, count, list_base, firsts, size, variance, keys, values):
-    """Write the summaries of one segment's super-lists, whose lists are numbered from list_base on."""
-    key = np.empty(x.shape[1], F)
-    value = np.empty(y.shape[1], F)
-    first = 0
-    at = np.int64(0)
-    for j in range(count):
-        last = super_end[j]
-        end = list_end[last - 1]
-        firsts[j] = list_base + first
-        size[j] = end - at
-        _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
-        at = end
-        first = last
-
-
-@inner
-def _write_head(w, keys, values, positions, start, bounds, first_segment, learnt, found, lists, supers, segments):
+def _write_head(
+    w, keys, values, positions, codes, start, bounds, first_segment, learnt, found, lists, supers, segments
+):
     """Permute the rows of one segment and KV head, and write what is known of their lists."""
     B, H = keys.shape[:2]
     D, Dv = segments.cross.shape[3:]
@@ -268,13 +157,13 @@ def _write_head(w, keys, values, positions, start, bounds, first_segment, learnt
     _permute(values[b, h], lo, order, y)
     in_metric = _in_metric(x, learnt.metric[s, b, h], learnt.holds[s, b])
     base, trace = segments.lists[b, h, segment], segments.trace[b, h]
-    trace[segment] = _write_lists(
+    trace[segment] = write_lists(
         x, y, in_metric, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:],
         lists.size[b, h, base:], lists.variance[b, h, base:], lists.key[b, h, base:], lists.value[b, h, base:],
-        segments.shape[b, h, segment], segments.cross[b, h, segment],
+        codes[b, h], segments.shape[b, h, segment], segments.cross[b, h, segment],
     )  # fmt: skip
     to = segments.supers[b, h, segment]
-    _write_supers(
+    write_supers(
         x, y, in_metric, found.list_end[s, bh], found.super_end[s, bh], found.supers[s, bh], base,
         supers.first[b, h, to:], supers.size[b, h, to:], supers.variance[b, h, to:], supers.key[b, h, to:],
         supers.value[b, h, to:],
@@ -283,7 +172,7 @@ def _write_head(w, keys, values, positions, start, bounds, first_segment, learnt
 
 @inner_parallel
 def _each_head(
-    phase, keys, values, positions, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+    phase, keys, values, positions, codes, start, bounds, first_segment, how, learnt, found, lists, supers, segments
 ):
     """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
 
@@ -296,13 +185,13 @@ def _each_head(
             _cluster_head(w, keys, start, bounds, how, segments.cross.shape[3], learnt, found)
         else:
             _write_head(
-                w, keys, values, positions, start, bounds, first_segment, learnt, found, lists, supers, segments
+                w, keys, values, positions, codes, start, bounds, first_segment, learnt, found, lists, supers, segments
             )
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def seal(
-    keys, values, positions, start, bounds, first_segment, rows_per_super, rows_per_list, iterations, stride,
+    keys, values, positions, codes, start, bounds, first_segment, rows_per_super, rows_per_list, iterations, stride,
     metric, holds,
     begin, size, variance, key, value, count,
     first, super_size, super_variance, super_key, super_value, n_supers,
@@ -317,9 +206,22 @@ def seal(
     order, list_end, super_end, n, n_super = _room(bounds, keys.shape[0] * keys.shape[1], rows_per_super)
     found = Clusters(order, list_end, super_end, n, n_super)
     _each_head(
-        CLUSTER, keys, values, positions, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+        CLUSTER,
+        keys,
+        values,
+        positions,
+        codes,
+        start,
+        bounds,
+        first_segment,
+        how,
+        learnt,
+        found,
+        lists,
+        supers,
+        segments,
     )
     _count(found, first_segment, lists, supers, segments)
     _each_head(
-        WRITE, keys, values, positions, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+        WRITE, keys, values, positions, codes, start, bounds, first_segment, how, learnt, found, lists, supers, segments
     )

@@ -1,48 +1,83 @@
-"""attend_segmented on the CPU, its last phase: the chosen lists' rows, and the summaries of all others."""
+"""attend_segmented on the CPU, its last phase: rows that are read, others by their codes or by summary."""
 
 # mypy: ignore-errors
 # (Numba compiles these functions and infers their types itself.)
 
 import numpy as np
 
-from ._cpu_common import NEG, TILE, F, flush, inner, store_state
+from ._cpu_common import NEG, TILE, F, exp32, flush, inner, store_state
 from ._cpu_list_steps import add_tail, cycles, settle_tail
 from ._cpu_vectors import add_rows, score_rows
 
 # Summary rows are read eight at a time; eights that hold under 1 / (TAIL_FLOOR * lists) of the mass are skipped.
 TAIL_FLOOR = F(60.0)
+# The same of opened lists, one by one.
+CODE_FLOOR = F(500.0)
 
 
 @inner
-def _read_lists(q, chosen, place, begin, size, keys, key_at, values, value_at, softcap, logits, acc, top, total, lanes):
-    """Add the rows of the chosen lists of one KV head to its state, tile by tile."""
+def _read_rows(b, h, q, first, last, lists, keys, values, softcap, peak, scratch, logits, acc, top, total, lanes):
+    """Add the rows taken of the chosen lists first..last of one KV head to its state, tile by tile, and take them out
+    of their lists' sums."""
     heads, ck, _, width = lanes
+    G = acc.shape[0]
+    taken, owner, coded = scratch.row_chosen[b, h], scratch.row_list[b, h], scratch.row_logit[b, h]
+    mean, sums, leans = scratch.mean[b, h], scratch.sum[b, h], scratch.lean[b, h]
+    place, chosen, at, begin = scratch.id[b, h], scratch.chosen[b, h], scratch.row_at[b, h], lists.begin[b, h]
+    key_at = b * keys.batch + h * keys.head
+    value_at = b * values.batch + h * values.head
     tile_row = np.empty(TILE, np.int64)
-    tile_n = np.empty(TILE, np.int64)
-    ranges = 0
+    tile_n = np.ones(TILE, np.int64)
     filled = np.int64(0)
-    for i in range(chosen.size):
-        j = place[chosen[i]]
-        row = np.int64(begin[j])
-        left = np.int64(size[j])
-        while left > 0:
-            take = min(left, TILE - filled)
-            score_rows(
-                q, 0, keys.memory, key_at + row * keys.row, keys.row, take, logits, filled, TILE, heads, ck, width
-            )
-            tile_row[ranges] = row
-            tile_n[ranges] = take
-            ranges += 1
-            filled += take
-            row += take
-            left -= take
-            if filled == TILE or (left == 0 and i == chosen.size - 1):
-                flush(
-                    values.memory, value_at, values.row, tile_row, tile_n, ranges, filled, softcap, logits, acc, top,
-                    total, lanes,
-                )  # fmt: skip
-                ranges = 0
-                filled = 0
+    for c in range(scratch.row_read[b, h]):
+        e = taken[c]
+        j = np.int64(owner[e])
+        if j < first:
+            continue
+        if j >= last:
+            break
+        row = np.int64(begin[place[chosen[j]]]) + e - at[j]
+        score_rows(q, 0, keys.memory, key_at + row * keys.row, keys.row, 1, logits, filled, TILE, heads, ck, width)
+        tile_row[filled] = row
+        filled += 1
+        for g in range(G):
+            x = exp32(coded[g, e] - peak[g])
+            sums[g, j] -= x
+            leans[g, j] -= x * (coded[g, e] - mean[g, j])
+        if filled == TILE:
+            flush(
+                values.memory, value_at, values.row, tile_row, tile_n, filled, filled, softcap, logits, acc, top, total,
+                lanes,
+            )  # fmt: skip
+            filled = np.int64(0)
+    flush(
+        values.memory, value_at, values.row, tile_row, tile_n, filled, filled, softcap, logits, acc, top, total, lanes
+    )
+
+
+@inner
+def _add_codes(b, h, first, last, lists, spread, floor, scratch, acc, total, tilt, lanes):
+    """Add the rows of chosen lists first..last of one KV head that were not read, by their codes, at their list's mean
+    value. Returns the mean values read: those of negligible weight are not worth a cache miss."""
+    heads, _, cv, width = lanes
+    G = acc.shape[0]
+    value, sums, leans = lists.value[b, h], scratch.sum[b, h], scratch.lean[b, h]
+    row = value.shape[1]
+    weight = np.empty((G, 1), F)
+    read = 0
+    for j in range(first, last):
+        most = F(0.0)
+        for g in range(G):
+            s = max(sums[g, j], F(0.0))
+            weight[g, 0] = s
+            total[g] += s
+            tilt[g] += leans[g, j] / spread[g]
+            most = max(most, s * floor[g])
+        if most >= F(1.0):
+            read += 1
+            i = np.int64(scratch.id[b, h, scratch.chosen[b, h, j]])
+            add_rows(weight, 0, 1, value, i * row, row, 1, acc, heads, cv, width)
+    return read
 
 
 @inner
@@ -82,11 +117,33 @@ def _add_summaries(b, h, part, lists, supers, how, two_level, whole, scratch, ac
 
 
 @inner
+def _lean(tilt, q, cross, beta, acc, lanes):
+    """Move the sums acc [G, Dv] along cross [D, Dv] by how far the rows' logits are from their lists' [G]."""
+    heads, _, cv, width = lanes
+    G, D = q.shape
+    lean = np.empty((G, D), F)
+    for g in range(G):
+        for d in range(D):
+            lean[g, d] = beta * tilt[g] * q[g, d]
+    add_rows(lean, 0, D, cross, 0, cross.shape[1], D, acc, heads, cv, width)
+
+
+@inner
+def _clear(acc, total, tilt):
+    for g in range(acc.shape[0]):
+        total[g] = F(0.0)
+        tilt[g] = F(0.0)
+        for d in range(acc.shape[1]):
+            acc[g, d] = F(0.0)
+
+
+@inner
 def answer_part(w, asked, keys, values, lists, supers, how, masses, scratch, states, cross, heads, ck, cv, width):
-    """One part of one KV head: the chosen lists' rows, and the summaries of all others, tilted along cross."""
+    """One part of one KV head: rows of its share of the chosen lists, their others by code, and a share of the
+    summaries of all other lists."""
     mark = cycles()
     lanes = (heads, ck, cv, width)
-    B, H, G, D = asked.query.shape
+    B, H, G, _ = asked.query.shape
     parts = how.parts
     part = w // (B * H)
     b = (w % (B * H)) // H
@@ -96,32 +153,34 @@ def answer_part(w, asked, keys, values, lists, supers, how, masses, scratch, sta
     acc = np.zeros((G, states.acc.shape[3]), F)
     top = np.full(G, NEG, F)
     total = np.zeros(G, F)
+    tilt = np.zeros(G, F)
     n = scratch.count[b, h]
-    _read_lists(
-        q, scratch.chosen[b, h, n * part // parts : n * (part + 1) // parts], scratch.id[b, h], lists.begin[b, h],
-        lists.size[b, h], keys, b * keys.batch + h * keys.head, values, b * values.batch + h * values.head,
-        how.softcap, logits, acc, top, total, lanes,
-    )  # fmt: skip
+    first, last = n * part // parts, n * (part + 1) // parts
+    peak = masses.peak[b, h * G : h * G + G]
+    _read_rows(b, h, q, first, last, lists, keys, values, how.softcap, peak, scratch, logits, acc, top, total, lanes)
     store_state(parts + part, b, h, acc, top, total, states.top, states.total, states.acc)
     unread = cycles()
     spent = scratch.spent[w]
     spent[1] += unread - mark
+    _clear(acc, total, tilt)
+    whole = masses.whole[b, h * G : h * G + G]
+    floor = np.empty(G, F)
     for g in range(G):
-        total[g] = F(0.0)
-        for d in range(acc.shape[1]):
-            acc[g, d] = F(0.0)
+        top[g] = peak[g]
+        floor[g] = CODE_FLOOR * F(n) / whole[g]
     if how.tail:
-        tilt = np.zeros(G, F)
-        whole = masses.whole[b, h * G : h * G + G]
-        spent[3] += _add_summaries(
+        spent[4] += _add_codes(
+            b, h, first, last, lists, asked.spread[b, h * G : h * G + G], floor, scratch, acc, total, tilt, lanes
+        )
+        _lean(tilt, q, cross[b, h], how.beta, acc, lanes)
+    store_state(2 * parts + part, b, h, acc, top, total, states.top, states.total, states.acc)
+    coded = cycles()
+    spent[2] += coded - unread
+    _clear(acc, total, tilt)
+    if how.tail:
+        spent[4] += _add_summaries(
             b, h, part, lists, supers, how, asked.two_level[b], whole, scratch, acc, total, tilt, lanes
         )
-        lean = np.empty((G, D), F)
-        for g in range(G):
-            for d in range(D):
-                lean[g, d] = how.beta * tilt[g] * q[g, d]
-        add_rows(lean, 0, D, cross[b, h], 0, cross.shape[3], D, acc, heads, cv, width)
-    for g in range(G):
-        top[g] = masses.peak[b, h * G + g]
-    store_state(2 * parts + part, b, h, acc, top, total, states.top, states.total, states.acc)
-    spent[2] += cycles() - unread
+        _lean(tilt, q, cross[b, h], how.beta, acc, lanes)
+    store_state(3 * parts + part, b, h, acc, top, total, states.top, states.total, states.acc)
+    spent[3] += cycles() - coded

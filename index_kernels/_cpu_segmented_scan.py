@@ -1,4 +1,4 @@
-"""attend_segmented on the CPU, up to the choice of lists: scan, open super-lists, score their lists, choose.
+"""attend_segmented on the CPU, up to the choice of rows: scan, open super-lists, score lists, then codes, choose.
 
 The work of each KV head is cut into one part per thread. Functions named _part answer for one; others run once.
 """
@@ -8,9 +8,11 @@ The work of each KV head is cut into one part per thread. Functions named _part 
 
 import numpy as np
 
-from ._cpu_common import NEG, TILE, F, exp32, inner, load_query, scan_range, store_state
+from ._cpu_code_vectors import score_codes, weigh_codes
+from ._cpu_common import NEG, TILE, F, exp32, inner, load_query, scan_range, softcapped, store_state
 from ._cpu_list_steps import choose, correct, cycles, rank_entries, rescale
-from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_READ, SUPERS_SCORED
+from ._cpu_seal_lists import rotate, round_to_int8
+from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_CODED, ROWS_READ, SUPERS_SCORED, Asked
 from ._cpu_vectors import add_rows, score_rows
 
 
@@ -22,15 +24,28 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
     H = shape.shape[1]
     G = Hq // H
     scaled = np.empty((B, H, G, D), F)
+    turned = np.zeros((B, H, G, D + D % 2), np.int8)
+    steps = np.empty((B, H, G, 2), F)
     spread = np.empty((B, Hq), F)
     two_level = np.empty(B, np.bool_)
     any_two = False
+    copy = np.empty(D, F)
     for b in range(B):
         two_level[b] = opened < H * (sealed - start[b] - n_sink)
         any_two |= two_level[b]
         for h in range(H):
             q = scaled[b, h]
             load_query(query, b, h, scale, q)
+            for g in range(G):
+                for d in range(D):
+                    copy[d] = q[g, d]
+                rotate(copy)
+                unit = round_to_int8(copy, turned[b, h, g])
+                count = np.int32(0)
+                for d in range(D):
+                    count += turned[b, h, g, d]
+                steps[b, h, g, 0] = unit
+                steps[b, h, g, 1] = F(8 * count)
             product = np.zeros((G, D), F)
             add_rows(q, 0, D, shape[b, h], 0, D, D, product, heads, ck, width)
             for g in range(G):
@@ -38,7 +53,7 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
                 for d in range(D):
                     x += product[g, d] * q[g, d]
                 spread[b, h * G + g] = max(x, F(1e-12))
-    return scaled, spread, two_level, any_two
+    return Asked(scaled, turned, steps, spread, start, two_level), any_two
 
 
 @inner
@@ -101,6 +116,7 @@ def scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads
     spent[1] = cycles() - mark
     spent[2] = 0
     spent[3] = 0
+    spent[4] = 0
 
 
 @inner
@@ -189,7 +205,7 @@ def score_part(w, asked, lists, supers, how, scratch, heads, ck, width):
 
 @inner
 def choose_lists(asked, lists, supers, how, masses, scratch, stats):
-    """Choose the lists to read under the budget, over the KV heads of a batch row together; counts go to stats."""
+    """Choose the lists to open under the budget, over the KV heads of a batch row together; counts go to stats."""
     B, H, G, _ = asked.query.shape
     mass = np.empty(G, F)
     old = np.empty(G, F)
@@ -217,14 +233,75 @@ def choose_lists(asked, lists, supers, how, masses, scratch, stats):
                 scratch.logit[b, h], scratch.variance[b, h], asked.spread[b, lo:hi], whole, count, scratch.rank[b, h]
             )
         counts = stats[b]
-        counts[ROWS_READ] = choose(
-            scratch.rank, scratch.size, b, scratch.total, how.read, scratch.taken, scratch.chosen, scratch.count
+        counts[ROWS_CODED] = choose(
+            scratch.rank, scratch.size, b, scratch.total, how.coded, scratch.taken, scratch.chosen, scratch.count
         )
         counts[LISTS_READ] = 0
         counts[LISTS_SCORED] = 0
         counts[SUPERS_SCORED] = 0
         for h in range(H):
+            rows = 0
+            for j in range(scratch.count[b, h]):
+                scratch.row_at[b, h, j] = rows
+                rows += scratch.size[b, h, scratch.chosen[b, h, j]]
+            scratch.row_count[b, h] = rows
             counts[LISTS_READ] += scratch.count[b, h]
             counts[LISTS_SCORED] += scratch.total[b, h]
             if asked.two_level[b]:
                 counts[SUPERS_SCORED] += supers.used[b, h]
+
+
+@inner
+def code_part(w, asked, lists, codes, how, masses, scratch, heads, ck, width, code_chunks, code_width):
+    """One part of one KV head: logits of the rows of its share of the chosen lists from their codes, and their ranks.
+
+    A row's rank is its share of the softmax, summed over the group. Sums over the rows of a list, of weights and of
+    weights times residual logits, stand ready for those that are not read.
+    """
+    began = cycles()
+    B, H, G, _ = asked.query.shape
+    part = w // (B * H)
+    b = (w % (B * H)) // H
+    h = w % H
+    q, turned, steps = asked.query[b, h], asked.turned[b, h], asked.steps[b, h]
+    key, begin, size, own = lists.key[b, h], lists.begin[b, h], lists.size[b, h], codes[b, h]
+    mean, logit, rank, owner = (
+        scratch.mean[b, h],
+        scratch.row_logit[b, h],
+        scratch.row_rank[b, h],
+        scratch.row_list[b, h],
+    )
+    sums, leans, peak = scratch.sum[b, h], scratch.lean[b, h], masses.peak[b, h * G : h * G + G]
+    share = np.empty(G, F)
+    for g in range(G):
+        share[g] = F(1.0) / masses.whole[b, h * G + g]
+    row, of_lists, of_rows, bytes_ = key.shape[1], mean.shape[1], logit.shape[1], own.shape[1]
+    n = scratch.count[b, h]
+    for j in range(n * part // how.parts, n * (part + 1) // how.parts):
+        i = np.int64(scratch.id[b, h, scratch.chosen[b, h, j]])
+        at = np.int64(scratch.row_at[b, h, j])
+        rows = np.int64(size[i])
+        score_rows(q, 0, key, i * row, row, 1, mean, j, of_lists, heads, ck, width)
+        score_codes(
+            turned, steps, own, begin[i] * bytes_, bytes_, rows, mean, j, of_lists, logit, at, of_rows,
+            heads, code_chunks, code_width,
+        )  # fmt: skip
+        if how.softcap > F(0.0):
+            for g in range(G):
+                mean[g, j] = softcapped(mean[g, j], how.softcap)
+                for e in range(at, at + rows):
+                    logit[g, e] = softcapped(logit[g, e], how.softcap)
+        weigh_codes(logit, at, of_rows, rows, mean, j, of_lists, peak, share, rank, sums, leans, of_lists, heads)
+        for e in range(at, at + rows):
+            owner[e] = j
+    scratch.spent[w, 1] += cycles() - began
+
+
+@inner
+def choose_rows(how, scratch, stats):
+    """Choose the rows to read under the budget, over the KV heads of a batch row together."""
+    for b in range(stats.shape[0]):
+        stats[b, ROWS_READ] = choose(
+            scratch.row_rank, scratch.row_one, b, scratch.row_count, how.read, scratch.row_taken, scratch.row_chosen,
+            scratch.row_read,
+        )  # fmt: skip

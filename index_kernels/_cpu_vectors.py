@@ -25,7 +25,7 @@ def lanes(G: int, D: int, Dv: int) -> tuple[tuple[int, ...], tuple[int, ...], tu
     return (0,) * G, (0,) * (D // width), (0,) * (Dv // width), (0,) * width.bit_length()
 
 
-def _pointer(context, builder, typ, value, offset):
+def pointer(context, builder, typ, value, offset):
     data = context.make_array(typ)(context, builder, value).data
     return builder.gep(data, [offset])
 
@@ -54,21 +54,25 @@ def load_scale(builder, pointer):
     return builder.load(builder.bitcast(pointer, F32.as_pointer()), align=1)
 
 
-def _fma(builder, a, b, c):
+def fma(builder, a, b, c):
     fn = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(a.type, [a.type] * 3), f"llvm.fma.v{a.type.count}f32"
     )
     return builder.call(fn, [a, b, c])
 
 
-def _sum(builder, v):
-    """Horizontal sum of a float32 vector, by halves."""
+def _plus(builder, a, b):
+    return builder.add(a, b) if isinstance(a.type.element, ir.IntType) else builder.fadd(a, b)
+
+
+def sum_lanes(builder, v):
+    """Horizontal sum of a vector, by halves."""
     while v.type.count > 1:
         n = v.type.count // 2
         undef = ir.Constant(v.type, ir.Undefined)
         lo = builder.shuffle_vector(v, undef, ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n))))
         hi = builder.shuffle_vector(v, undef, ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n, 2 * n))))
-        v = builder.fadd(lo, hi)
+        v = _plus(builder, lo, hi)
     return builder.extract_element(v, ir.Constant(ir.IntType(32), 0))
 
 
@@ -85,7 +89,8 @@ def _pair_sums(builder, vectors):
         low = [side + i + s for i in blocks for side in (0, width) for s in range(span)]
         high = [lane + span for lane in low]
         vectors = [
-            builder.fadd(
+            _plus(
+                builder,
                 builder.shuffle_vector(a, b, ir.Constant(mask, low)),
                 builder.shuffle_vector(a, b, ir.Constant(mask, high)),
             )
@@ -95,9 +100,49 @@ def _pair_sums(builder, vectors):
     return vectors
 
 
-def _loop(builder, start, stop, step):
+def loop(builder, start, stop, step):
     """A counted loop as a context manager yielding the index."""
     return cgutils.for_range_slice(builder, start, stop, I64(step))
+
+
+def sums_of_four(builder, dots, i, out, stride):
+    """The horizontal sums of dots [4][G], of rows i .. i + 4, and where in out they belong: a pair for each g.
+
+    Four rows at a time share the shuffles.
+    """
+    found = []
+    for g in range(len(dots[0])):
+        (v,) = _pair_sums(builder, [dots[k][g] for k in range(4)])
+        # v holds, in every block of 4 lanes, one partial sum per row
+        while v.type.count > 4:
+            m = v.type.count // 2
+            t = ir.VectorType(ir.IntType(32), m)
+            u = ir.Constant(v.type, ir.Undefined)
+            v = _plus(
+                builder,
+                builder.shuffle_vector(v, u, ir.Constant(t, list(range(m)))),
+                builder.shuffle_vector(v, u, ir.Constant(t, list(range(m, 2 * m)))),
+            )
+        p = builder.gep(out, [builder.add(builder.mul(stride, I64(g)), i)])
+        found.append((v, builder.bitcast(p, ir.VectorType(F32, 4).as_pointer())))
+    return found
+
+
+def splat(builder, x, width):
+    """A vector of ``width`` times x."""
+    vec = ir.VectorType(x.type, width)
+    one = builder.insert_element(ir.Constant(vec, ir.Undefined), x, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
+    return builder.shuffle_vector(one, ir.Constant(vec, ir.Undefined), zeros)
+
+
+def four_scales(builder, scale_at, i):
+    """The scales of rows i .. i + 4 as a vector."""
+    scales = ir.Constant(ir.VectorType(F32, 4), ir.Undefined)
+    for k in range(4):
+        one = scale_at(builder.add(i, I64(k)))
+        scales = builder.insert_element(scales, one, ir.Constant(ir.IntType(32), k))
+    return scales
 
 
 @intrinsic
@@ -110,13 +155,12 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
     def gen(context, builder, sig, args):
         G, C, W = len(sig.args[9]), len(sig.args[10]), 1 << (len(sig.args[11]) - 1)
         element = sig.args[2].dtype
-        qp = _pointer(context, builder, sig.args[0], args[0], args[1])
-        rp = _pointer(context, builder, sig.args[2], args[2], args[3])
-        op = _pointer(context, builder, sig.args[6], args[6], args[7])
+        qp = pointer(context, builder, sig.args[0], args[0], args[1])
+        rp = pointer(context, builder, sig.args[2], args[2], args[3])
+        op = pointer(context, builder, sig.args[6], args[6], args[7])
         qs = [
             [_load(builder, builder.gep(qp, [I64(g * C * W)]), types.float32, c, W) for c in range(C)] for g in range(G)
         ]
-
         packed = element == types.int8
 
         def row_at(i):
@@ -132,40 +176,22 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
             for g in range(G):
                 a = builder.fmul(qs[g][0], vs[0])
                 for c in range(1, C):
-                    a = _fma(builder, qs[g][c], vs[c], a)
+                    a = fma(builder, qs[g][c], vs[c], a)
                 sums.append(a)
             return sums
 
         n4 = builder.and_(args[5], I64(~3))
         if W >= 4:
-            # four rows at a time: their horizontal sums share the shuffles
-            with _loop(builder, I64(0), n4, 4) as (i, _):
+            with loop(builder, I64(0), n4, 4) as (i, _):
                 four = [dots(builder.add(i, I64(k))) for k in range(4)]
-                if packed:
-                    scales = ir.Constant(ir.VectorType(F32, 4), ir.Undefined)
-                    for k in range(4):
-                        one = scale_at(builder.add(i, I64(k)))
-                        scales = builder.insert_element(scales, one, ir.Constant(ir.IntType(32), k))
-                for g in range(G):
-                    (v,) = _pair_sums(builder, [four[k][g] for k in range(4)])
-                    # v holds, in every block of 4 lanes, one partial sum per row
-                    while v.type.count > 4:
-                        m = v.type.count // 2
-                        t = ir.VectorType(ir.IntType(32), m)
-                        u = ir.Constant(v.type, ir.Undefined)
-                        v = builder.fadd(
-                            builder.shuffle_vector(v, u, ir.Constant(t, list(range(m)))),
-                            builder.shuffle_vector(v, u, ir.Constant(t, list(range(m, 2 * m)))),
-                        )
-                    if packed:
-                        v = builder.fmul(v, scales)
-                    p = builder.gep(op, [builder.add(builder.mul(args[8], I64(g)), i)])
-                    builder.store(v, builder.bitcast(p, v.type.as_pointer()), align=4)
+                scales = four_scales(builder, scale_at, i) if packed else None
+                for v, p in sums_of_four(builder, four, i, op, args[8]):
+                    builder.store(builder.fmul(v, scales) if packed else v, p, align=4)
         else:
             n4 = I64(0)
-        with _loop(builder, n4, args[5], 1) as (i, _):
+        with loop(builder, n4, args[5], 1) as (i, _):
             for g, a in enumerate(dots(i)):
-                dot = builder.fmul(_sum(builder, a), scale_at(i)) if packed else _sum(builder, a)
+                dot = builder.fmul(sum_lanes(builder, a), scale_at(i)) if packed else sum_lanes(builder, a)
                 builder.store(dot, builder.gep(op, [builder.add(builder.mul(args[8], I64(g)), i)]))
         return context.get_dummy_value()
 
@@ -183,9 +209,9 @@ def add_rows(typingctx, weight, weight_at, weight_stride, rows, rows_at, row_str
     def gen(context, builder, sig, args):
         G, C, W = len(sig.args[8]), len(sig.args[9]), 1 << (len(sig.args[10]) - 1)
         element = sig.args[3].dtype
-        wp = _pointer(context, builder, sig.args[0], args[0], args[1])
-        rp = _pointer(context, builder, sig.args[3], args[3], args[4])
-        ap = _pointer(context, builder, sig.args[7], args[7], I64(0))
+        wp = pointer(context, builder, sig.args[0], args[0], args[1])
+        rp = pointer(context, builder, sig.args[3], args[3], args[4])
+        ap = pointer(context, builder, sig.args[7], args[7], I64(0))
         vec = ir.VectorType(F32, W)
         # at most 24 accumulators, so that they stay in the 32 vector registers
         group = max(1, 24 // G)
@@ -198,7 +224,7 @@ def add_rows(typingctx, weight, weight_at, weight_stride, rows, rows_at, row_str
                     cell = cgutils.alloca_once(builder, vec)
                     builder.store(builder.load(p, align=4), cell)
                     cells.append((p, cell))
-            with _loop(builder, I64(0), args[6], 1) as (i, _):
+            with loop(builder, I64(0), args[6], 1) as (i, _):
                 row = builder.gep(rp, [builder.mul(i, args[5])])
                 vs = [_load(builder, row, element, c, W) for c in cs]
                 k = 0
@@ -207,12 +233,9 @@ def add_rows(typingctx, weight, weight_at, weight_stride, rows, rows_at, row_str
                 for g in range(G):
                     w = builder.load(builder.gep(wp, [builder.add(builder.mul(args[2], I64(g)), i)]))
                     w = builder.fmul(w, scale) if packed else w
-                    one = builder.insert_element(ir.Constant(vec, ir.Undefined), w, ir.Constant(ir.IntType(32), 0))
-                    ws = builder.shuffle_vector(
-                        one, ir.Constant(vec, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), W), [0] * W)
-                    )
+                    ws = splat(builder, w, W)
                     for v in vs:
-                        builder.store(_fma(builder, ws, v, builder.load(cells[k][1])), cells[k][1])
+                        builder.store(fma(builder, ws, v, builder.load(cells[k][1])), cells[k][1])
                         k += 1
             for p, cell in cells:
                 builder.store(builder.load(cell), p, align=4)

@@ -67,6 +67,14 @@ def choose(costs: Tensor, rows: Tensor, budget: int) -> Tensor:
     return taken
 
 
+def whole_mass(logits: Tensor, lists: Summaries, known_lse: Tensor) -> Tensor:
+    """Log of the weight of all rows as far as summaries tell, ``[B, Hq]``; 0 where there is none."""
+    group = logits.shape[1] // lists.size.shape[1]
+    weights = logits + lists.size.log().repeat_interleave(group, dim=1)
+    total = torch.logaddexp(known_lse, torch.logsumexp(weights, dim=-1))
+    return total.masked_fill(total == float("-inf"), 0.0)
+
+
 def list_costs(logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor, backend: str = "auto") -> Tensor:
     """What leaving each list unread may cost, ``[B, Hkv, L]``; see probe_lists for the arguments.
 
@@ -77,9 +85,7 @@ def list_costs(logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tens
         return costs
     batch, kv_heads, count = lists.size.shape
     group = logits.shape[1] // kv_heads
-    weights = logits + lists.size.log().repeat_interleave(group, dim=1)
-    total = torch.logaddexp(known_lse, torch.logsumexp(weights, dim=-1))
-    total = total.masked_fill(total == float("-inf"), 0.0)
+    total = whole_mass(logits, lists, known_lse)
     share = torch.exp(logits - total[..., None]) * spread.sqrt()[..., None]
     return share.view(batch, kv_heads, group, count).sum(dim=2) * lists.variance.sqrt()
 

@@ -2,6 +2,10 @@
 
 A row of D numbers takes D + 4 bytes: D int8 numbers, then the four bytes of a float32 scale, in the machine's order.
 Number d of the row is ``int8[d] * scale``. A row is whole in itself: whatever moves rows moves their scales along.
+
+A code is the same in 4 bits, of a rotated row: byte j holds number j in its low half and number j + ceil(D / 2) in its
+high half, -7 to 7, plus 8. The rotation (Hadamard's matrix, over blocks of the largest power of two that divides
+D) spreads what is large over all numbers; products of rows rotated alike are what they were.
 """
 
 import torch
@@ -10,6 +14,8 @@ from torch import Tensor
 SCALE_BYTES = 4
 # A hair under 1 / 127, so that 127 scales of the largest float32 do not overflow.
 STEP = 0.999999 / 127
+# The same for the 7 of a code.
+CODE_STEP = 0.999999 / 7
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -39,3 +45,38 @@ def scales(rows: Tensor) -> Tensor:
 def row_dim(rows: Tensor) -> int:
     """How many numbers a row has: the last dimension, without the scale of packed rows."""
     return rows.shape[-1] - SCALE_BYTES * (rows.dtype == torch.int8)
+
+
+def code_bytes(dim: int) -> int:
+    """Bytes of the code of a row of ``dim`` numbers."""
+    return (dim + 1) // 2 + SCALE_BYTES
+
+
+def rotated(rows: Tensor) -> Tensor:
+    """Float rows ``[..., D]`` times Hadamard's matrix, block by block; it is its own inverse."""
+    dim = rows.shape[-1]
+    block = dim & -dim
+    found, half = rows.float().reshape(*rows.shape[:-1], dim // block, block), 1
+    while half < block:
+        pairs = found.unflatten(-1, (-1, 2, half))
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        found = torch.stack([low + high, low - high], dim=-2).flatten(-3)
+        half *= 2
+    turned: Tensor = found.flatten(-2) * block**-0.5
+    return turned
+
+
+def code_rows(rows: Tensor) -> Tensor:
+    """Codes int8 ``[..., code_bytes(D)]`` of float rows ``[..., D]``, which are rotated first."""
+    turned = rotated(rows)
+    scale = turned.abs().amax(dim=-1, keepdim=True).mul_(CODE_STEP).clamp_(min=SMALLEST)
+    numbers = torch.nn.functional.pad((turned / scale).round_(), (0, turned.shape[-1] % 2)).to(torch.int8)
+    low, high = numbers.chunk(2, dim=-1)
+    return torch.cat([(low + 8) | ((high + 8) << 4), scale.view(torch.int8)], dim=-1)
+
+
+def decoded(codes: Tensor, dim: int) -> Tensor:
+    """The rotated rows ``[..., dim]`` float32 that ``code_rows`` kept."""
+    numbers = codes[..., :-SCALE_BYTES]
+    both = torch.cat([numbers & 15, (numbers >> 4) & 15], dim=-1)[..., :dim] - 8
+    return both * scales(codes)[..., None]

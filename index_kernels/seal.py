@@ -17,6 +17,7 @@ def seal_rows(
     keys: Tensor,
     values: Tensor,
     positions: Array,
+    codes: Array,
     bounds: list[int],
     first_segment: int,
     how: Clustering,
@@ -30,8 +31,8 @@ def seal_rows(
     """Make segment ``first_segment + s`` of rows ``bounds[s] .. bounds[s + 1]``, for every batch row and KV head.
 
     Two-level k-means of the keys, in the metric learnt; each list's rows become contiguous. Changes keys, values
-    ``[B, Hkv, T, D]`` (any stored type) and positions ``[B, Hkv, T]`` int32 in place, and appends to the lists, segment
-    by segment, so that dropping the newest segments is lowering a count.
+    ``[B, Hkv, T, D]`` (any stored type), positions ``[B, Hkv, T]`` int32 and codes ``[B, Hkv, T, code_bytes(D)]`` int8
+    in place, and appends to the lists, segment by segment, so that dropping the newest segments is lowering a count.
 
     Args:
         keys, values: the store's buffers; the rows in position order, packed ones with their scales.
@@ -41,8 +42,8 @@ def seal_rows(
     kernels = import_module("index_kernels._cpu_seal")
     with _on_host(keys, values, bounds[0], bounds[-1]) as (host_keys, host_values):
         kernels.seal(
-            host_keys, host_values, positions, start.cpu().numpy(), np.asarray(bounds, np.int64), first_segment, *how,
-            *learnt, *lists, *supers, *segments,
+            host_keys, host_values, positions, codes, start.cpu().numpy(), np.asarray(bounds, np.int64), first_segment,
+            *how, *learnt, *lists, *supers, *segments,
         )  # fmt: skip
 
 

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .codes import attend_codes, choose_rows, rows_by_place, score_codes
 from .lists import (
-    attend_lists,
     attend_summaries,
     choose,
     list_costs,
     summary_logits,
     unread_deviation,
     weights_by_place,
+    whole_mass,
 )
 from .ops import attend_rows, check_rows, merge_states, resolve_backend
+from .packed import row_dim
+from .reference import empty_state
 from .summaries import ListReading, ListTable, SegmentedAnswer
 
 
@@ -36,7 +39,7 @@ def attend_segmented(
     details: bool = False,
     backend: str = "auto",
 ) -> SegmentedAnswer:
-    """Sinks and hot rows exactly, lists under a budget, everything else by its summary.
+    """Sinks and hot rows exactly, the best rows of opened lists, their others by code, everything else by summary.
 
     Args:
         query: ``[B, Hq, 1, D]``, at position ``how.length - 1``.
@@ -45,7 +48,7 @@ def attend_segmented(
         how: see ListReading.
         start: int64 ``[B]``, first valid row of each batch row.
         want_deviation: give the deviation; see SegmentedAnswer.
-        details: give ``chosen`` and ``unread``, too.
+        details: give ``taken`` and ``unread``, too.
         backend: "auto", "reference", "numba" or "triton".
 
     Raises:
@@ -101,30 +104,40 @@ def _attend(
         query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha, backend=backend
     )
     costs = list_costs(logits, spread, lists, known, backend)
-    chosen = choose(costs.flatten(1), lists.size.flatten(1), how.rows_read).view_as(lists.size)
-    outs, lses = attend_lists(query, keys, values, lists, chosen, logits, beta=how.beta, tail=how.tail, **options)
-    states.append(((outs[1], lses[1]), logits, spread, lists, chosen))
-    tails = [state[0] for state in states] if how.tail else [(outs[1], lses[1])]
+    chosen = choose(costs.flatten(1), lists.size.flatten(1), how.rows_coded).view_as(lists.size)
+    coded = score_codes(query, lists, chosen, table.codes_on(query.device), scale=how.scale, softcap=how.softcap)
+    taken = choose_rows(coded, whole_mass(logits, lists, known), how.rows_read)
+    group = query.shape[1] // keys.shape[1]
+    ids = torch.where(taken, coded.place, -1).sort(dim=-1, descending=True).values
+    ids = ids[..., : max(1, int(taken.sum(dim=-1).max()))].repeat_interleave(group, dim=1)[:, :, None]
+    read = attend_rows(query, keys, values, ids=ids, **options)
+    empty = empty_state(query, row_dim(values))
+    codes = attend_codes(query, lists, coded, taken, scale=how.scale, beta=how.beta) if how.tail else empty
+    rest = attend_summaries(query, lists, chosen, logits, scale=how.scale, beta=how.beta, backend=backend)
+    states.append((rest, logits, spread, lists, chosen))
+    tails = [state[0] for state in states] if how.tail else [empty]
     tail = merge_states(torch.stack([out for out, _ in tails]), torch.stack([lse for _, lse in tails]))
-    outs, lses = torch.stack([exact[0], outs[0], tail[0]]), torch.stack([exact[1], lses[0], tail[1]])
+    sources = (exact, read, codes, tail)
+    outs, lses = (torch.stack([source[i] for source in sources]) for i in range(2))
     out, lse = merge_states(outs, lses)
     deviation = None
     if want_deviation:
         parts = [unread_deviation(*state[1:], lse[..., 0]) for state in states]
         deviation = torch.stack(parts).square().sum(dim=0).sqrt()[..., None]
     scored += int((lists.size > 0).sum())
-    read = int(chosen.sum())
-    unread = sum(int(((level.size > 0) & ~taken).sum()) for _, _, _, level, taken in states) if how.tail else 0
-    rows = int((lists.size * chosen).sum())
-    seconds = scanned - began, time.perf_counter() - scanned, 0.0
-    answer = SegmentedAnswer(out, lse, lses, rows, read, scored, unread, seconds, deviation, None, None)
+    unread = sum(int(((level.size > 0) & ~opened).sum()) for _, _, _, level, opened in states) if how.tail else 0
+    unread += int(chosen.sum()) if how.tail else 0
+    counts = int(taken.sum()), int((lists.size * chosen).sum()), int(chosen.sum()), scored, unread
+    seconds = scanned - began, time.perf_counter() - scanned, 0.0, 0.0
+    answer = SegmentedAnswer(out, lse, lses, *counts, seconds, deviation, None, None)
     if not details:
         return answer
-    by_place = torch.zeros(*lse.shape[:2], how.sealed, device=query.device)
-    for _, logits, _, level, taken in states if how.tail else ():
+    read_places, by_place = rows_by_place(coded, taken, lse, how.sealed)
+    by_place = by_place * how.tail
+    for _, logits, _, level, opened in states if how.tail else ():
         weights = torch.exp(logits - lse).nan_to_num()
-        by_place += weights_by_place(level.begin, level.size * ~taken, weights, how.sealed)
-    return answer._replace(chosen=chosen, unread=by_place)
+        by_place += weights_by_place(level.begin, level.size * ~opened, weights, how.sealed)
+    return answer._replace(taken=read_places, unread=by_place)
 
 
 def _exact_ranges(query: Tensor, how: ListReading, start: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What is known of the lists of a store without reading their rows: as kept (packed arrays), and as float tensors.
 
-A store's older rows stand in lists: contiguous runs of similar keys, about 16 rows each, under super-lists of about
-256. A summary is a mean key, a mean value, a size and the variance of the keys; ``shape`` is the covariance of keys
+A store's older rows stand in lists: contiguous runs of similar keys, about 32 rows each, under super-lists of about
+512. A summary is a mean key, a mean value, a size and the variance of the keys; ``shape`` is the covariance of keys
 around their list's mean, per KV head and on the scale where that variance is 1, ``cross`` the covariance of keys and
 values on that scale.
 """
@@ -101,13 +101,15 @@ class Levels:
 class ListTable:
     """The lists of all segments of a store: arrays as the CPU kernels read them. Made anew when a list changes.
 
-    shape ``[B, Hkv, D, D]`` and cross ``[B, Hkv, D, Dv]`` are float16, as uint16 bits.
+    shape ``[B, Hkv, D, D]`` and cross ``[B, Hkv, D, Dv]`` are float16, as uint16 bits. codes ``[B, Hkv, T, ...]`` int8
+    are of each row's key less the mean key of its list, see packed.py; T at least the rows that stand in lists.
     """
 
     lists: ListArrays
     supers: SuperListArrays
     shape: Array
     cross: Array
+    codes: Array
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def levels(self, device: torch.device) -> Levels:
@@ -115,6 +117,14 @@ class ListTable:
         if device not in self._cache:
             self._cache[device] = self._to(device)
         found: Levels = self._cache[device]
+        return found
+
+    def codes_on(self, device: torch.device) -> Tensor:
+        """The codes on a device; copied once."""
+        place = "codes", device
+        if place not in self._cache:
+            self._cache[place] = _tensor(self.codes, device)
+        found: Tensor = self._cache[place]
         return found
 
     def flat(self, keys: Tensor, values: Tensor, flat_rows: Callable[[Tensor], tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -162,17 +172,19 @@ class ListReading(NamedTuple):
         sealed, length: rows below ``sealed`` stand in lists, those up to ``length`` are hot; later ones not seen.
         n_sink: first rows of each batch row that are read exactly, and stand in no list.
         rows_read: rows of lists to read, for all KV heads of a batch row together; they share them by need.
+        rows_coded: rows under the lists to open, likewise: their codes are scored, and the best of them read.
         rows_opened: rows under the super-lists to open, likewise; where that is all of them, every list is scored.
         scale, softcap: of the logits.
         alpha: share of the variance of a list's logits that is added to its summary's.
         beta: how far its value is moved along ``cross``.
-        tail: whether lists that are not read answer by their summary.
+        tail: whether rows that are not read answer, by their codes or by the summary of their list.
     """
 
     sealed: int
     length: int
     n_sink: int
     rows_read: int
+    rows_coded: int
     rows_opened: int
     scale: float
     softcap: float | None
@@ -187,27 +199,28 @@ class SegmentedAnswer(NamedTuple):
     Attributes:
         out: ``[B, Hq, 1, Dv]`` float32.
         lse: ``[B, Hq, 1]``.
-        lse_by_source: ``[3, B, Hq, 1]``: sinks and hot rows, lists read, tail; -inf for none.
-        rows_read, lists_read: of lists, all batch rows and KV heads together.
+        lse_by_source: ``[4, B, Hq, 1]``: sinks and hot rows, rows of lists, codes, summaries; -inf for none.
+        rows_read, rows_coded, lists_opened: all batch rows and KV heads together.
         summaries_read: summaries scored, likewise.
         values_read: mean values read by the tail, likewise; those of negligible weight need not be.
-        seconds: time of sinks and hot rows, of choosing and reading lists, of the tail.
+        seconds: time of sinks and hot rows, of choosing rows and reading them, of answering by codes, by summaries.
         deviation: ``[B, Hq, 1]``, see unread_deviation; None unless asked for.
-        chosen: bool ``[B, Hkv, L]``, which lists were read; None unless asked for.
-        unread: ``[B, Hq, sealed]``, share of the weight that each row has, by place, through the summary that answers
-            for it, shared evenly by the rows of a list; None unless asked for.
+        taken: bool ``[B, Hkv, sealed]``, which rows of lists were read, by place; None unless asked for.
+        unread: ``[B, Hq, sealed]``, share of the weight that each row has, by place, through its code, or through the
+            summary that answers for it, shared evenly by the rows of a list; None unless asked for.
     """
 
     out: Tensor
     lse: Tensor
     lse_by_source: Tensor
     rows_read: int
-    lists_read: int
+    rows_coded: int
+    lists_opened: int
     summaries_read: int
     values_read: int
-    seconds: tuple[float, float, float]
+    seconds: tuple[float, float, float, float]
     deviation: Tensor | None
-    chosen: Tensor | None
+    taken: Tensor | None
     unread: Tensor | None
 
 

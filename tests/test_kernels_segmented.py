@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_kernels import assert_close, interpreter, rng  # noqa: F401 (a fixture)
 
-from dbattn.index._lists import Lists
+from dbattn.index._lists import Lists, slots_of
 from dbattn.index.segmented import CLUSTERING
 from index_kernels import (
     LearntMetric,
@@ -19,6 +19,8 @@ from index_kernels import (
     seal_rows,
     unseal_rows,
 )
+from index_kernels.lists import row_places
+from index_kernels.packed import SCALE_BYTES, code_bytes, code_rows, decoded, rotated
 
 BACKENDS = ["numba", "triton"]
 SEALED, LENGTH, N_SINK = 2300, 2391, 2
@@ -59,9 +61,10 @@ def sealed_store(case):
     arrays = lists.lists, lists.supers, lists.segments
     holds = np.repeat([[False], [True], [True]], batch, axis=1)
     learnt = LearntMetric(metrics(case).numpy(), holds)
-    seal_rows(keys, values, lists.positions, bounds, 0, CLUSTERING, learnt, *arrays, start=start + N_SINK)
+    seal_rows(keys, values, lists.positions, lists.codes, bounds, 0, CLUSTERING, learnt, *arrays, start=start + N_SINK)
     lists.settle(3)
-    how = ListReading(SEALED, LENGTH, N_SINK, read * kv_heads, opened * kv_heads, 0.3, softcap, 0.38, 0.7, True)
+    budgets = (rows * kv_heads for rows in (read, min(3 * read, SEALED), opened))
+    how = ListReading(SEALED, LENGTH, N_SINK, *budgets, 0.3, softcap, 0.38, 0.7, True)
     query = torch.randn(batch, kv_heads * group, 1, dim, generator=noise)
     return query, keys, values, lists, how, start, came
 
@@ -101,27 +104,28 @@ def test_backends_equal_the_specification(run, backend, case, tail):
     how = how._replace(tail=tail)
     wanted = run("reference", query, keys, values, lists.table, how, start=start)
     got = run(backend, query, keys, values, lists.table, how, start=start)
-    assert torch.equal(got.chosen, wanted.chosen), "the costs of these seeds are further apart than rounding"
-    assert_close(got.lse, wanted.lse)
-    assert_close(got.lse_by_source, wanted.lse_by_source)
+    # Of two rows with nearly the same share either may be read.
+    assert (got.taken != wanted.taken).sum() <= 2 + 0.01 * wanted.taken.sum()
+    same = torch.equal(got.taken, wanted.taken)
+    assert_near(got.lse.exp(), wanted.lse.exp(), 1e-5 if same else 2e-3)
+    assert_near(got.lse_by_source.exp(), wanted.lse_by_source.exp(), 1e-5 if same else 2e-2)
     # The fused kernel does not fetch mean values of negligible weight.
-    assert_near(got.out, wanted.out, 1e-3 if backend == "numba" and tail else 1e-5)
-    assert (got.rows_read, got.lists_read, got.summaries_read) == (
-        wanted.rows_read, wanted.lists_read, wanted.summaries_read,
-    )  # fmt: skip
-    assert got.values_read <= wanted.summaries_read
+    assert_near(got.out, wanted.out, 1e-5 if same and not (backend == "numba" and tail) else 5e-3)
+    counts = ("rows_read", "rows_coded", "lists_opened", "summaries_read")
+    assert [getattr(got, name) for name in counts] == [getattr(wanted, name) for name in counts]
+    assert got.values_read <= wanted.summaries_read + wanted.lists_opened
     if tail:
         assert_near(got.deviation, wanted.deviation, 1e-3)
-        assert_near(got.unread, wanted.unread, 1e-4)
+        assert_near(got.unread, wanted.unread, 1e-4 if same else 2e-2)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_specification_is_the_exact_rows_and_the_summaries(run, case):
-    """Whatever lists it chose: their rows exactly, sinks and hot rows exactly, and all weight accounted for."""
+    """Whatever rows it chose: they, sinks and hot rows exactly, and all weight accounted for."""
     query, keys, values, lists, how, start, _ = sealed_store(case)
     softcap = CASES[case][5]
     found = run("reference", query, keys, values, lists.table, how, start=start)
-    slots = lists.slots(found.chosen, query.shape[1])[:, :, None]
+    slots = slots_of(found.taken, query.shape[1])[:, :, None]
     recent = torch.arange(SEALED, LENGTH).expand(*query.shape[:3], -1)
     sinks = (start[:, None] + torch.arange(N_SINK))[:, None, None].expand(*query.shape[:3], -1)
     recent = torch.where(recent >= start[:, None, None, None] + N_SINK, recent, -1)
@@ -130,11 +134,12 @@ def test_the_specification_is_the_exact_rows_and_the_summaries(run, case):
         backend="reference",
     )  # fmt: skip
     assert_close(torch.logaddexp(found.lse_by_source[0], found.lse_by_source[1]), exact[1])
-    summarised = torch.exp(found.lse_by_source[2] - found.lse)
+    summarised = torch.exp(found.lse_by_source[2:] - found.lse).sum(dim=0)
     assert_near(found.unread.sum(dim=-1), summarised[..., 0].nan_to_num(), 1e-4)
     read = found.unread.gather(-1, slots[:, :, 0].clamp(min=0))[slots[:, :, 0] >= 0]
-    assert (read == 0).all(), "a row that was read answers through no summary"
-    assert (lists.lists.size[:, :, : found.chosen.shape[2]] * found.chosen.numpy()).sum() == found.rows_read
+    assert (read == 0).all(), "a row that was read answers neither by its code nor through a summary"
+    assert found.taken.sum() == found.rows_read <= how.rows_read * len(start)
+    assert found.rows_coded <= how.rows_coded * len(start)
     if case == "all read":
         dense = attend_rows(
             query, keys, values, ranges=torch.tensor([0, LENGTH]).expand(*query.shape[:3], 1, 2), scale=how.scale,
@@ -163,8 +168,27 @@ def test_sealing_groups_rows_under_true_summaries_and_unsealing_puts_them_back(c
             assert (members.mean(dim=0) - key).abs().max() <= key.abs().max() / 127
             residuals = (members - members.mean(dim=0)) @ metric
             assert_near(variance, residuals.square().sum(dim=1).mean(), 1e-3)
+        place = row_places(levels.lists.begin[b, h][used], levels.lists.size[b, h][used])
+        mean = levels.lists.key[b, h][used].repeat_interleave(levels.lists.size[b, h][used], dim=0)
+        codes, wanted = torch.from_numpy(lists.codes[b, h])[place], code_rows(rows[place] - mean)
+        # A number half way between two is rounded either way.
+        assert (codes[:, :-SCALE_BYTES] != wanted[:, :-SCALE_BYTES]).sum() <= 0.01 * codes.numel()
+        assert_near(decoded(codes, rows.shape[1]), rotated(rows[place] - mean), 0.15)
         listed = int(levels.lists.size[b, h].sum())
         assert listed == max(0, SEALED - int(start[b]) - N_SINK) == int(levels.supers.size[b, h].sum())
     unseal_rows(keys, values, lists.positions, [0, 1024, 2048, SEALED], start=start + N_SINK)
     assert torch.equal(keys, came[0])
     assert torch.equal(values, came[1])
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 48, 80, 256])
+def test_codes_keep_rotated_rows_to_half_a_step_and_products_survive_the_rotation(dim):
+    rows, other = torch.randn(2, 50, dim, generator=rng(5))
+    rows[3] = 0
+    assert_near(rotated(rows) @ rotated(other).T, rows @ other.T, 1e-5)
+    assert_near(rotated(rotated(rows)), rows, 1e-5)
+    codes = code_rows(rows)
+    assert codes.shape == (50, code_bytes(dim))
+    assert codes.dtype == torch.int8
+    error = (decoded(codes, dim) - rotated(rows)).abs()
+    assert (error <= 0.501 / 7 * rotated(rows).abs().amax(dim=1, keepdim=True)).all()

@@ -11,7 +11,7 @@ from dbattn.hf import wrap
 from dbattn.snapshot import SnapshotError
 from dbattn.store.queries import GIVEN, STRIDE, QuerySample
 
-SEGMENTED = RetrievalConfig(index="segmented", k=200, dense_below=0, n_sink=2, window=8, audit_rate=0.0)
+SEGMENTED = RetrievalConfig(index="segmented", k=50, dense_below=0, n_sink=2, window=8, audit_rate=0.0)
 
 
 def rows_and_queries(n=2400, batch=1):

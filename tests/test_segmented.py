@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbattn import AttentionDB, dense_attention, relative_error
+from dbattn.index import make_index
 from dbattn.index._list_scan import ListScan, budget
 from dbattn.index.segmented import SEGMENT_ROWS, segment_bounds
 from dbattn.query.call import Call
@@ -160,7 +161,7 @@ def test_search_looks_at_every_row_in_the_order_of_positions():
 
 
 def plain_weights(db, query, keys):
-    """Softmax weights by position, the rows of each unread list or super-list under its summary's even share."""
+    """Softmax weights by position, relative to the answer's whole weight; and the answer."""
     answer = lists_answer(db, query, db.config.k)
     logits = (query.unflatten(1, (keys.shape[1], -1))[:, :, :, 0] @ keys.transpose(2, 3)).flatten(1, 2) * 0.25
     return torch.exp(logits - answer.lse), answer
@@ -168,7 +169,7 @@ def plain_weights(db, query, keys):
 
 @pytest.mark.parametrize("rows", [3000, 20000])  # one level, and two
 @pytest.mark.parametrize("portable", [False, True])
-def test_weights_give_rows_not_read_their_summarys_weight(rows, portable, monkeypatch):
+def test_weights_give_rows_not_read_the_weight_of_their_code_or_summary(rows, portable, monkeypatch):
     keys, values = clustered(rows)
     query = torch.randn(1, 4, 1, 16)
     db = database(keys, values, k=300)
@@ -182,11 +183,25 @@ def test_weights_give_rows_not_read_their_summarys_weight(rows, portable, monkey
     # Each row one way or the other (a weight may round to nothing), and together what each source weighs.
     assert not (read & unread).any()
     assert (read | unread).float().mean() > 0.99
-    torch.testing.assert_close(weights.for_unread.sum(-1), torch.exp(answer.lse_by_source[2] - answer.lse)[..., 0])
+    by_source = torch.exp(answer.lse_by_source - answer.lse)[..., 0]
+    torch.testing.assert_close(weights.for_unread.sum(-1), by_source[2:].sum(dim=0))
     torch.testing.assert_close(weights.total.sum(-1), torch.ones(1, 4), atol=1e-5, rtol=0)
     # By clusters of rows, a summary's share is near what its rows would have weighed.
     shares, exact = (x.unflatten(-1, (-1, 40)).sum(-2) for x in (weights.for_unread, own.masked_fill(~unread, 0)))
     assert torch.cosine_similarity(shares, exact, dim=-1).min() > 0.9
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_a_segment_saved_before_codes_were_kept_gets_them_when_it_is_loaded(storage):
+    keys, values = clustered(2600)
+    db = database(keys, values, k=64, storage=storage)
+    loaded = make_index(db.config)
+    for first, stop in pairwise(db.index.bounds):
+        state = {name: array for name, array in db.index.state(first, stop).items() if name != "codes"}
+        loaded.load_state(db.store, db.store.start + db.config.n_sink, first, stop, state)
+    ours, theirs = (index.table.codes[:, :, : len(loaded), :-4] for index in (db.index, loaded))
+    assert (ours != theirs).mean() < 0.01
+    assert len(loaded) == 2432
 
 
 def test_missing_numba_names_the_extra(monkeypatch):

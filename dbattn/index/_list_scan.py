@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from index_kernels import ListReading, ListTable, SegmentedAnswer, attend_segmented
+from index_kernels.packed import code_bytes
 
 from ..config import RetrievalConfig
 from ..query.call import Call
 from ..query.plan import Source, Step, StepAnswer
 from ..query.steps import ExactRows
 from ..query.usage import Rates, Usage, Work, Workload
-from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, vector_bytes
+from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, slots_of, vector_bytes
 
 
 class SegmentedStore(Protocol):
@@ -28,19 +29,27 @@ class SegmentedStore(Protocol):
     def __len__(self) -> int:
         """Rows that stand in lists."""
 
-    def slots(self, chosen: Tensor, heads: int) -> Tensor:
-        """Places of the rows of chosen lists."""
-
 
 # How much of the variance of a list's logits its summary's weight and value are corrected by. A Gaussian would ask
 # for 0.5 and 1; real residuals have lighter tails, and the unread lists are those whose spread matters least.
 ALPHA, BETA = 0.38, 0.7
-# (sealed rows, rows read per KV head), from a sweep on SmolLM2's rows for a mean error of 0.035 (32K to 524K). Below
-# that a call's fixed cost rules: at 8K twice the rows cost a fifth of the time more, and halve the error to 0.013.
-BUDGETS = np.array([(2048, 1024), (7680, 960), (32256, 520), (130560, 900), (523272, 2000)])
+# (sealed rows, rows read per KV head).
+BUDGETS = np.array([(2048, 160), (7680, 200), (16128, 380), (32256, 480), (130560, 800), (523272, 1300)])
 LEAST_SEALED = 128
-# Rows under opened super-lists for each row read: opening costs a sixteenth of reading.
-OPENED_PER_READ = 16
+# As many bytes go to codes as to rows: at float32 rows and D = 64, 14 codes for a row.
+CODED_PER_READ = 14
+# A code costs a part of what a summary does.
+CODES_PER_ITEM = 6
+# Rows under opened super-lists for each row coded.
+OPENED_PER_CODED = 2
+
+
+class Budget(NamedTuple):
+    """Rows per KV head: read, coded (under opened lists), and under opened super-lists."""
+
+    read: int
+    coded: int
+    opened: int
 
 
 @lru_cache
@@ -52,25 +61,32 @@ def default_rows_read(sealed: int) -> int:
     return int(np.exp(y[i - 1] + (at - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1])))
 
 
-def budget(sealed: int, k: int | None) -> tuple[int, int]:
-    """(rows read, rows opened) per KV head where ``k`` rows are asked for, or the default for ``sealed`` rows."""
+def budget(sealed: int, k: int | None) -> Budget:
+    """What is read per KV head where ``k`` rows are asked for, or by default for ``sealed`` rows."""
     read = default_rows_read(sealed) if k is None else k
-    opened = OPENED_PER_READ * read
+    coded = min(CODED_PER_READ * read, sealed)
+    opened = OPENED_PER_CODED * coded
     # Scoring every list, in the order they stand, costs no more than opening half of the super-lists.
-    return read, sealed if 2 * opened > sealed else opened
+    return Budget(read, coded, sealed if 2 * opened > sealed else opened)
 
 
 def list_work(work: Workload, k: int | None) -> Work:
-    """What reading lists under budget ``k`` is expected to do for a call; things scored are summaries."""
+    """What reading under budget ``k`` is expected to do for a call; things scored are summaries and codes."""
     per_unit = work.units * work.queries
-    read = min(budget(work.indexed, k)[0], work.indexed)
+    does = budget(work.indexed, k)
+    read = min(does.read, work.indexed)
     size = int(per_unit * read) * work.row_bytes
-    return Work(per_unit * _summaries(work, k), size, work.operations(read))
+    return Work(per_unit * (_summaries(work, k) + does.coded / CODES_PER_ITEM), size, work.operations(read))
+
+
+def rows_scored(work: Workload, k: int | None) -> float:
+    """Summaries and codes that are multiplied with each query head, KV heads of all batch rows together."""
+    return work.units * work.queries * (_summaries(work, k) + budget(work.indexed, k).coded)
 
 
 def _summaries(work: Workload, k: int | None) -> float:
     """Summaries scored per KV head and position: of all lists, or of all super-lists and the lists of opened ones."""
-    opened = budget(work.indexed, k)[1]
+    opened = budget(work.indexed, k).opened
     if opened >= work.indexed:
         return work.indexed / ROWS_PER_LIST
     return work.indexed / ROWS_PER_SUPER_LIST + opened / ROWS_PER_LIST
@@ -78,7 +94,7 @@ def _summaries(work: Workload, k: int | None) -> float:
 
 @dataclass(frozen=True)
 class ListScan(Step):
-    """Sinks and hot rows exactly, lists under a budget, the rest by summary: two or three sources, fused.
+    """Sinks and hot rows exactly, the best rows of opened lists, others by code or by summary: two or four sources.
 
     Attributes:
         k: rows read per KV head on average over the heads, which share them by need; None: by size.
@@ -95,10 +111,12 @@ class ListScan(Step):
         cls, config: RetrievalConfig, work: Workload, asked: str, own: Rates | None, scan: Rates | None
     ) -> "ListScan":
         """The step with its estimates; the summaries' time is part of the list scan's."""
-        k, does = config.k, list_work(work, config.k)
-        read = does.operations / work.operations(1)
-        size = int(does.bytes) + int(does.items) * (vector_bytes(work.dim) + NUMBERS_BYTES)
-        usage = Usage(read, size, read / ROWS_PER_LIST, None if own is None else own.seconds(does))
+        k, does, asks = config.k, list_work(work, config.k), budget(work.indexed, config.k)
+        per_unit = work.units * work.queries
+        read, scored = min(asks.read, work.indexed), _summaries(work, k)
+        coded = per_unit * asks.coded * code_bytes(work.dim)
+        size = int(does.bytes + coded) + int(per_unit * scored) * (vector_bytes(work.dim) + NUMBERS_BYTES)
+        usage = Usage(read, size, asks.coded / ROWS_PER_LIST, None if own is None else own.seconds(does))
         eligible = work.indexed - work.first_index_row
         by = "queries and keys" if work.learnt else "keys alone (no queries to learn from)"
         sources = [
@@ -107,9 +125,12 @@ class ListScan(Step):
         ]
         tail = config.tail_name == "centroid"
         if tail:
-            unread = max(0.0, _summaries(work, k) - budget(work.indexed, k)[0] / ROWS_PER_LIST)
-            values = int(work.units * work.queries * unread) * vector_bytes(work.value_dim)
-            sources.append(Source("summary scan", "one summary for each list not read", Usage(0.0, values, unread)))
+            opened, each = asks.coded / ROWS_PER_LIST, vector_bytes(work.value_dim)
+            usages = [Usage(0.0, int(per_unit * n) * each, n) for n in (opened, max(0.0, scored - opened))]
+            sources.append(
+                Source("code scan", "rows of opened lists that were not read, by their 4-bit codes", usages[0])
+            )
+            sources.append(Source("summary scan", "one summary for each list not opened", usages[1]))
         return cls(tuple(sources), k, tail, config.max_error is not None)
 
     def run(self, call: Call) -> StepAnswer:
@@ -140,15 +161,16 @@ class ListScan(Step):
         if not call.measure:
             return answer
         exact_lse = torch.logaddexp(lses[0], lses[1])
-        slots = [index.slots(one.chosen, call.query.shape[1]) for one in found if one.chosen is not None]
+        slots = [slots_of(one.taken, call.query.shape[1])[:, :, None] for one in found if one.taken is not None]
         widest = max(part.shape[-1] for part in slots)
         padded = [pad(part, (0, widest - part.shape[-1]), value=-1) for part in slots]
-        lists, scored = (sum(getattr(one, name) for one in found) for name in ("lists_read", "summaries_read"))
-        times = [sum(one.seconds[i] for one in found) for i in range(3)]
+        opened, scored = (sum(getattr(one, name) for one in found) for name in ("lists_opened", "summaries_read"))
+        times = [sum(one.seconds[i] for one in found) for i in range(4)]
         usages = (
             Usage(hot, sizes[0], 0.0, times[0]),
-            Usage(rows, sizes[1], lists / units, times[1]),
-            Usage(0.0, sizes[2], (scored - lists) / units, times[2]),
+            Usage(rows, sizes[1], opened / units, times[1]),
+            Usage(0.0, sizes[2], opened / units, times[2]),
+            Usage(0.0, sizes[3], (scored - opened) / units, times[3]),
         )
         return answer._replace(
             usages=usages[: len(self.sources)],
@@ -160,10 +182,10 @@ class ListScan(Step):
     def attend(self, call: Call, index: SegmentedStore, query: Tensor, length: int) -> SegmentedAnswer:
         """The kernel's answer for one position ``[B, Hq, 1, D]``, which sees the first ``length`` rows."""
         store = call.store
-        read, opened = budget(len(index), self.k)
+        asks, heads = budget(len(index), self.k), store.num_kv_heads
         how = ListReading(
-            len(index), length, call.config.n_sink, read * store.num_kv_heads, opened * store.num_kv_heads, call.scale,
-            call.softcap, ALPHA, BETA, self.tail,
+            len(index), length, call.config.n_sink, asks.read * heads, asks.coded * heads, asks.opened * heads,
+            call.scale, call.softcap, ALPHA, BETA, self.tail,
         )  # fmt: skip
         return attend_segmented(
             query, *store.buffers, index.table, how, start=store.start, want_deviation=self.bounded,
@@ -172,13 +194,14 @@ class ListScan(Step):
 
     def _bytes(
         self, call: Call, index: SegmentedStore, found: list[SegmentedAnswer], hot: float, units: int
-    ) -> tuple[int, int, int]:
-        """Bytes of each source: keys of summaries are read to choose lists, their values by the tail."""
+    ) -> tuple[int, int, int, int]:
+        """Bytes of each source: keys of summaries and codes are read to choose rows, mean values by what answers."""
         per_row, value_bytes = call.store.row_bytes, vector_bytes(call.store.value_dim)
-        rows = sum(one.rows_read for one in found)
-        scored, values = (sum(getattr(one, name) for one in found) for name in ("summaries_read", "values_read"))
-        choosing = scored * (index.summary_bytes - value_bytes)
-        return int(units * hot) * per_row, rows * per_row + choosing, values * value_bytes
+        names = ("rows_read", "rows_coded", "summaries_read", "lists_opened", "values_read")
+        rows, coded, scored, opened, values = (sum(getattr(one, name) for one in found) for name in names)
+        choosing = scored * (index.summary_bytes - value_bytes) + coded * code_bytes(call.store.head_dim)
+        of_codes = min(opened, values) * value_bytes if self.tail else 0
+        return int(units * hot) * per_row, rows * per_row + choosing, of_codes, values * value_bytes - of_codes
 
 
 def _share(deviation: Tensor, lse: Tensor, whole: Tensor) -> Tensor:

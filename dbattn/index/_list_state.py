@@ -1,10 +1,14 @@
 """The lists of one segment as a snapshot keeps them: written, checked and read back."""
 
 import numpy as np
+import torch
 
-from index_kernels import ListArrays, SuperListArrays
+from index_kernels import ListArrays, SuperListArrays, floats
+from index_kernels.lists import row_places
+from index_kernels.packed import code_rows
 from index_kernels.summaries import Array
 
+from ..store import KVStore, check_finite
 from ._lists import Lists, most_lists
 from .base import Arrays, expect, expect_no_more
 
@@ -27,6 +31,7 @@ def segment_state(lists: Lists, number: int, first: int, stop: int) -> Arrays:
     # Where lists begin and how many rows a super-list has follow from these.
     return {
         "positions": lists.positions[:, :, first:stop],
+        "codes": lists.codes[:, :, first:stop],
         "list_rows": used(lists.lists.size, runs[0]),
         **{f"list_{name}": used(getattr(lists.lists, name), runs[0]) for name in _SUMMARY},
         "super_lists": used(np.diff(lists.supers.first), runs[1]),
@@ -35,8 +40,10 @@ def segment_state(lists: Lists, number: int, first: int, stop: int) -> Arrays:
     }
 
 
-def load_segment(lists: Lists, bounds: list[int], capacity: int, lo: Array, state: Arrays) -> None:
+def load_segment(lists: Lists, bounds: list[int], capacity: int, lo: Array, state: Arrays) -> bool:
     """Append the lists of the last segment of ``bounds``, as ``segment_state`` gave them; ``lo [B]`` see KeyIndex.
+
+    Returns whether codes came along; snapshots of before they were kept have none.
 
     Raises:
         ValueError: arrays that cannot be its lists; names the array.
@@ -45,6 +52,10 @@ def load_segment(lists: Lists, bounds: list[int], capacity: int, lo: Array, stat
     batch, heads = grid = lists.lists.used.shape
     state = dict(state)
     positions = expect(state, "positions", np.int32, *grid, stop - first)
+    coded = "codes" in state
+    codes = expect(state, "codes", np.int8, *grid, stop - first, lists.codes.shape[3]) if coded else None
+    if codes is not None:
+        check_finite("codes", torch.from_numpy(codes))
     list_rows, super_lists = (expect(state, name, np.int32, *grid, None) for name in ("list_rows", "super_lists"))
     summaries = [_expect_summaries(state, "list", lists.lists, list_rows.shape[2])]
     summaries.append(_expect_summaries(state, "super", lists.supers, super_lists.shape[2]))
@@ -60,6 +71,8 @@ def load_segment(lists: Lists, bounds: list[int], capacity: int, lo: Array, stat
     _check_positions(positions, first, stop, listed)
     lists.reserve(bounds, capacity)
     lists.positions[:, :, first:stop] = positions
+    if codes is not None:
+        lists.codes[:, :, first:stop] = codes
     for name, array in moments.items():
         getattr(lists.segments, name)[:, :, number] = array
     for b, h in np.ndindex(batch, heads):
@@ -78,6 +91,19 @@ def load_segment(lists: Lists, bounds: list[int], capacity: int, lo: Array, stat
     lists.segments.lists[:, :, number + 1] = lists.segments.lists[:, :, number] + counts
     lists.segments.supers[:, :, number + 1] = lists.segments.supers[:, :, number] + supers
     lists.keep_segments(number + 1)
+    return coded
+
+
+def code_segment(lists: Lists, store: KVStore, first: int, stop: int) -> None:
+    """Make the codes of the rows ``first .. stop``, a segment."""
+    levels = lists.table.levels(torch.device("cpu")).lists
+    for b, h in np.ndindex(lists.lists.used.shape):
+        inside = (levels.begin[b, h] >= first) & (levels.begin[b, h] < stop) & (levels.size[b, h] > 0)
+        begin, size = levels.begin[b, h, inside], levels.size[b, h, inside]
+        mean = levels.key[b, h, inside].repeat_interleave(size, dim=0)
+        place = row_places(begin, size)
+        keys = floats(store.rows[0][b, h].cpu()[place])
+        lists.codes[b, h, place.numpy()] = code_rows(keys - mean).numpy()
 
 
 def _expect_summaries(state: Arrays, prefix: str, like: ListArrays | SuperListArrays, count: int) -> Arrays:

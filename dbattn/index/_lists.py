@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from index_kernels import ListArrays, ListTable, SegmentArrays, SuperListArrays
-from index_kernels.packed import SCALE_BYTES
+from index_kernels.packed import SCALE_BYTES, code_bytes
 from index_kernels.summaries import Array
 
-ROWS_PER_LIST = 16
-ROWS_PER_SUPER_LIST = 256
+ROWS_PER_LIST = 32
+ROWS_PER_SUPER_LIST = 512
 # Size, first row and variance of a list.
 NUMBERS_BYTES = 12
 
@@ -22,7 +22,7 @@ def vector_bytes(dim: int) -> int:
 class Lists:
     """The arrays of all lists, super-lists and segments, ``[B, Hkv, capacity, ...]``; their vectors are packed rows.
 
-    ``positions [B, Hkv, capacity]``: the row that stands at each place of the store.
+    ``positions [B, Hkv, capacity]``: the row that stands at each place of the store; ``codes`` likewise, of its key.
     """
 
     def __init__(self, batch: int, heads: int, dim: int, value_dim: int) -> None:
@@ -37,6 +37,7 @@ class Lists:
 
         self.summary_bytes = vector_bytes(dim) + vector_bytes(value_dim) + NUMBERS_BYTES
         self.positions = zeros(small, 0)
+        self.codes = zeros(np.int8, 0, code_bytes(dim))
         self.lists = ListArrays(
             zeros(small, 0), zeros(small, 0), zeros(real, 0), means(dim), means(value_dim), zeros(np.int64)
         )
@@ -56,7 +57,7 @@ class Lists:
     def table(self) -> ListTable:
         """The lists as attend_segmented takes them."""
         if self._table is None:
-            self._table = ListTable(self.lists, self.supers, self.shape, self.cross)
+            self._table = ListTable(self.lists, self.supers, self.shape, self.cross, self.codes)
         return self._table
 
     def reserve(self, bounds: list[int], rows: int) -> None:
@@ -64,7 +65,7 @@ class Lists:
         segments = len(bounds) - 1
         lists, supers = most_lists(bounds[-1], segments)
         if rows > (before := self.positions.shape[2]):
-            self.positions = _grown(self.positions, rows)
+            self.positions, self.codes = _grown(self.positions, rows), _grown(self.codes, rows)
             self.positions[:, :, before:] = np.arange(before, rows, dtype=np.int32)
         self.lists = self.lists._replace(**_room(self.lists, lists))
         self.supers = self.supers._replace(**_room(self.supers, supers))
@@ -91,26 +92,20 @@ class Lists:
         """The lists of the given batch rows."""
         chosen: Lists = object.__new__(Lists)
         chosen.summary_bytes, chosen._table = self.summary_bytes, None
-        for name in ("positions", "shape", "cross"):
+        for name in ("positions", "codes", "shape", "cross"):
             setattr(chosen, name, getattr(self, name)[batch])
         chosen.lists = ListArrays(*(array[batch] for array in self.lists))
         chosen.supers = SuperListArrays(*(array[batch] for array in self.supers))
         chosen.segments = SegmentArrays(*(array[batch] for array in self.segments))
         return chosen
 
-    def slots(self, chosen: Tensor, heads: int) -> Tensor:
-        """Places of all rows of the chosen lists (bool ``[B, Hkv, L]``): ``[B, Hq, n]``, -1 = none."""
-        begin, size = (torch.from_numpy(array).long() for array in (self.lists.begin, self.lists.size))
-        chosen = chosen.cpu()
-        most = chosen.shape[2]
-        return list_slots(begin[:, :, :most], size[:, :, :most], chosen, heads)
-
     def nbytes(self, rows: int, segments: int) -> int:
         """Bytes in use for ``rows`` sealed rows in ``segments`` segments."""
         batch, heads = self.lists.used.shape
         summaries: int = int(self.lists.used.sum() + self.supers.used.sum()) * self.summary_bytes
         matrices = int(self.shape[0, 0].size + self.cross[0, 0].size)
-        return summaries + int(batch * heads) * (4 * rows + matrices * (2 + 4 * segments))
+        each_row = 4 + int(self.codes.shape[3])
+        return summaries + int(batch * heads) * (each_row * rows + matrices * (2 + 4 * segments))
 
     def __getstate__(self) -> dict[str, object]:
         # A copy must look at its own arrays.
@@ -142,16 +137,9 @@ def _grown(array: Array, capacity: int) -> Array:
     return grown
 
 
-def list_slots(begin: Tensor, size: Tensor, chosen: Tensor, heads: int) -> Tensor:
-    """Places of all rows of the chosen lists (``[B, Hkv, L]`` each): ``[B, Hq, n]``, -1 = none."""
-    batch, kv_heads, _ = begin.shape
-    runs = []
-    for b in range(batch):
-        for h in range(kv_heads):
-            which = chosen[b, h].nonzero()[:, 0]
-            counts = size[b, h, which]
-            offsets = torch.arange(int(counts.sum()), device=begin.device)
-            offsets -= (counts.cumsum(dim=0) - counts).repeat_interleave(counts)
-            runs.append(begin[b, h, which].repeat_interleave(counts) + offsets)
+def slots_of(taken: Tensor, heads: int) -> Tensor:
+    """The places that are taken (bool ``[B, Hkv, n]``), for every query head: ``[B, Hq, m]``, -1 = none."""
+    batch, kv_heads, _ = taken.shape
+    runs = [taken[b, h].nonzero()[:, 0] for b in range(batch) for h in range(kv_heads)]
     padded = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=-1)
     return padded.view(batch, kv_heads, -1).repeat_interleave(heads // kv_heads, dim=1)

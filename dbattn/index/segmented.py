@@ -1,10 +1,12 @@
 """SegmentedIndex: rows sealed into segments of small lists, kept in the store itself.
 
-The newest rows are hot and scanned exactly. Older rows form segments: k-means lists of about 16 rows under
-super-lists of about 256, permuted in place so that each list is contiguous (attention does not mind the order of
-rows; ``positions`` remembers it). Each list keeps a summary: mean key, mean value, size and variance. A query reads
-the lists whose unread rows would cost it most and lets the others answer by their summary. Follows RetroInfer's wave
-index (segments, small lists, an estimation zone); the second-moment correction of the summaries is our own.
+The newest rows are hot and scanned exactly. Older rows form segments: k-means lists of about 32 rows under
+super-lists of about 512, permuted in place so that each list is contiguous (attention does not mind the order of
+rows; ``positions`` remembers it). Each list keeps a summary: mean key, mean value, size and variance; each row a 4-bit
+code of its key less its list's mean. A query opens the lists whose rows would cost it most by summary alone, scores
+their codes and reads the rows with the largest share of the softmax; the others of opened lists answer with the weight
+of their code, all other lists by summary. Follows RetroInfer's wave index (segments, small lists, an estimation zone);
+the codes as weights, the metric learnt from queries and the second-moment corrections are our own.
 """
 
 from importlib.util import find_spec
@@ -15,14 +17,15 @@ import torch
 from torch import Tensor
 
 from index_kernels import LearntMetric, ListTable, seal_rows, top_k, unseal_rows
+from index_kernels.packed import code_bytes
 from index_kernels.summaries import Clustering
 
 from ..config import RetrievalConfig
 from ..query.plan import Step
 from ..query.usage import Rates, Work, Workload
 from ..store import KVStore, rows_at
-from ._list_scan import ListScan, budget, list_work
-from ._list_state import load_segment, segment_state
+from ._list_scan import ListScan, budget, list_work, rows_scored
+from ._list_state import code_segment, load_segment, segment_state
 from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, vector_bytes
 from .base import Arrays, Candidates, KeyIndex
 
@@ -66,7 +69,7 @@ class SegmentedIndex(KeyIndex):
     @classmethod
     def rows_asked(cls, config: RetrievalConfig, indexed: int) -> int:
         """See KeyIndex; by size where no k was asked for."""
-        return budget(indexed, config.k)[0]
+        return budget(indexed, config.k).read
 
     @classmethod
     def covers(cls, config: RetrievalConfig, eligible: int) -> bool:
@@ -80,13 +83,13 @@ class SegmentedIndex(KeyIndex):
 
     @classmethod
     def work(cls, config: RetrievalConfig, work: Workload) -> Work:
-        """See KeyIndex; things scored are summaries, which the heads of a group share."""
+        """See KeyIndex; things scored are summaries, and codes as parts of one; the heads of a group share them."""
         return list_work(work, config.k)
 
     @classmethod
     def operations_to_choose(cls, config: RetrievalConfig, work: Workload) -> float:
-        """See KeyIndex; each head of a group multiplies the summaries they share."""
-        return list_work(work, config.k).items * (work.heads // work.kv_heads) * work.dim
+        """See KeyIndex; each head of a group multiplies the summaries and codes they share."""
+        return rows_scored(work, config.k) * (work.heads // work.kv_heads) * work.dim
 
     @classmethod
     def rows_indexed(cls, config: RetrievalConfig, rows: int) -> int:
@@ -100,7 +103,7 @@ class SegmentedIndex(KeyIndex):
             return 0
         summaries = rows / ROWS_PER_LIST + rows / ROWS_PER_SUPER_LIST
         moments = 2 * dim * dim * (2 + 4 * (len(segment_bounds(rows)) - 1))
-        return int(summaries * (2 * vector_bytes(dim) + NUMBERS_BYTES)) + 4 * rows + moments
+        return int(summaries * (2 * vector_bytes(dim) + NUMBERS_BYTES)) + (4 + code_bytes(dim)) * rows + moments
 
     @classmethod
     def steps(cls, config: RetrievalConfig, work: Workload, own: Rates | None, scan: Rates | None) -> tuple[Step, ...]:
@@ -133,8 +136,8 @@ class SegmentedIndex(KeyIndex):
         learnt = _learnt(store, target[keep:])
         self.learnt = bool(learnt.holds.any())
         seal_rows(
-            keys, values, lists.positions, target[keep:], keep, CLUSTERING, learnt, lists.lists, lists.supers,
-            lists.segments, start=lo,
+            keys, values, lists.positions, lists.codes, target[keep:], keep, CLUSTERING, learnt, lists.lists,
+            lists.supers, lists.segments, start=lo,
         )  # fmt: skip
         self._bounds = target
         lists.settle(len(target) - 1)
@@ -197,8 +200,10 @@ class SegmentedIndex(KeyIndex):
             raise ValueError(f"rows {first} to {stop} are not a segment after {self._bounds} within {len(store)} rows")
         if self._lists is None:
             self._lists = Lists(len(lo), store.num_kv_heads, store.head_dim, store.value_dim)
-        load_segment(self._lists, target, len(store), lo.cpu().numpy(), state)
+        coded = load_segment(self._lists, target, len(store), lo.cpu().numpy(), state)
         self._bounds = target
+        if not coded:
+            code_segment(self._lists, store, first, stop)
         self.learnt = store.sample is not None and bool(
             store.sample.metric(stop, store.start, store.num_kv_heads)[1].any()
         )
@@ -212,11 +217,6 @@ class SegmentedIndex(KeyIndex):
         """See KeyIndex."""
         lists = 0 if self._lists is None else int(self._lists.lists.used[0, 0])
         return {"index": self.name, "rows": len(self), "segments": len(self._bounds) - 1, "lists": lists}
-
-    def slots(self, chosen: Tensor, heads: int) -> Tensor:
-        """Places of the rows of chosen lists (bool ``[B, Hkv, L]``): ``[B, Hq, 1, n]``, -1 = none."""
-        assert self._lists is not None
-        return self._lists.slots(chosen, heads)[:, :, None].to(chosen.device)
 
     @property
     def table(self) -> ListTable:

@@ -1,0 +1,171 @@
+"""What sealing writes of the lists of a segment: means, variances, codes of rows, sums of moments."""
+
+# mypy: ignore-errors
+# (Numba compiles these functions and infers their types itself.)
+
+import numpy as np
+
+from ._cpu_common import F, inner, row_scale, set_row_scale, to_f32
+from .packed import CODE_STEP, SMALLEST, STEP
+
+_STEP, _CODE_STEP, _SMALLEST = F(STEP), F(CODE_STEP), F(SMALLEST)
+
+
+@inner
+def _means(x, y, lo, hi, key, value):
+    """Mean key, mean value of rows lo..hi of x, y."""
+    D = x.shape[1]
+    Dv = y.shape[1]
+    for d in range(D):
+        key[d] = F(0.0)
+    for d in range(Dv):
+        value[d] = F(0.0)
+    for i in range(lo, hi):
+        for d in range(D):
+            key[d] += x[i, d]
+        for d in range(Dv):
+            value[d] += y[i, d]
+    inv = F(1.0) / F(hi - lo)
+    for d in range(D):
+        key[d] *= inv
+    for d in range(Dv):
+        value[d] *= inv
+
+
+@inner
+def _scatter(x, lo, hi):
+    """Sum of squared distances of rows lo..hi of x from their mean."""
+    D = x.shape[1]
+    mean = np.zeros(D, F)
+    for i in range(lo, hi):
+        for d in range(D):
+            mean[d] += x[i, d]
+    inv = F(1.0) / F(hi - lo)
+    for d in range(D):
+        mean[d] *= inv
+    total = F(0.0)
+    for i in range(lo, hi):
+        for d in range(D):
+            r = x[i, d] - mean[d]
+            total += r * r
+    return total
+
+
+@inner
+def round_to_int8(numbers, row):
+    """Write numbers [D] as int8 numbers and return their scale, see packed.py."""
+    D = numbers.size
+    most = F(0.0)
+    for d in range(D):
+        most = max(most, abs(numbers[d]))
+    scale = max(most * _STEP, _SMALLEST)
+    for d in range(D):
+        row[d] = np.int8(np.rint(numbers[d] / scale))
+    return scale
+
+
+@inner
+def _pack(numbers, row):
+    """Write numbers [D] as a packed row [D + 4], see packed.py."""
+    set_row_scale(row, numbers.size, round_to_int8(numbers, row))
+
+
+@inner
+def _summarise(x, y, in_metric, lo, hi, key, value, j, variance, keys, values):
+    """Write the summary j of rows lo..hi: variance and packed means, which key and value hold as floats then."""
+    _means(x, y, lo, hi, key, value)
+    variance[j] = _scatter(in_metric, lo, hi) / F(hi - lo)
+    _pack(key, keys[j])
+    _pack(value, values[j])
+
+
+@inner
+def rotate(x):
+    """Turn x [D] in place; see packed.rotated."""
+    D = x.size
+    block = D & -D
+    half = 1
+    while half < block:
+        for base in range(0, D, 2 * half):
+            for i in range(base, base + half):
+                low, high = x[i], x[i + half]
+                x[i] = low + high
+                x[i + half] = low - high
+        half *= 2
+    unit = F(1.0) / np.sqrt(F(block))
+    for d in range(D):
+        x[d] *= unit
+
+
+@inner
+def _code(x, code):
+    """Write the code of x [D], which is turned in place, see packed.py."""
+    D = x.size
+    half = (D + 1) // 2
+    rotate(x)
+    most = F(0.0)
+    for d in range(D):
+        most = max(most, abs(x[d]))
+    scale = max(most * _CODE_STEP, _SMALLEST)
+    for d in range(half):
+        low = np.int32(np.rint(x[d] / scale))
+        high = np.int32(np.rint(x[d + half] / scale)) if d + half < D else np.int32(0)
+        code[d] = np.int8((low + np.int32(8)) | ((high + np.int32(8)) << 4))
+    set_row_scale(code, half, scale)
+
+
+@inner
+def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, keys, values, codes, shape, cross):
+    """Write the summaries of one segment's lists, sum residuals into shape and cross; returns the trace of shape."""
+    D = x.shape[1]
+    Dv = y.shape[1]
+    key = np.empty(D, F)
+    value = np.empty(Dv, F)
+    residual = np.empty(D, F)
+    for d in range(D):
+        for e in range(D):
+            shape[d, e] = F(0.0)
+        for e in range(Dv):
+            cross[d, e] = F(0.0)
+    trace = F(0.0)
+    at = np.int64(0)
+    for j in range(count):
+        end = list_end[j]
+        begin[j] = lo + at
+        size[j] = end - at
+        _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
+        # codes are of what the packed mean leaves
+        unit = row_scale(keys[j], D)
+        for i in range(at, end):
+            for d in range(D):
+                residual[d] = x[i, d] - to_f32(keys[j, d]) * unit
+            _code(residual, codes[lo + i])
+        # residual covariance from every eighth list: one matrix per head needs no more
+        if j % 8 == 0:
+            trace += _scatter(in_metric, at, end)
+            for i in range(at, end):
+                for d in range(D):
+                    r = x[i, d] - key[d]
+                    for e in range(D):
+                        shape[d, e] += r * (x[i, e] - key[e])
+                    for e in range(Dv):
+                        cross[d, e] += r * (y[i, e] - value[e])
+        at = end
+    return trace
+
+
+@inner
+def write_supers(x, y, in_metric, list_end, super_end, count, list_base, firsts, size, variance, keys, values):
+    """Write the summaries of one segment's super-lists, whose lists are numbered from list_base on."""
+    key = np.empty(x.shape[1], F)
+    value = np.empty(y.shape[1], F)
+    first = 0
+    at = np.int64(0)
+    for j in range(count):
+        last = super_end[j]
+        end = list_end[last - 1]
+        firsts[j] = list_base + first
+        size[j] = end - at
+        _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
+        at = end
+        first = last
