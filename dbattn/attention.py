@@ -18,7 +18,7 @@ from .index.search import search_rows
 from .query.audit import AuditReport, audit_dense
 from .query.audit import audit as compare
 from .query.call import Call
-from .query.choose import choose_plan
+from .query.choose import choose_plan, recurring
 from .query.execute import Answer, run_plan
 from .query.ladder import Ladder, finish_climb
 from .query.plan import QueryPlan
@@ -133,7 +133,7 @@ class AttentionDB:
     def sync(self) -> None:
         """Bring the index up to the store's rows; for callers that append to ``store`` themselves, as a cache does."""
         self.store.set_start(self.store.start)
-        if not self.store.is_empty:
+        if not self.store.is_empty and self.index.is_due(len(self.store)):
             self.index.extend(self.store, self._first_index_row())
 
     def release(self) -> None:
@@ -173,7 +173,9 @@ class AttentionDB:
             ValueError: an empty store, or a query that does not fit it; states what was received.
         """
         call = self._call(query, scale, softcap, extra, sink_logits)
-        plan, stats = self._plan(call, retrieve=retrieve), self.stats
+        stats = self.stats
+        audit = audit or stats.audit_is_due(self.config)
+        plan = self._plan(call, retrieve=retrieve, exact=audit)
         stats.rows_stored = len(self)
         if plan.is_dense:
             call.needs_lse = return_lse or len(plan.steps) > 1
@@ -181,7 +183,7 @@ class AttentionDB:
             prompt = call.is_prompt
             stats.add_dense(plan.reason, answer.rows_read, 0 if prompt else answer.bytes_read, prompt=prompt)
         else:
-            call.measure = audit = audit or stats.audit_is_due(self.config)
+            call.measure = audit
             answer = self._answer(call, plan, learn=True)
             stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense)
             if stats.index.get("rows") != len(self.index):
@@ -189,7 +191,7 @@ class AttentionDB:
             if audit:
                 stats.add_audit(compare(call, answer, stats.ladder), self.config.max_error)
                 stats.plan = answer.plan
-        out = answer.out.to(query.dtype)
+        out = answer.out if answer.out.dtype == query.dtype else answer.out.to(query.dtype)
         return (out, answer.state[1]) if return_lse else out
 
     def search(self, query: Tensor, k: int, *, scale: float | None = None) -> Hits:
@@ -420,14 +422,21 @@ class AttentionDB:
         )  # fmt: skip
 
     def _plan(
-        self, call: Call, *, retrieve: bool = True, estimate: bool = False, config: RetrievalConfig | None = None
+        self,
+        call: Call,
+        *,
+        retrieve: bool = True,
+        estimate: bool = False,
+        exact: bool = True,
+        config: RetrievalConfig | None = None,
     ) -> QueryPlan:
-        """How a call will be answered under ``config`` (default: our own)."""
+        """How a call will be answered under ``config`` (default: our own); ``exact`` in words and estimates, too."""
+        index, config, work = type(self.index), config or self.config, call.workload
         backend = resolve_backend(call.query)
         plan = choose_plan(
-            type(self.index),
-            config or self.config,
-            call.workload,
+            index,
+            config,
+            work if exact else recurring(index.hot, config, work),
             backend=backend,
             threads=torch.get_num_threads() if backend == "numba" else None,
             retrieve=retrieve,
@@ -444,7 +453,7 @@ class AttentionDB:
         ladder = stats.ladder or Ladder(config)
         climb = ladder.climb(
             call,
-            lambda at_rung: self._plan(call, config=at_rung),
+            lambda at_rung: self._plan(call, config=at_rung, exact=call.measure),
             base=self.index.rows_asked(config, len(self.index)),
             eligible=plan.hot - config.n_sink,
             learn=learn,

@@ -56,7 +56,8 @@ def flat_rows(rows: Tensor) -> tuple[np.ndarray, int, int, int]:
 
 def numpy_queries(query: Tensor) -> np.ndarray:
     """The queries ``[B, Hq, 1, D]`` of one position as contiguous float32 ``[B, Hq, D]``."""
-    return query.detach().float().contiguous().numpy()[:, :, 0]
+    query = query.detach() if query.requires_grad else query
+    return query.float().contiguous().numpy()[:, :, 0]
 
 
 @intrinsic

@@ -184,25 +184,21 @@ def attend_segmented(query, keys, values, table, how, *, start, want_deviation, 
     lists, supers = table.lists, table.supers
     parts = use_torchs_threads()
     scratch, stats = scratch_for(
-        batch,
-        kv_heads,
-        heads // kv_heads,
-        supers.size.shape[2],
-        lists.size.shape[2],
-        min(how.sealed, how.rows_coded),
-        parts,
-    )
-    out, lses = torch.empty(batch, heads, value_dim), torch.empty(5, batch, heads)
-    lses_out, asked = lses.numpy(), numpy_queries(query)
+        batch, kv_heads, heads // kv_heads, supers.size.shape[2], lists.size.shape[2],
+        min(how.sealed, how.rows_coded), parts,
+    )  # fmt: skip
+    # Made by numpy, and with the axis of positions already: cheaper than torch's views of its own.
+    out, lses = np.empty((batch, heads, 1, value_dim), F), np.empty((5, batch, heads, 1), F)
+    lses_out, asked = lses[..., 0], numpy_queries(query)
     reading = Reading(
         how.n_sink, how.sealed, how.length, how.rows_opened, how.rows_coded, how.rows_read, F(how.softcap or 0.0),
         F(how.alpha), F(how.beta), how.tail, parts,
     )  # fmt: skip
     began = time.perf_counter()
     _attend_segmented(
-        asked, *table.flat(keys, values, flat_rows), start.numpy(), F(how.scale), *lists, *supers, table.shape,
+        asked, *table.flat(keys, values, start, flat_rows), F(how.scale), *lists, *supers, table.shape,
         table.cross, table.codes, *reading, *_lanes(heads // kv_heads, dim, value_dim), *_code_lanes(dim), *scratch,
-        out.numpy(), lses_out[0], lses_out[1:], stats,
+        out[:, :, 0], lses_out[0], lses_out[1:], stats,
     )  # fmt: skip
     took = time.perf_counter() - began
     deviation = taken = unread = None
@@ -215,14 +211,14 @@ def attend_segmented(query, keys, values, table, how, *, start, want_deviation, 
         )  # fmt: skip
         deviation = deviation[..., None]
     if details:
-        taken, unread = _details(table, how, scratch, stats, lses)
+        taken, unread = _details(table, how, scratch, stats, torch.from_numpy(lses_out))
     counts = (stats[0] if batch == 1 else stats.sum(axis=0)).tolist()
     spent = counts[CYCLES:VALUES_READ]
     share = took / max(1, sum(spent))
     return SegmentedAnswer(
-        out[:, :, None],
-        lses[0][:, :, None],
-        lses[1:][..., None],
+        torch.from_numpy(out),
+        torch.from_numpy(lses[0]),
+        torch.from_numpy(lses[1:]),
         counts[ROWS_READ],
         counts[ROWS_CODED],
         counts[LISTS_READ],

@@ -57,7 +57,7 @@ class Notice(event.Listener):
 
     def on_start(self, started):
         kernel = started.data["dispatcher"]
-        if not (kernel.__module__.startswith("index_kernels") and kernel.targetoptions.get("parallel")):
+        if not ((kernel.__module__ or "").startswith("index_kernels") and kernel.targetoptions.get("parallel")):
             return
         if not Notice.told:
             Notice.told = True

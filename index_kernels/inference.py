@@ -1,7 +1,6 @@
 """inference_only: answers in the types documented whatever autocast says, and no gradients in silence."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -49,15 +48,14 @@ def inference_only(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
-        if not casting and not torch.is_grad_enabled():
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return call(*args, **kwargs)
+        if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        given = (*args, *kwargs.values())
-        severed = torch.is_grad_enabled() and any(getattr(part, "requires_grad", False) for part in given)
-        with ExitStack() as inside:
-            inside.enter_context(torch.no_grad())
-            for device in casting:
-                inside.enter_context(torch.autocast(device, enabled=False))
+        severed = any(getattr(part, "requires_grad", False) for part in (*args, *kwargs.values()))
+        with torch.no_grad():
             out = function(*args, **kwargs)
         return cast(R, refuse_gradients(out)) if severed else out
 

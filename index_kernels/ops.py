@@ -202,7 +202,7 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-    on_cpu = tensor.device.type == "cpu"
+    on_cpu = tensor.is_cpu
     if backend == "reference" or (backend == "auto" and not tensor.is_cuda and not (on_cpu and _installed("numba"))):
         return "reference"
     if backend == "numba" or (backend == "auto" and on_cpu):

@@ -5,6 +5,7 @@ fused Numba kernel serves it.
 """
 
 import time
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -56,14 +57,20 @@ def attend_segmented(
     """
     if query.shape[2] != 1:
         raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
-    wanted = {"start": start, "want_deviation": want_deviation, "details": details}
     chosen = resolve_backend(query, backend)
     if chosen == "numba":
-        fused = import_module("index_kernels._cpu_segmented")
-        answer: SegmentedAnswer = fused.attend_segmented(query, keys, values, table, how, **wanted)
+        answer: SegmentedAnswer = _fused().attend_segmented(
+            query, keys, values, table, how, start=start, want_deviation=want_deviation, details=details
+        )
         return answer
     check_rows(query, keys, values)
     return _attend(query, keys, values, table, how, start, want_deviation, details, chosen)
+
+
+@cache
+def _fused() -> Any:
+    """The CPU kernel, imported when first needed."""
+    return import_module("index_kernels._cpu_segmented")
 
 
 def _attend(

@@ -127,12 +127,14 @@ class ListTable:
         found: Tensor = self._cache[place]
         return found
 
-    def flat(self, keys: Tensor, values: Tensor, flat_rows: Callable[[Tensor], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """``flat_rows`` of keys and of values; made anew only for other buffers than the last time."""
+    def flat(
+        self, keys: Tensor, values: Tensor, start: Tensor, flat_rows: Callable[[Tensor], tuple[Any, ...]]
+    ) -> tuple[Any, ...]:
+        """``flat_rows`` of keys and of values, and ``start`` as an array; made anew only for others than last time."""
         kept = self._cache.get("flat")
-        if kept is None or kept[0] is not keys:
-            kept = self._cache["flat"] = keys, (*flat_rows(keys), *flat_rows(values))
-        flat: tuple[Any, ...] = kept[1]
+        if kept is None or kept[0] is not keys or kept[1] is not start:
+            kept = self._cache["flat"] = keys, start, (*flat_rows(keys), *flat_rows(values), start.numpy())
+        flat: tuple[Any, ...] = kept[2]
         return flat
 
     def _to(self, device: torch.device) -> Levels:

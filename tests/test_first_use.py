@@ -84,3 +84,11 @@ def test_compiling_is_announced_once_and_kernels_that_are_there_say_nothing(monk
         compiled(x.astype(np.int32))
         assert [record.levelname for record in caplog.records[2:]] == ["INFO"]
     assert x.tolist() == [2, 2, 2]
+
+
+def test_a_kernel_of_someone_else_compiles_beside_ours_wherever_it_comes_from():
+    numba = pytest.importorskip("numba")
+    pytest.importorskip("index_kernels._cpu_start")
+    made = {}
+    exec("def one(): return 1", made)  # of no module, as in a notebook's cell
+    assert numba.njit(made["one"])() == 1

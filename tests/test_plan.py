@@ -11,7 +11,7 @@ from dbattn import RetrievalConfig, dense_attention, relative_error
 from dbattn.config import INDEX_TRAITS
 from dbattn.index import index_class
 from dbattn.query import rates
-from dbattn.query.choose import choose_plan
+from dbattn.query.choose import ROWS_PER_PLAN, choose_plan, recurring
 from dbattn.query.ladder import AUDITS_TO_LEARN, rungs_of
 from dbattn.query.usage import Rates, Workload
 
@@ -94,6 +94,48 @@ def test_the_estimated_cheaper_plan_is_chosen(monkeypatch):
 def choose_anew(db, query):
     choose_plan.cache_clear()
     return db.explain(query)
+
+
+def test_a_decode_call_is_planned_for_once_in_many_rows_and_explained_row_by_row():
+    db, query = filled(index="segmented", k=64, dense_below=0, audit_rate=0.0)
+    keys, values = random_rows(1, dim=32)
+    planned = choose_plan.cache_info().misses
+    for _ in range(ROWS_PER_PLAN):
+        db.insert(keys, values)
+        db.attend(query)
+    assert choose_plan.cache_info().misses - planned <= 4  # as rows are sealed, and as the store grows
+    assert db.explain(query).reason.startswith(f"{len(db)} rows, ")
+    db.attend(query, audit=True)
+    assert db.stats.plan.reason.startswith(f"{len(db)} rows, ")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"index": "segmented", "dense_below": 3000},
+        {"index": "segmented", "dense_below": 3000, "k": 2900, "max_queries": 3},
+        {"index": "flat", "dense_below": 3000, "max_queries": 3},
+        {"index": "ivf", "window": 300, "k": 64, "tail": "sample"},
+    ],
+)
+def test_calls_that_are_planned_together_run_as_each_alone_would(options):
+    config = RetrievalConfig(**options)
+    index, chosen = index_class(config.index_name), {"backend": "numba", "threads": 2, "retrieve": True}
+
+    def runs(work):
+        plan = choose_plan(index, config, work, estimate=False, **chosen)
+        steps = [{**vars(step), "sources": type(step)} for step in plan.steps]
+        return plan.hot, steps, plan.reason if plan.is_dense else None
+
+    together = 0
+    for rows in range(2900, 3200, 3):
+        for indexed in (0, 2816, 2880, rows - 130, rows):
+            for queries in (1, 3):
+                work = Workload(rows, queries, min(indexed, rows), first_index_row=4)
+                shared = recurring(index.hot, config, work)
+                together += shared is not work
+                assert runs(shared) == runs(work)
+    assert together > 50
 
 
 def test_an_index_asked_for_by_name_is_used_unless_estimates_are_asked_for_too():

@@ -47,7 +47,9 @@ def attention_function(
     values_too = layer is getattr(value, "_dbattn", None)
     if layer is not None and layer.db is not None and values_too:
         db = layer.db
-        start = torch.zeros_like(db.store.start) if padding is None else padding
+        start = padding
+        if start is None:
+            start = torch.zeros_like(db.store.start) if db.store.has_padding else db.store.start
         # The newest position sees every row either way: one query is causal.
         in_order = causal or query.shape[2] == 1
         if in_order and (attention_mask is None or padding is not None) and db.store.can_start_at(start):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -136,35 +136,32 @@ class ListScan(Step):
     def run(self, call: Call) -> StepAnswer:
         """See Step; one kernel call per position."""
         index: SegmentedStore = call.index  # type: ignore[assignment]  # no other index offers this step
-        m, first = call.query.shape[2], len(call.store) - call.query.shape[2] + 1
-        found = [self.attend(call, index, call.query[:, :, i : i + 1], first + i) for i in range(m)]
-        units = call.query.shape[0] * call.store.num_kv_heads * m
-        rows = sum(one.rows_read for one in found) / units
-        hot = call.config.n_sink + len(call.store) - (m - 1) / 2 - len(index)
-
-        def cat(name: str, dim: int) -> Tensor:
-            parts = [getattr(one, name) for one in found]
-            return parts[0] if m == 1 else torch.cat(parts, dim=dim)
-
-        lse, lses = cat("lse", 2), cat("lse_by_source", 3)
-        sizes = self._bytes(call, index, found, hot, units)
+        batch, _, m, _ = call.query.shape
+        length = len(call.store)
+        queries = (call.query,) if m == 1 else call.query.split(1, dim=2)
+        found = [self.attend(call, index, query, length - m + 1 + i) for i, query in enumerate(queries)]
+        whole = found[0] if m == 1 else _joined(found)
+        units = batch * call.store.num_kv_heads * m
+        rows = whole.rows_read / units
+        hot = call.config.n_sink + length - (m - 1) / 2 - len(index)
+        sizes = self._bytes(call, index, whole, hot, units)
         answer = StepAnswer(
-            cat("out", 2),
-            lse,
-            lses=lses[: len(self.sources)],
+            whole.out,
+            whole.lse,
             rows_read=rows + hot,
             rows_retrieved=rows,
             bytes_read=sum(sizes),
-            deviation=partial(_share, cat("deviation", 2), lse) if self.bounded else None,
+            deviation=None if whole.deviation is None else partial(_share, whole.deviation, whole.lse),
             tail="centroid" if self.tail else "none",
         )
         if not call.measure:
             return answer
+        lses = whole.lse_by_source
         exact_lse = torch.logaddexp(lses[0], lses[1])
         slots = [slots_of(one.taken, call.query.shape[1])[:, :, None] for one in found if one.taken is not None]
         widest = max(part.shape[-1] for part in slots)
         padded = [pad(part, (0, widest - part.shape[-1]), value=-1) for part in slots]
-        opened, scored = (sum(getattr(one, name) for one in found) for name in ("lists_opened", "summaries_read"))
+        opened, scored = whole.lists_opened, whole.summaries_read
         times = [sum(one.seconds[i] for one in found) for i in range(4)]
         usages = (
             Usage(hot, sizes[0], 0.0, times[0]),
@@ -174,6 +171,7 @@ class ListScan(Step):
         )
         return answer._replace(
             usages=usages[: len(self.sources)],
+            lses=lses[: len(self.sources)],
             exact_lse=exact_lse,
             slots=torch.cat(padded, dim=2),
             unread=found[-1].unread,
@@ -193,15 +191,33 @@ class ListScan(Step):
         )  # fmt: skip
 
     def _bytes(
-        self, call: Call, index: SegmentedStore, found: list[SegmentedAnswer], hot: float, units: int
+        self, call: Call, index: SegmentedStore, whole: SegmentedAnswer, hot: float, units: int
     ) -> tuple[int, int, int, int]:
         """Bytes of each source: keys of summaries and codes are read to choose rows, mean values by what answers."""
         per_row, value_bytes = call.store.row_bytes, vector_bytes(call.store.value_dim)
-        names = ("rows_read", "rows_coded", "summaries_read", "lists_opened", "values_read")
-        rows, coded, scored, opened, values = (sum(getattr(one, name) for one in found) for name in names)
-        choosing = scored * (index.summary_bytes - value_bytes) + coded * code_bytes(call.store.head_dim)
-        of_codes = min(opened, values) * value_bytes if self.tail else 0
-        return int(units * hot) * per_row, rows * per_row + choosing, of_codes, values * value_bytes - of_codes
+        choosing = whole.summaries_read * (index.summary_bytes - value_bytes)
+        choosing += whole.rows_coded * code_bytes(call.store.head_dim)
+        of_codes = min(whole.lists_opened, whole.values_read) * value_bytes if self.tail else 0
+        of_rows = whole.rows_read * per_row + choosing
+        return int(units * hot) * per_row, of_rows, of_codes, whole.values_read * value_bytes - of_codes
+
+
+# Along which axis positions stand in what is said of each; all else is counted.
+_BY_POSITION = {"out": 2, "lse": 2, "lse_by_source": 3, "deviation": 2}
+
+
+def _joined(found: list[SegmentedAnswer]) -> SegmentedAnswer:
+    """The answers for several positions as one; what is told of a position alone is left out."""
+    first = found[0]
+    tensors: dict[str, Any] = {
+        name: torch.cat([getattr(one, name) for one in found], dim=dim)
+        for name, dim in _BY_POSITION.items()
+        if getattr(first, name) is not None
+    }
+    counts: dict[str, Any] = {
+        name: sum(getattr(one, name) for one in found) for name, value in first._asdict().items() if type(value) is int
+    }
+    return first._replace(**tensors, **counts)
 
 
 def _share(deviation: Tensor, lse: Tensor, whole: Tensor) -> Tensor:

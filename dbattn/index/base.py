@@ -102,6 +102,10 @@ class KeyIndex(ABC):
     def __len__(self) -> int:
         """Rows ``[0, len)`` of the store are answered for; later rows are hot."""
 
+    def is_due(self, rows: int) -> bool:
+        """Whether ``extend`` would change anything for a store of so many rows; True where that is not known."""
+        return True
+
     @abstractmethod
     def extend(self, store: KVStore, lo: Tensor) -> None:
         """Take in the store's rows that are not indexed yet, as many as fill whole blocks."""

@@ -119,6 +119,10 @@ class SegmentedIndex(KeyIndex):
     def __len__(self) -> int:
         return self._bounds[-1]
 
+    def is_due(self, rows: int) -> bool:
+        """See KeyIndex; where segments end follows from how many rows they hold."""
+        return len(self) != max(rows - self._window, 0) // SEGMENT_ROWS[-1] * SEGMENT_ROWS[-1]
+
     def extend(self, store: KVStore, lo: Tensor) -> None:
         """See KeyIndex; seals what is due, merging smaller segments into larger ones."""
         target = segment_bounds(max(len(store) - self._window, 0))

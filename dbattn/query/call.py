@@ -63,16 +63,14 @@ class Call:
         sink_logits: Tensor | None = None,
     ) -> "Call":
         """The call with its default scale; ValueError states what was received where it does not fit the store."""
-        keys, dim = store.rows[0], store.head_dim
-        if query.ndim != 4 or query.shape[0] != keys.shape[0] or query.shape[3] != dim:
-            raise ValueError(f"query has shape {list(query.shape)}, expected [{keys.shape[0]}, Hq, m, {dim}]")
-        if not 1 <= query.shape[2] <= len(store):
-            raise ValueError(
-                f"query has {query.shape[2]} positions, expected 1 to {len(store)}: they are the newest rows"
-            )
+        keys, dim, shape = store.buffers[0], store.head_dim, query.shape
+        if len(shape) != 4 or shape[0] != keys.shape[0] or shape[3] != dim:
+            raise ValueError(f"query has shape {list(shape)}, expected [{keys.shape[0]}, Hq, m, {dim}]")
+        if not 1 <= shape[2] <= len(store):
+            raise ValueError(f"query has {shape[2]} positions, expected 1 to {len(store)}: they are the newest rows")
         check_queries("query is", query, store.num_kv_heads, keys.device)
         if scale is None:
-            scale = float(query.shape[-1] ** -0.5)
+            scale = dim**-0.5
         elif not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale is {scale}, expected a positive number: an index finds the largest products")
         if sink_logits is not None:
@@ -86,14 +84,14 @@ class Call:
     @property
     def workload(self) -> Workload:
         """What the planner knows of the call."""
-        store = self.store
+        store, (batch, heads, m, _) = self.store, self.query.shape
         return Workload(
             rows=len(store),
-            queries=self.query.shape[2],
+            queries=m,
             indexed=len(self.index),
             first_index_row=self.config.n_sink + (int(store.start.min()) if store.has_padding else 0),
-            batch=self.query.shape[0],
-            heads=self.query.shape[1],
+            batch=batch,
+            heads=heads,
             kv_heads=store.num_kv_heads,
             dim=store.head_dim,
             value_dim=store.value_dim,

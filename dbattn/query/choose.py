@@ -1,5 +1,6 @@
 """Choosing a plan: the cheapest that the config allows for one call."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Protocol
@@ -9,6 +10,9 @@ from .plan import QueryPlan, Step
 from .rates import SCAN, TimedIndex, rates
 from .steps import DenseScan
 from .usage import Rates, Workload
+
+# A growing store is planned for anew after so many rows, where the rules of the plan allow it.
+ROWS_PER_PLAN = 64
 
 
 class PlannedIndex(TimedIndex, Protocol):
@@ -102,6 +106,15 @@ def choose_plan(
             return replace(dense("a dense scan is estimated to be faster"), seconds_dense=seconds_dense)
     reason = f"{work.rows} rows, {index.asked(config)}"
     return QueryPlan(steps, reason, hot, backend, seconds, seconds_dense)
+
+
+def recurring(hot_of: Callable[[RetrievalConfig, Workload], int], config: RetrievalConfig, work: Workload) -> Workload:
+    """A call whose plan runs as the one for ``work`` does, the same for neighbouring calls; only its words differ."""
+    near = Workload(work.rows + -work.rows % ROWS_PER_PLAN, *work[1:])
+    hot, least = hot_of(config, work), max(config.dense_below_rows or 0, config.traits.dense_below)
+    # In between no rule about rows may apply, nor may the rows that are scanned exactly differ.
+    same = work.rows >= least and hot <= work.rows - work.queries and hot == hot_of(config, near)
+    return near if same else work
 
 
 def _seconds(steps: tuple[Step, ...]) -> float:

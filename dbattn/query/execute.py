@@ -1,7 +1,9 @@
 """Running a plan: each step becomes a state (out, lse), and the states are merged."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +14,8 @@ from .call import Call
 from .plan import QueryPlan, StepAnswer
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A plan that has run.
+class Answer(NamedTuple):
+    """A plan that has run. (A tuple, as StepAnswer: one is made at every call.)
 
     Attributes:
         out: ``[B, Hq, m, Dv]`` float32; in the query's dtype where no lse was needed.
@@ -57,30 +58,50 @@ class Answer:
 def run_plan(plan: QueryPlan, call: Call) -> Answer:
     """Answer a call by a plan."""
     found = [step.run(call) for step in plan.steps]
-    if len(found) == 1:
-        out, lse = found[0].out, found[0].lse
-    else:
-        out, lse = merged([(one.out, one.lse) for one in found])
-    deviations = [one.deviation(lse) for one in found if one.deviation is not None and lse is not None]
+    whole = found[0] if len(found) == 1 else _together(found)
     answer = Answer(
+        whole.out,
+        whole.lse,
+        whole.lse if whole.exact_lse is None else whole.exact_lse,
+        whole.rows_retrieved,
+        whole.rows_read,
+        whole.bytes_read,
+        plan,
+        whole.slots,
+        None if whole.deviation is None or whole.lse is None else whole.deviation(whole.lse),
+        whole.tail,
+        whole.unread,
+        whole.log_weights,
+    )
+    return answer._replace(plan=_measured(plan, found, whole.lse)) if call.measure else answer
+
+
+def _together(found: Sequence[StepAnswer]) -> StepAnswer:
+    """What several steps made of a call, as if one had."""
+    out, lse = merged([(one.out, one.lse) for one in found])
+    deviations = [one.deviation for one in found if one.deviation is not None]
+    return StepAnswer(
         out,
         lse,
-        _exact_lse(found, lse),
-        sum(one.rows_retrieved for one in found),
-        sum(one.rows_read for one in found),
-        sum(one.bytes_read for one in found),
-        plan,
-        _first(one.slots for one in found),
-        torch.stack(deviations).square().sum(dim=0).sqrt() if len(deviations) > 1 else next(iter(deviations), None),
-        next((one.tail for one in found if one.tail != "none"), "none"),
-        _first(one.unread for one in found),
-        _first(one.log_weights for one in found),
+        exact_lse=_exact_lse(found),
+        rows_read=sum(one.rows_read for one in found),
+        rows_retrieved=sum(one.rows_retrieved for one in found),
+        bytes_read=sum(one.bytes_read for one in found),
+        slots=_first(one.slots for one in found),
+        deviation=partial(_summed, deviations) if len(deviations) > 1 else next(iter(deviations), None),
+        tail=next((one.tail for one in found if one.tail != "none"), "none"),
+        unread=_first(one.unread for one in found),
+        log_weights=_first(one.log_weights for one in found),
     )
-    return replace(answer, plan=_measured(plan, found, lse)) if call.measure else answer
 
 
 def _first(found: Iterable[Tensor | None]) -> Tensor | None:
     return next((one for one in found if one is not None), None)
+
+
+def _summed(deviations: Sequence[Callable[[Tensor], Tensor]], lse: Tensor) -> Tensor:
+    """The deviation of several steps, each independent of the others."""
+    return torch.stack([one(lse) for one in deviations]).square().sum(dim=0).sqrt()
 
 
 def merged(states: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
@@ -93,9 +114,9 @@ def merged(states: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tens
     return out, lse
 
 
-def _exact_lse(found: Sequence[StepAnswer], lse: Tensor | None) -> Tensor | None:
+def _exact_lse(found: Sequence[StepAnswer]) -> Tensor | None:
     if all(one.exact_lse is None for one in found):
-        return lse
+        return None
     parts = [one.lse if one.exact_lse is None else one.exact_lse for one in found]
     exact = parts[0]
     for part in parts[1:]:

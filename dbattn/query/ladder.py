@@ -186,8 +186,7 @@ def finish_climb(climb: Climb, call: Call) -> Answer:
         step = replace(step, sources=(replace(step.sources[0], actual=usage),))
         plan = replace(plan, steps=(*plan.steps, step))
     plan = replace(plan, seconds=seconds if call.measure else None)
-    return replace(
-        answer,
+    return answer._replace(
         out=out,
         lse=lse,
         exact_lse=exact_lse,

@@ -79,11 +79,11 @@ class KVStore:
         self._check(keys, values)
         self.requires_grad |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         keys, values = stored("keys", keys, self.storage), stored("values", values, self.storage)
-        length = self._length + keys.shape[2]
-        self._reserve(keys, values, length)
+        added = keys.shape[2]
+        self._reserve(keys, values, self._length + added)
         for buffer, rows in zip(self.buffers, (keys, values), strict=True):
-            buffer[:, :, self._length : length] = rows.detach()
-        self._length = length
+            buffer.narrow(2, self._length, added).copy_(rows.detach())
+        self._length += added
 
     def widen(self, dtype: torch.dtype) -> torch.dtype:
         """Keep rows in a float type that holds those of ``dtype`` too, and return it: the wider one of both.
@@ -93,7 +93,7 @@ class KVStore:
         if self.storage is not None or not self._has_buffers:
             return dtype
         keys, values = self.buffers
-        wider = torch.promote_types(keys.dtype, dtype)
+        wider = dtype if dtype == keys.dtype else torch.promote_types(keys.dtype, dtype)
         if wider != keys.dtype:
             with torch.inference_mode(False), torch.no_grad():
                 self._buffers = keys.to(wider), values.to(wider)
@@ -115,7 +115,7 @@ class KVStore:
 
     def can_start_at(self, start: Tensor) -> bool:
         """Whether ``set_start`` would accept ``start [B]``."""
-        if torch.equal(start, self.start):
+        if start is self.start or torch.equal(start, self.start):
             return True
         unsettled = (self.start >= self._settled) & (start >= self._settled)
         return bool(((start == self.start) | unsettled).all())
@@ -128,6 +128,9 @@ class KVStore:
         Raises:
             ValueError: a wrong shape, a negative start, or a batch row that already has valid rows.
         """
+        if start is self.start:  # it fitted before
+            self._settled = self._length
+            return
         if start.shape != self.start.shape or start.dtype != torch.int64 or start.device != self.start.device:
             raise ValueError(
                 f"start is {start.dtype} {list(start.shape)} on {start.device}, "
@@ -138,8 +141,7 @@ class KVStore:
         if not self.can_start_at(start):
             raise ValueError(f"start {start.tolist()} differs from {self.start.tolist()} for rows that are stored")
         self._settled = self._length
-        if start is not self.start:
-            self._set_start(start.clone())
+        self._set_start(start.clone())
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows.
@@ -187,7 +189,7 @@ class KVStore:
     def rows(self) -> tuple[Tensor, Tensor]:
         """Zero-copy views of keys and values as they are stored, ``[B, Hkv, n, D]`` or packed; what kernels read."""
         keys, values = self.buffers
-        return keys[:, :, : self._length], values[:, :, : self._length]
+        return keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
 
     @property
     def keys(self) -> Tensor:
@@ -277,16 +279,15 @@ class KVStore:
             ("keys", keys, self.head_dim, held[0]),
             ("values", values, self.value_dim, held[1]),
         ):
-            batch = "B" if buffer is None else buffer.shape[0]
-            expected = f"[{batch}, {self.num_kv_heads}, n, {dim}]"
-            if rows.ndim != 4 or rows.shape[1] != self.num_kv_heads or rows.shape[3] != dim or rows.shape[0] == 0:
-                raise ValueError(f"{name} have shape {list(rows.shape)}, expected {expected}")
+            shape, batch = rows.shape, None if buffer is None else buffer.shape[0]
+            fits = len(shape) == 4 and shape[0] and (shape[1], shape[3]) == (self.num_kv_heads, dim)
+            if not fits or batch not in (None, shape[0]):
+                expected = f"[{batch or 'B'}, {self.num_kv_heads}, n, {dim}]"
+                raise ValueError(f"{name} have shape {list(shape)}, expected {expected}")
             if rows.dtype not in FLOATS:
                 raise ValueError(f"{name} have dtype {rows.dtype}, expected one of float32, float16, bfloat16")
             if buffer is None:
                 continue
-            if rows.shape[0] != buffer.shape[0]:
-                raise ValueError(f"{name} have shape {list(rows.shape)}, expected {expected}")
             if (self.storage is None and rows.dtype != buffer.dtype) or rows.device != buffer.device:
                 raise ValueError(
                     f"{name} are {rows.dtype} on {rows.device}, the store holds {buffer.dtype} on {buffer.device}"
