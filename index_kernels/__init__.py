@@ -3,6 +3,7 @@
 from .lists import attend_lists, probe_lists, summary_logits, unread_deviation
 from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
 from .packed import floats, pack_rows
+from .rotation import rotate
 from .seal import seal_rows, unseal_rows
 from .segmented import attend_segmented
 from .summaries import (
@@ -35,6 +36,7 @@ __all__ = [
     "probe_lists",
     "read_bandwidth",
     "resolve_backend",
+    "rotate",
     "seal_rows",
     "summary_logits",
     "top_k",

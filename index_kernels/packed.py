@@ -3,9 +3,11 @@
 A row of D numbers takes D + 4 bytes: D int8 numbers, then the four bytes of a float32 scale, in the machine's order.
 Number d of the row is ``int8[d] * scale``. A row is whole in itself: whatever moves rows moves their scales along.
 
-A code is the same in 4 bits, of a rotated row: byte j holds number j in its low half and number j + ceil(D / 2) in its
-high half, -7 to 7, plus 8. The rotation (Hadamard's matrix, over blocks of the largest power of two that divides
-D) spreads what is large over all numbers; products of rows rotated alike are what they were.
+Rows are best rotated before they are packed (Hadamard's matrix, over blocks of the largest power of two that divides
+D): it spreads what is large over all numbers, and products of rows rotated alike are what they were.
+
+A code is the same in 4 bits: byte j holds number j in its low half and number j + ceil(D / 2) in its high half, -7 to
+7, plus 8. Every other number changes its sign before the rotation, as rows that were rotated once would be turned back.
 """
 
 import torch

@@ -1,0 +1,47 @@
+"""rotated: rows times Hadamard's matrix; bit for bit what packed.rotated, its specification, makes."""
+
+# mypy: ignore-errors
+# (Numba compiles the kernel and infers its types itself.)
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ._cpu_common import FAST, F
+
+
+def rotated(rows: Tensor) -> Tensor:
+    """See packed.rotated."""
+    given = rows.detach().float().contiguous().numpy()
+    turned = np.empty_like(given)
+    _rotated(given.reshape(-1, given.shape[-1]), turned.reshape(-1, given.shape[-1]))
+    return torch.from_numpy(turned)
+
+
+@njit(fastmath=FAST, cache=True, nogil=True)
+def _rotated(rows, turned):
+    D = rows.shape[1]
+    block = D & -D
+    half = block // 2
+    unit = F(1.0) / np.sqrt(F(block))
+    one = np.empty(block, F)
+    two = np.empty(block, F)
+    for i in range(rows.shape[0]):
+        for base in range(0, D, block):
+            row = rows[i, base : base + block]
+            out = turned[i, base : base + block]
+            for d in range(block):
+                one[d] = row[d]
+            x, y = one, two
+            stage = 1
+            # Neighbours are paired and the results go half a block apart: vectors at every stage, in order at the end.
+            while stage < block:
+                for d in range(half):
+                    low, high = x[2 * d], x[2 * d + 1]
+                    y[d] = low + high
+                    y[half + d] = low - high
+                x, y = y, x
+                stage *= 2
+            for d in range(block):
+                out[d] = x[d] * unit
