@@ -187,11 +187,12 @@ class AttentionDB:
             answer = self._answer(call, plan, learn=True)
             stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense)
             if stats.index.get("rows") != len(self.index):
-                stats.index = self.index.describe()
+                stats.index = self.index.describe() | ({"rows kept as": kept} if (kept := self.store.kept) else {})
             if audit:
                 stats.add_audit(compare(call, answer, stats.ladder), self.config.max_error)
                 stats.plan = answer.plan
-        out = answer.out if answer.out.dtype == query.dtype else answer.out.to(query.dtype)
+        out = self.store.turn(answer.out)
+        out = out if out.dtype == query.dtype else out.to(query.dtype)
         return (out, answer.state[1]) if return_lse else out
 
     def search(self, query: Tensor, k: int, *, scale: float | None = None) -> Hits:

@@ -59,8 +59,9 @@ class RetrievalConfig:
         max_error: bound on the relative error of the output, 0 to 1. Queries whose estimated error breaks it are
             answered with more rows, in the end densely; audits keep the estimates right. Default: no bound.
         storage: what rows are kept as: "float32", "float16", "bfloat16", or "int8", a quarter of float32, each key and
-            each value with one scale (on the CPU only: no GPU kernel reads it). Audits compare with a dense scan of the
-            rows as they are kept; what a narrower type itself adds to the error comes on top. Default: as they come.
+            each value rotated by Hadamard's matrix and rounded with one scale (on the CPU only: no GPU kernel reads
+            it). Audits compare with a dense scan of the rows as they are kept; what a narrower type itself adds to the
+            error comes on top. Default: as they come.
         audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1.
         nprobe: lists probed per query ("ivf" only, default 128).
         ef_search: candidates kept while walking the graph ("hnsw" only, default 256).

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from dbattn import RetrievalConfig
 from dbattn.hf import wrap
 from dbattn.hf.stored_rows import StoredRows
+from index_kernels import rotate
 
 OPTIONS = {"k": 24, "window": 8, "n_sink": 2, "dense_below": 0, "audit_rate": 0.0}
 
@@ -33,6 +34,7 @@ def test_a_model_generates_from_rows_of_another_type(index, storage):
         with wrap(model, RetrievalConfig(index=index, storage=storage, **OPTIONS)) as handle:
             generate(model, inputs, max_new_tokens=4)
             assert all(layer.retrieving == 3 for layer in handle.report().layers)
+            assert ("rows kept as int8, rotated" in handle.report().layers[0].remarks) == (storage == "int8")
 
 
 def test_a_decode_step_makes_no_floats_of_all_rows(monkeypatch):
@@ -93,3 +95,19 @@ def test_a_cache_moves_between_wraps_of_different_storage():
         rows = cache.layers[0].db.store.rows[0]
         assert rows.dtype == torch.float32
         assert torch.equal(rows[:, :, :700], kept.store.keys[:, :, :700])
+
+
+def test_what_a_cache_learnt_moves_with_it_between_wraps_of_different_storage():
+    model, inputs = tiny(max_position_embeddings=2048), prompt(batch=1, length=1200, padding=())
+    metrics = []
+    with torch.inference_mode():
+        for storages in (("int8", "float32"), ("float32", "int8"), ("float32", "float32")):
+            cache = DynamicCache(config=model.config)
+            for storage, ids in zip(storages, (inputs["input_ids"], torch.tensor([[5]])), strict=True):
+                with wrap(model, RetrievalConfig(index="segmented", storage=storage, **OPTIONS)):
+                    model(ids, past_key_values=cache)
+            store = cache.layers[0].db.store
+            metric = store.sample.metric(1024, store.start, 2)[0]
+            metrics.append(rotate(rotate(metric).transpose(2, 3)) if storages[1] == "int8" else metric)
+    for each in metrics[:2]:
+        assert (each - metrics[2]).norm() < 0.02 * metrics[2].norm()

@@ -11,13 +11,13 @@ from test_snapshot import forge, sign
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dbattn import AttentionDB, RetrievalConfig, dense_attention, relative_error
+from dbattn import AttentionDB, RetrievalConfig, RowSource, StateSource, dense_attention, relative_error
 from dbattn.config import INDEX_TRAITS, STORAGES
-from dbattn.snapshot import SnapshotError
+from dbattn.snapshot import SnapshotError, describe
 from dbattn.store import KVStore
-from dbattn.store.storage import check_finite
-from index_kernels import attend_rows, dense_decode, floats, pack_rows, top_k
-from index_kernels.packed import scales
+from dbattn.store.storage import LARGEST, check_finite
+from index_kernels import attend_rows, dense_decode, floats, pack_rows, rotate, top_k
+from index_kernels.packed import rotated, scales
 
 INDEXES = sorted(INDEX_TRAITS)
 rows = partial(conftest.random_rows, value_dim=8)
@@ -38,6 +38,14 @@ def kept(keys, values, storage="int8"):
     store = KVStore(keys.shape[1], keys.shape[3], values.shape[3], storage)
     store.append(keys, values)
     return store.keys.float(), store.values.float()
+
+
+def unrotated(keys, values, **options):
+    """An int8 database as it was before rows were rotated."""
+    db = database(keys[:, :, :0], values[:, :, :0], **options)
+    db.store.rotated = False
+    db.insert(keys, values)
+    return db
 
 
 class LargestMade(TorchDispatchMode):
@@ -269,7 +277,7 @@ def test_a_scale_that_is_none_is_refused(scale):
         check_finite("keys", there)
 
 
-@pytest.mark.parametrize(("storage", "mean"), [("int8", 0.02), ("bfloat16", 0.005), ("float16", 1e-6)])
+@pytest.mark.parametrize(("storage", "mean"), [("int8", 0.01), ("bfloat16", 0.005), ("float16", 1e-6)])
 @pytest.mark.parametrize("layer", [8, 22])
 def test_what_a_storage_adds_to_the_error_on_real_rows(storage, mean, layer):
     """The rows were captured as float16, so that type adds nothing here."""
@@ -291,3 +299,144 @@ def test_retrieval_from_packed_rows_errs_like_that_from_floats(layer):
     }
     print(f"layer {layer}: {errors}")
     assert errors["int8"] < errors["float32"] + 0.03
+
+
+@pytest.mark.parametrize("dim", [1, 6, 13, 64, 96, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_rotation_is_hadamards_matrix_in_blocks_and_undoes_itself(dim, dtype):
+    block = next(size for size in (256, 64, 32, 2, 1) if dim % size == 0)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+    given = torch.randn(2, 7, 3, dim).to(dtype).transpose(1, 2)
+    before, turned = given.clone(), rotate(given)
+    expected = given.float() @ torch.block_diag(*[matrix / block**0.5] * (dim // block))
+    torch.testing.assert_close(turned, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotate(turned), given.float(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(given, before)
+    # Rows are what they are however many come at once, and whichever kernel turns them.
+    assert torch.equal(rotate(given[:, 1:2, 4:5]), turned[:, 1:2, 4:5])
+    assert torch.equal(rotated(given), turned)
+    assert rotate(given[:, :, :0]).shape == (2, 3, 0, dim)
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_few_large_channels_do_not_cost_the_others_their_precision(index):
+    """As keys of Gemma and Qwen have them: one scale for all numbers of a row would round the others away."""
+    keys, values = conftest.random_rows(1200, dim=64)
+    keys[..., 5] += 40
+    values[..., 7] += 20
+    query = torch.randn(1, 4, 1, 64)
+    query[..., 5] = 0
+    exact = dense_attention(query, keys, values)
+    errors = [
+        float(relative_error(make(keys, values, index=index, k=1200).attend(query), exact).mean())
+        for make in (database, unrotated)
+    ]
+    print(errors)
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("retrieve", [True, False])
+def test_what_comes_with_a_call_meets_rows_as_kept(index, m, retrieve):
+    keys, values = rows(1500, batch=2)
+    db = database(keys, values, index=index, k=1500, max_queries=8)
+    far, query, sink = rows(40, batch=2), torch.randn(2, 4, m, 16), torch.randn(4)
+    here = [torch.cat(parts, dim=2) for parts in zip(far, kept(keys, values), strict=True)]
+    options = {"softcap": 4.0, "return_lse": True}
+    wanted = dense_attention(query, *here, **options)
+    for extra in (RowSource(*far), RowSource(*(x.half() for x in far)), RowSource(*(pack_rows(x) for x in far))):
+        for got, exact in zip(db.attend(query, extra=extra, retrieve=retrieve, **options), wanted, strict=True):
+            torch.testing.assert_close(got, exact, atol=5e-3, rtol=5e-3)
+    # A state over the same rows says the same, to float32's rounding.
+    log_weights = torch.zeros(m, 40)
+    by_rows = db.attend(query, extra=RowSource(*far, log_weights), sink_logits=sink, retrieve=retrieve, **options)
+    state = StateSource(*RowSource(*far, log_weights).state(query, scale=0.25, softcap=4.0))
+    by_state = db.attend(query, extra=state, sink_logits=sink, retrieve=retrieve, **options)
+    for one, other in zip(by_rows, by_state, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_search_and_weights_are_those_of_the_rows_as_kept(index):
+    keys, values = rows(900)
+    db = database(keys, values, index=index, k=900)
+    query = torch.randn(1, 4, 1, 16)
+    grouped = db.keys.repeat_interleave(2, dim=1)
+    logits = (query @ grouped.transpose(2, 3)) / 4
+    torch.testing.assert_close(db.search(query, 5).scores, logits.topk(5).values)
+    torch.testing.assert_close(db.weights(query), logits.softmax(dim=-1)[:, :, 0])
+
+
+@pytest.mark.parametrize("index", ["segmented", "ivf", "hnsw"])
+def test_what_queries_teach_is_the_same_whatever_rows_are_kept_as(index):
+    keys, values = conftest.random_rows(2400)
+    # Along four numbers queries are large: only there must lists tell keys apart.
+    queries = torch.randn(1, 4, 2400, 16) * torch.tensor([4.0] * 4 + [0.2] * 12)
+    metrics, masses = [], []
+    for storage in ("float32", "int8"):
+        config = RetrievalConfig(index=index, k=64, dense_below=0, n_sink=2, window=8, storage=storage)
+        db = AttentionDB(2, 16, config=config)
+        db.insert(keys, values, queries)
+        metrics.append(db.store.sample.metric(1024, db.store.start, 2)[0])
+        masses.append(sum(db.audit(queries[:, :, i : i + 1]).attention_mass for i in range(8)) / 8)
+    torch.testing.assert_close(rotate(rotate(metrics[1]).transpose(2, 3)), metrics[0], atol=1e-4, rtol=1e-4)
+    print(masses)
+    assert abs(masses[1] - masses[0]) < 0.03
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_a_snapshot_from_before_rows_were_rotated_answers_as_it_did(index, tmp_path):
+    keys, values = rows(2600)
+    old, new = (make(keys, values, index=index, k=64) for make in (unrotated, database))
+    old.save(tmp_path / "old")
+    new.save(tmp_path / "new")
+    marks = [describe(tmp_path / name).layers[0].to_dict().get("rotated") for name in ("old", "new")]
+    assert marks == [None, True]
+    opened = AttentionDB.open(tmp_path / "old")
+    query = torch.randn(1, 4, 1, 16)
+    assert torch.equal(opened.attend(query), old.attend(query))
+    assert torch.equal(opened.keys, old.keys)
+    for db in (old, opened):
+        db.insert(keys[:, :, :500], values[:, :, :500])
+    assert torch.equal(opened.attend(query), old.attend(query))
+    assert relative_error(opened.keys[:, :, 2600:], keys[:, :, :500]).max() < 0.02
+    opened.save(tmp_path / "old")
+    assert "rotated" not in (tmp_path / "old" / "manifest.json").read_text()
+    assert "kept as int8\n" in str(opened.explain(query))
+    assert "rows kept as int8, rotated\n" in str(AttentionDB.open(tmp_path / "new").explain(query))
+    # Emptied, it is as new.
+    opened.truncate(0)
+    opened.insert(keys, values)
+    assert torch.equal(opened.attend(query), new.attend(query))
+
+
+def test_a_manifest_that_says_of_other_rows_that_they_are_rotated_is_refused(tmp_path):
+    for name, storage, mark in (("a", "int8", False), ("b", "int8", 1), ("c", "float16", True), ("d", None, True)):
+        database(*rows(50), index="flat", storage=storage).save(tmp_path / name)
+        sign(tmp_path / name, lambda data, mark=mark: data["layers"][0].update(rotated=mark))
+        with pytest.raises(SnapshotError, match=r"layers\[0\].rotated is .*, expected true with int8"):
+            AttentionDB.open(tmp_path / name)
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_rows_as_large_as_they_may_be_survive_a_snapshot(index, tmp_path):
+    """All numbers alike are one number once rotated, four times as large."""
+    keys, values = (torch.full((1, 2, 300, dim), LARGEST) for dim in (16, 8))
+    keys[:, :, :, 3:] *= -1
+    keys[:, :, 1::2] *= 0.5
+    db = database(keys, values, index=index, k=16)
+    db.save(tmp_path / "a")
+    answer = AttentionDB.open(tmp_path / "a").attend(torch.zeros(1, 4, 1, 16))
+    assert relative_error(answer, values[:, :, :1].repeat_interleave(2, dim=1)).max() < 0.01
+    larger = torch.tensor([2 * LARGEST / 127]).view(torch.int8)
+
+    def forged(tensors):
+        tensors["layer.0.keys"][0, 1, 7] = 127
+        tensors["layer.0.keys"][0, 1, 7, 16:] = larger
+
+    forge(tmp_path / "a", "segment" if index == "segmented" else "rows", forged)
+    with pytest.raises(SnapshotError, match=r"keys hold 1\..*e\+08 at \[0, 1, 7, 0\], expected at most 1e\+08"):
+        AttentionDB.open(tmp_path / "a")

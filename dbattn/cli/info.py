@@ -52,7 +52,7 @@ def _facts(info: SnapshotInfo) -> dict[str, Any]:
         "layers": len(info.layers),
         "kv_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
-        "dtype": layer.dtype,
+        "dtype": f"{layer.dtype}, rotated" if layer.rotated else layer.dtype,
         "rows_indexed": layer.indexed,
         "bytes_on_disk": info.nbytes,
         "bytes_per_token": round(info.nbytes / info.rows) if info.rows else None,

@@ -118,7 +118,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.db.store.append(key_states.to(self.dtype), value_states.to(self.dtype))
         if not self.session.serving:
             self.db.release()
-        keys, values = (rows_as(rows, self.dtype) for rows in self.db.store.rows)
+        store = self.db.store
+        keys, values = (rows_as(rows, self.dtype, rotated=store.rotated) for rows in store.rows)
         if torch.is_grad_enabled() and self.db.requires_grad:
             keys, values = refuse_gradients(keys), refuse_gradients(values)
         for rows in (keys, values):

@@ -163,7 +163,7 @@ class Session:
             assert layer.db is not None
             if layer.db.store.has_padding:
                 ours.db.store.set_start(layer.db.store.start)
-            ours.db.store.sample = copy.deepcopy(layer.db.store.sample)
+            ours.db.store.take_sample(copy.deepcopy(layer.db.store.sample))
         return ours
 
 

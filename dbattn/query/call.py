@@ -30,7 +30,7 @@ class Call:
     """The m newest positions of a store ask.
 
     Attributes:
-        query: ``[B, Hq, m, D]``.
+        query: ``[B, Hq, m, D]``, turned as the store's rows are (``KVStore.turn``), and so is the answer.
         scale, softcap: of the logits.
         extra: rows of other origin, or a state, that the answer takes in as well.
         sink_logits: ``[Hq]``, logit of one more row with value zero per head.
@@ -79,7 +79,7 @@ class Call:
             check_range("sink_logits", sink_logits)
         if extra is not None:
             extra.check(query, store.value_dim)
-        return cls(query, store, index, config, float(scale), softcap, extra, sink_logits)
+        return cls(store.turn(query), store, index, config, float(scale), softcap, extra, sink_logits)
 
     @property
     def workload(self) -> Workload:

@@ -73,7 +73,10 @@ def run_plan(plan: QueryPlan, call: Call) -> Answer:
         whole.unread,
         whole.log_weights,
     )
-    return answer._replace(plan=_measured(plan, found, whole.lse)) if call.measure else answer
+    if not call.measure:
+        return answer
+    kept = replace(plan, kept=call.store.kept)
+    return answer._replace(plan=_measured(kept, found, whole.lse))
 
 
 def _together(found: Sequence[StepAnswer]) -> StepAnswer:

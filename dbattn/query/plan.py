@@ -102,6 +102,7 @@ class QueryPlan:
             no rates, or none were needed.
         seconds: time it took (None until it has run).
         given_up: sources read on the way and not used (with ``max_error``).
+        kept: what rows are kept as where they are no floats ("" also until it has run).
     """
 
     steps: tuple[Step, ...]
@@ -112,6 +113,7 @@ class QueryPlan:
     seconds_dense: float | None = None
     seconds: float | None = None
     given_up: tuple[Source, ...] = ()
+    kept: str = ""
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -144,7 +146,8 @@ class QueryPlan:
         if self.seconds_estimated is not None:
             times += f" (estimated {_ms(self.seconds_estimated)}, dense {_ms(self.seconds_dense)})"
         sources = self.sources
-        lines = [f"Merge of {len(sources)} row sources   {times}", f"│  {self.reason}; kernels: {self.backend}"]
+        kept = f"; rows kept as {self.kept}" if self.kept else ""
+        lines = [f"Merge of {len(sources)} row sources   {times}", f"│  {self.reason}; kernels: {self.backend}{kept}"]
         for i, source in enumerate(sources):
             last = i == len(sources) - 1
             mass = "" if source.mass is None else f" mass={source.mass:.1%}"
@@ -188,7 +191,9 @@ def sum_plans(plans: Sequence[QueryPlan]) -> QueryPlan:
     times = [[getattr(plan, name) for plan in plans] for name in ("seconds_estimated", "seconds_dense", "seconds")]
     totals = [None if None in each else sum(each) for each in times]
     estimated, dense, took = totals
-    return QueryPlan((_Summed(tuple(sources)),), reason, plans[0].hot, plans[0].backend, estimated, dense, took)
+    return QueryPlan(
+        (_Summed(tuple(sources)),), reason, plans[0].hot, plans[0].backend, estimated, dense, took, kept=plans[0].kept
+    )
 
 
 def _sum_usages(usages: Sequence[Usage], layers: int) -> Usage:

@@ -138,12 +138,12 @@ class ExtraRows(Step):
     def run(self, call: Call) -> StepAnswer:
         """See Step."""
         assert call.extra is not None
-        began = time.perf_counter()
-        out, lse = call.extra.state(call.query, scale=call.scale, softcap=call.softcap)
+        began, turn = time.perf_counter(), call.store.turn
+        out, lse = call.extra.state(turn(call.query), scale=call.scale, softcap=call.softcap)
         expected = self.sources[0].estimated
         took = time.perf_counter() - began if expected.seconds is None else expected.seconds
         usage = Usage(expected.rows, expected.bytes, 0.0, took)
-        return StepAnswer(out, lse, (usage,), rows_read=expected.rows, bytes_read=expected.bytes)
+        return StepAnswer(turn(out), lse, (usage,), rows_read=expected.rows, bytes_read=expected.bytes)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class LayerInfo:
         start: first valid row of each batch row (left padding).
         settled: rows whose padding is settled; see KVStore.set_start.
         indexed: rows that the index answers for.
+        rotated: whether int8 rows are kept rotated, see KVStore.turn; named in the manifest where they are, so that a
+            library that knows no rotated rows refuses them.
     """
 
     num_kv_heads: int
@@ -64,6 +66,11 @@ class LayerInfo:
     start: tuple[int, ...]
     settled: int
     indexed: int
+    rotated: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {name: value for name, value in asdict(self).items() if name != "rotated" or value}
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class SnapshotInfo:
             "rows": self.rows,
             "config": self.config.to_dict(),
             "model": None if self.model is None else self.model.to_dict(),
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "files": [{"name": file.name, **asdict(file)} for file in self.files],
         }
 
@@ -230,8 +237,11 @@ def _model(data: Any) -> ModelInfo:
 
 
 def _layer(data: Any, where: str) -> LayerInfo:
-    fields = _Fields(data, where, "num_kv_heads head_dim value_dim dtype start settled indexed")
+    rotated = isinstance(data, dict) and "rotated" in data
+    fields = _Fields(data, where, "num_kv_heads head_dim value_dim dtype start settled indexed" + " rotated" * rotated)
     dtype = None if data["dtype"] is None else fields.text("dtype", "|".join(DTYPES))
+    if rotated and (data["rotated"] is not True or dtype != "int8"):
+        raise ValueError(f"{where}.rotated is {_short(data['rotated'])} with dtype {dtype}, expected true with int8")
     return LayerInfo(
         fields.integer("num_kv_heads", 1),
         fields.integer("head_dim", 1),
@@ -240,6 +250,7 @@ def _layer(data: Any, where: str) -> LayerInfo:
         fields.integers("start"),
         fields.integer("settled"),
         fields.integer("indexed"),
+        rotated,
     )
 
 

@@ -104,7 +104,8 @@ class Snapshot:
             if number in file.layers and file.kind not in ("tokens", "queries")
         }
         parts = [self._rows(file, layer, arrays) for file, arrays in own.items() if file.kind != "index"]
-        store.restore(MappedRows(parts, device), torch.tensor(layer.start, dtype=torch.int64), layer.settled)
+        start = torch.tensor(layer.start, dtype=torch.int64)
+        store.restore(MappedRows(parts, device), start, layer.settled, rotated=layer.rotated)
         self._restore_queries(number, store, device)
         states = {file: arrays for file, arrays in own.items() if arrays or file.kind == "segment"}
         runs = [(file.name, file.first, file.stop, arrays) for file, arrays in states.items()]
@@ -129,11 +130,12 @@ class Snapshot:
             if file.kind == "queries" and number in file.layers:
                 state = _of_layer(number, tensors)
                 try:
-                    store.sample = QuerySample.of_state(
+                    sample = QuerySample.of_state(
                         state, self.info.rows, len(layer.start), layer.num_kv_heads, layer.head_dim, device
                     )
                 except ValueError as error:
                     raise SnapshotError(f"{self.info.path / file.name} is refused: layer {number}: {error}") from None
+                store.take_sample(sample)
 
     def _rows(self, file: FileInfo, layer: LayerInfo, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Take keys and values out of a file's arrays of one layer."""

@@ -261,7 +261,10 @@ def _tensors(file: FileInfo, layers: Sequence[Layer]) -> dict[str, Tensor]:
 def _facts(store: KVStore, index: KeyIndex) -> LayerInfo:
     dtype = None if store.is_empty else str(store.rows[0].dtype).removeprefix("torch.")
     start = () if store.is_empty else tuple(store.start.tolist())
-    return LayerInfo(store.num_kv_heads, store.head_dim, store.value_dim, dtype, start, store.settled, len(index))
+    rotated = store.rotated and not store.is_empty
+    return LayerInfo(
+        store.num_kv_heads, store.head_dim, store.value_dim, dtype, start, store.settled, len(index), rotated
+    )
 
 
 def _is_ours(name: str) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from index_kernels import floats, pack_rows
-from index_kernels.packed import SCALE_BYTES
+from index_kernels.packed import SCALE_BYTES, rotated
 
 from .storage import check_range
 
@@ -42,6 +42,8 @@ class QuerySample:
             self.given = self.queries
             self.given_known = torch.zeros(batch, 0, dtype=torch.bool)
         self.given_rows = 0
+        # Whether the rows that the metric is for are kept rotated; what is kept of the queries is not.
+        self._rotated = False
         self._metrics: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -75,6 +77,10 @@ class QuerySample:
             self.given_known = first + at >= start.cpu()[:, None]
         self.given_rows = first + m
         self._metrics = {}
+
+    def for_rows(self, *, rotated: bool) -> None:
+        """Make metrics for rows that are kept so; see ``KVStore.turn``."""
+        self._rotated, self._metrics = rotated, {}
 
     def truncate(self, length: int) -> None:
         """Forget the queries of rows from ``length`` on; what was given stays."""
@@ -112,7 +118,8 @@ class QuerySample:
             known = self.present[first:last] & (STRIDE * at >= start[:, None])
         enough = known.sum(dim=1) >= least
         batch, heads, m, _ = packed.shape
-        queries = floats(packed.cpu()).double() * known[:, None, :, None]
+        asked = floats(packed.cpu())
+        queries = (rotated(asked) if self._rotated else asked).double() * known[:, None, :, None]
         grouped = queries.view(batch, kv_heads, heads // kv_heads * m, queries.shape[3])
         moment = grouped.transpose(2, 3) @ grouped
         eye = torch.eye(moment.shape[2], dtype=torch.float64)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from index_kernels import floats
+from index_kernels import floats, rotate
 from index_kernels.integer import is_integer
 from index_kernels.ops import FLOATS
 from index_kernels.reference import softcapped
@@ -24,8 +24,10 @@ class KVStore:
     has_padding: bool
     # Whether rows came out of a graph; they are stored detached, so that no gradient goes back into it.
     requires_grad: bool
-    # Some of the queries that rows were asked; None where none came.
+    # Some of the queries that rows were asked, as they came; None where none came.
     sample: QuerySample | None
+    # Whether the numbers of rows are kept rotated; those of packed rows are, but in snapshots of before that was done.
+    rotated: bool
 
     def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int, storage: str | None = None) -> None:
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
@@ -43,6 +45,7 @@ class KVStore:
         self._row_bytes = 0
         self.requires_grad = False
         self.sample = None
+        self.rotated = self.storage == "int8"
         self._set_start(torch.zeros(0, dtype=torch.int64))
 
     def check_queries(self, queries: Tensor, batch: int, rows: int, device: torch.device) -> None:
@@ -66,8 +69,15 @@ class KVStore:
     def _sample_for(self, queries: Tensor) -> QuerySample:
         if self.sample is None:
             batch, heads, _, dim = queries.shape
-            self.sample = QuerySample(batch, heads, dim, queries.device)
+            self.take_sample(QuerySample(batch, heads, dim, queries.device))
+        assert self.sample is not None
         return self.sample
+
+    def take_sample(self, sample: QuerySample | None) -> None:
+        """Hold a sample of queries in place of what is held; its metric will be of the rows as they are kept."""
+        self.sample = sample
+        if sample is not None:
+            sample.for_rows(rotated=self.rotated)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add rows after the newest; nothing is written when anything about them is wrong.
@@ -78,7 +88,9 @@ class KVStore:
         """
         self._check(keys, values)
         self.requires_grad |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
-        keys, values = stored("keys", keys, self.storage), stored("values", values, self.storage)
+        keys, values = (
+            stored(name, self.turn(rows), self.storage) for name, rows in (("keys", keys), ("values", values))
+        )
         added = keys.shape[2]
         self._reserve(keys, values, self._length + added)
         for buffer, rows in zip(self.buffers, (keys, values), strict=True):
@@ -100,17 +112,26 @@ class KVStore:
             self.touch(0)
         return wider
 
-    def restore(self, rows: "MappedRows", start: Tensor, settled: int) -> None:
+    def turn(self, rows: Tensor) -> Tensor:
+        """Keys, values or queries ``[..., D]`` into the basis that rows are kept in; answers and stored rows out of it.
+
+        Where rows are rotated, by Hadamard's matrix, which is its own inverse, as float32; else they are as they were.
+        Whoever brings a query to ``rows`` turns it, and turns the answer: products and distances stay what they are.
+        """
+        return rotate(rows) if self.rotated else rows
+
+    def restore(self, rows: "MappedRows", start: Tensor, settled: int, *, rotated: bool) -> None:
         """Hold saved rows in place of what is held; they are copied together when they are first asked for.
 
-        ``rows`` fit the store and are finite: who reads them from disk has checked it.
+        ``rows`` fit the store and are finite: who reads them from disk has checked it. More rows will be kept as they
+        are, rotated or not.
 
         Raises:
             ValueError: packed rows wanted on a device that does not read them.
         """
         self._check_device(rows.device)
         self._clear()
-        self._mapped, self._length, self._settled = rows, len(rows), settled
+        self._mapped, self._length, self._settled, self.rotated = rows, len(rows), settled, rotated
         self._set_start(start.to(rows.device))
 
     def can_start_at(self, start: Tensor) -> bool:
@@ -187,7 +208,10 @@ class KVStore:
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Zero-copy views of keys and values as they are stored, ``[B, Hkv, n, D]`` or packed; what kernels read."""
+        """Zero-copy views of keys and values as they are stored, ``[B, Hkv, n, D]`` or packed; what kernels read.
+
+        Where they are rotated, a query must be, too: see ``turn``.
+        """
         keys, values = self.buffers
         return keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
 
@@ -197,12 +221,19 @@ class KVStore:
 
         In the order they stand, which an index may change: AttentionDB.keys has them by position.
         """
-        return _unpacked(self.rows[0])
+        return self._plain(self.rows[0])
 
     @property
     def values(self) -> Tensor:
         """Values ``[B, Hkv, n, Dv]`` likewise: AttentionDB.values has them by position."""
-        return _unpacked(self.rows[1])
+        return self._plain(self.rows[1])
+
+    @property
+    def kept(self) -> str:
+        """What packed rows are kept as, in words; "" for floats."""
+        if self.storage != "int8":
+            return ""
+        return "int8, rotated" if self.rotated else "int8"
 
     @property
     def row_bytes(self) -> int:
@@ -226,7 +257,10 @@ class KVStore:
         return self._settled
 
     def scores(self, query: Tensor, slots: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-        """Logits ``scale * q.k`` of the given places, softcapped, -inf where a place is -1: ``[B, Hq, m, n]``."""
+        """Logits ``scale * q.k`` of the given places, softcapped, -inf where a place is -1: ``[B, Hq, m, n]``.
+
+        ``query`` is turned as the rows are.
+        """
         keys = self.rows[0]
         b = torch.arange(slots.shape[0], device=slots.device)[:, None, None, None]
         h = (torch.arange(slots.shape[1], device=slots.device) // (slots.shape[1] // keys.shape[1]))[:, None, None]
@@ -246,6 +280,9 @@ class KVStore:
 
     def __len__(self) -> int:
         return self._length
+
+    def _plain(self, rows: Tensor) -> Tensor:
+        return self.turn(floats(rows)) if rows.dtype == torch.int8 else rows
 
     @property
     def _has_buffers(self) -> bool:
@@ -308,7 +345,3 @@ class KVStore:
 def rows_at(rows: Tensor, places: Tensor) -> Tensor:
     """The rows ``[B, Hkv, n, D]`` that stand at ``places [B, Hkv, m]``: a copy, ``[B, Hkv, m, D]``."""
     return rows.gather(2, places[..., None].expand(-1, -1, -1, rows.shape[3]))
-
-
-def _unpacked(rows: Tensor) -> Tensor:
-    return floats(rows) if rows.dtype == torch.int8 else rows

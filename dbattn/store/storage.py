@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from index_kernels import pack_rows
+from index_kernels import floats, pack_rows
 from index_kernels.ops import FLOATS
-from index_kernels.packed import scales
+from index_kernels.packed import row_dim, scales
 
 # Elements of rows and queries may be this large: what is computed from them, in the end squares of products summed over
 # all rows, then stays within float32.
@@ -56,7 +56,11 @@ def check_range(name: str, rows: Tensor) -> None:
         return
     if rows.dtype == torch.int8:
         check_finite(name, rows)
-        rows = 127 * scales(rows)
+        if (127 * scales(rows)).max().item() <= LARGEST:
+            return
+        # Rotated, a row may have its whole length in one number: the length is what counts, but for what rounding adds.
+        root = math.sqrt(row_dim(rows))
+        rows = floats(rows).norm(dim=-1, keepdim=True) / (root * (1 + root / 254))
     low, high = rows.aminmax()
     if low.item() >= -LARGEST and high.item() <= LARGEST:  # neither holds of NaN
         return
