@@ -80,9 +80,17 @@ def _summarise(x, y, in_metric, lo, hi, key, value, j, variance, keys, values):
 
 
 @inner
-def rotate(x):
-    """Turn x [D] in place; see packed.rotated."""
+def turn_for_codes(x):
+    """Turn x [D] in place; see packed.turned_for_codes."""
     D = x.size
+    for d in range(D):
+        pairs = d & (d >> 1)
+        odd = np.int64(0)
+        while pairs:
+            odd ^= pairs & 1
+            pairs >>= 1
+        if odd:
+            x[d] = -x[d]
     block = D & -D
     half = 1
     while half < block:
@@ -102,7 +110,7 @@ def _code(x, code):
     """Write the code of x [D], which is turned in place, see packed.py."""
     D = x.size
     half = (D + 1) // 2
-    rotate(x)
+    turn_for_codes(x)
     most = F(0.0)
     for d in range(D):
         most = max(most, abs(x[d]))

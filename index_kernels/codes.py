@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from .lists import choose, row_places
-from .packed import decoded, floats, pack_rows, rotated
+from .packed import decoded, floats, pack_rows, turned_for_codes
 from .reference import softcapped
 from .summaries import Summaries
 
@@ -34,7 +34,7 @@ def score_codes(
 ) -> CodedRows:
     """Logits of all rows of the opened lists (bool ``[B, Hkv, L]``) from their codes; query ``[B, Hq, 1, D]``.
 
-    The query is rounded to int8 once it is rotated, so that its products with codes are integers.
+    The query is rounded to int8 once it is turned, so that its products with codes are integers.
     """
     sizes, numbers = lists.size * opened, torch.arange(opened.shape[2], device=opened.device)
     places = [
@@ -50,7 +50,7 @@ def score_codes(
     place, owner = padded(places, -1), padded(owners, 0)
     q = lists.grouped(query, scale)
     at = place.clamp(min=0)[..., None].expand(-1, -1, -1, codes.shape[3])
-    told = floats(pack_rows(rotated(q))) @ decoded(codes.gather(2, at), query.shape[3]).transpose(2, 3)
+    told = floats(pack_rows(turned_for_codes(q))) @ decoded(codes.gather(2, at), query.shape[3]).transpose(2, 3)
     mean = (q @ lists.key.transpose(2, 3)).gather(3, owner[:, :, None].expand(-1, -1, q.shape[2], -1))
     logits = softcapped(mean + told, softcap)
     residual = logits - softcapped(mean, softcap)

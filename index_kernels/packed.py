@@ -7,8 +7,11 @@ Rows are best rotated before they are packed (Hadamard's matrix, over blocks of 
 D): it spreads what is large over all numbers, and products of rows rotated alike are what they were.
 
 A code is the same in 4 bits: byte j holds number j in its low half and number j + ceil(D / 2) in its high half, -7 to
-7, plus 8. Every other number changes its sign before the rotation, as rows that were rotated once would be turned back.
+7, plus 8. Some numbers change their sign before the rotation (those of Rudin and Shapiro's sequence): without, rows
+that are kept rotated would be turned back.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -68,9 +71,20 @@ def rotated(rows: Tensor) -> Tensor:
     return turned
 
 
+def turned_for_codes(rows: Tensor) -> Tensor:
+    """Float rows ``[..., D]`` as codes keep them: signs changed, then rotated."""
+    return rotated(rows.float() * _signs(rows.shape[-1]).to(rows.device))
+
+
+@cache
+def _signs(dim: int) -> Tensor:
+    """Rudin and Shapiro's sequence ``[dim]``: -1 where an odd number of neighbouring pairs of bits are both 1."""
+    return torch.tensor([(-1.0) ** (d & d >> 1).bit_count() for d in range(dim)])
+
+
 def code_rows(rows: Tensor) -> Tensor:
-    """Codes int8 ``[..., code_bytes(D)]`` of float rows ``[..., D]``, which are rotated first."""
-    turned = rotated(rows)
+    """Codes int8 ``[..., code_bytes(D)]`` of float rows ``[..., D]``."""
+    turned = turned_for_codes(rows)
     scale = turned.abs().amax(dim=-1, keepdim=True).mul_(CODE_STEP).clamp_(min=SMALLEST)
     numbers = torch.nn.functional.pad((turned / scale).round_(), (0, turned.shape[-1] % 2)).to(torch.int8)
     low, high = numbers.chunk(2, dim=-1)
@@ -78,7 +92,7 @@ def code_rows(rows: Tensor) -> Tensor:
 
 
 def decoded(codes: Tensor, dim: int) -> Tensor:
-    """The rotated rows ``[..., dim]`` float32 that ``code_rows`` kept."""
+    """The rows ``[..., dim]`` float32 that ``code_rows`` kept, turned for codes."""
     numbers = codes[..., :-SCALE_BYTES]
     both = torch.cat([numbers & 15, (numbers >> 4) & 15], dim=-1)[..., :dim] - 8
     return both * scales(codes)[..., None]

@@ -20,7 +20,7 @@ from index_kernels import (
     unseal_rows,
 )
 from index_kernels.lists import row_places
-from index_kernels.packed import SCALE_BYTES, code_bytes, code_rows, decoded, rotated
+from index_kernels.packed import SCALE_BYTES, code_bytes, code_rows, decoded, turned_for_codes
 
 BACKENDS = ["numba", "triton"]
 SEALED, LENGTH, N_SINK = 2300, 2391, 2
@@ -173,7 +173,7 @@ def test_sealing_groups_rows_under_true_summaries_and_unsealing_puts_them_back(c
         codes, wanted = torch.from_numpy(lists.codes[b, h])[place], code_rows(rows[place] - mean)
         # A number half way between two is rounded either way.
         assert (codes[:, :-SCALE_BYTES] != wanted[:, :-SCALE_BYTES]).sum() <= 0.01 * codes.numel()
-        assert_near(decoded(codes, rows.shape[1]), rotated(rows[place] - mean), 0.15)
+        assert_near(decoded(codes, rows.shape[1]), turned_for_codes(rows[place] - mean), 0.15)
         listed = int(levels.lists.size[b, h].sum())
         assert listed == max(0, SEALED - int(start[b]) - N_SINK) == int(levels.supers.size[b, h].sum())
     unseal_rows(keys, values, lists.positions, [0, 1024, 2048, SEALED], start=start + N_SINK)
@@ -185,10 +185,10 @@ def test_sealing_groups_rows_under_true_summaries_and_unsealing_puts_them_back(c
 def test_codes_keep_rotated_rows_to_half_a_step_and_products_survive_the_rotation(dim):
     rows, other = torch.randn(2, 50, dim, generator=rng(5))
     rows[3] = 0
-    assert_near(rotated(rows) @ rotated(other).T, rows @ other.T, 1e-5)
-    assert_near(rotated(rotated(rows)), rows, 1e-5)
+    assert_near(turned_for_codes(rows) @ turned_for_codes(other).T, rows @ other.T, 1e-5)
+    assert_near(turned_for_codes(turned_for_codes(rows)), rows, 1e-5)
     codes = code_rows(rows)
     assert codes.shape == (50, code_bytes(dim))
     assert codes.dtype == torch.int8
-    error = (decoded(codes, dim) - rotated(rows)).abs()
-    assert (error <= 0.501 / 7 * rotated(rows).abs().amax(dim=1, keepdim=True)).all()
+    error = (decoded(codes, dim) - turned_for_codes(rows)).abs()
+    assert (error <= 0.501 / 7 * turned_for_codes(rows).abs().amax(dim=1, keepdim=True)).all()
