@@ -8,12 +8,13 @@ compared with the unwrapped model's.
 
   python -m benchmarks.bench_model --sizes 4K 8K --json model.json
   python -m benchmarks.bench_model --sizes 8K --quick
+  python -m benchmarks.bench_model --sizes 8K --weights int8      all sides with int8 weights
 
 Peak memory of a side = weights + what its cache holds + the most the process grew while it decoded.
 
-JSON: results.prefill = {tokens, s, ms_per_token}; results.fidelity = {context, tokens, logits_l2, kl, top1};
-results.sizes[] = {rows, sides: {unwrapped, dense, retrieval: {ms, ms_p10, steps, quiet, peak_bytes, cache_bytes}},
-speedup, adopt_s}, or {rows, skipped: why}.
+JSON: results.weights; results.prefill = {tokens, s, ms_per_token}; results.fidelity = {context, tokens, logits_l2, kl,
+top1}; results.sizes[] = {rows, sides: {unwrapped, dense, retrieval: {ms, ms_p10, steps, quiet, peak_bytes,
+cache_bytes}}, speedup, adopt_s}, or {rows, skipped: why}.
 """
 
 import time
@@ -25,6 +26,7 @@ import psutil
 from torch import Tensor
 from transformers import DynamicCache
 
+from dbattn.config import WEIGHTS
 from dbattn.hf import Handle, load_model, wrap
 
 from ._common import SIZES, QuietGuard, Timing, console, parser, print_table, progress, timings_of, write_json
@@ -145,7 +147,7 @@ def _time_in_turn(steps: dict[str, Step], rounds: int, label: str) -> dict[str, 
 
 
 def _weights(model: Any) -> int:
-    return sum(p.nbytes for p in model.parameters())
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _print(results: dict[str, Any]) -> None:
@@ -159,7 +161,7 @@ def _print(results: dict[str, Any]) -> None:
             times = size["sides"]["unwrapped"]["ms"] / s["ms"]
             peak, held = s["peak_bytes"] / 1e9, s["cache_bytes"] / 1e9
             rows.append([f"{size['rows']:,}  {name}", s["ms"], s["ms_p10"], times, peak, held, f"{s['quiet']:.0%}"])
-    print_table("SmolLM2-135M, float32, 30 layers: one decode step", columns, rows)
+    print_table(f"SmolLM2-135M, weights in {results['weights']}, 30 layers: one decode step", columns, rows)
     f, p = results["fidelity"], results["prefill"]
     print(f"prefill: {p['ms_per_token']:.2f} ms per token over {p['tokens']:,} tokens")
     print(
@@ -168,15 +170,16 @@ def _print(results: dict[str, Any]) -> None:
     )
 
 
-def run(names: Sequence[str], *, quick: bool = False) -> dict[str, Any]:
+def run(names: Sequence[str], *, quick: bool = False, weights: str = "float32") -> dict[str, Any]:
     """Prefill once, measure fidelity, then every size; prints and returns the results."""
     with console.status("loading the model"):
-        plain, tokenizer = load_model()
+        plain, tokenizer = load_model(weights=weights)
         ids = prose_ids(tokenizer, SIZES["8K"])[None]
     context, forced = (4096, 32) if quick else (CONTEXT, FORCED)
     twin = twin_of(plain)
     cache, seconds = prefill(plain, ids[:, :context])
     results: dict[str, Any] = {
+        "weights": weights,
         "prefill": {"tokens": context, "s": seconds, "ms_per_token": 1e3 * seconds / context},
     }
     with wrap(twin) as handle:
@@ -191,9 +194,11 @@ def run(names: Sequence[str], *, quick: bool = False) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    args = parser(__doc__, ["4K", "8K", "32K", "131K"], ["4K", "8K", "32K", "131K"]).parse_args(argv)
-    results = run(args.sizes, quick=args.quick)
-    write_json(args.json, "model", {"sizes": args.sizes, "quick": args.quick}, results)
+    options = parser(__doc__, ["4K", "8K", "32K", "131K"], ["4K", "8K", "32K", "131K"])
+    options.add_argument("--weights", default="float32", choices=WEIGHTS, help="of all sides (default float32)")
+    args = options.parse_args(argv)
+    results = run(args.sizes, quick=args.quick, weights=args.weights)
+    write_json(args.json, "model", {"sizes": args.sizes, "quick": args.quick, "weights": args.weights}, results)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ DEFAULT_K = 128
 MOST = 2**63 - 1
 MOST_OF = {"n_sink": 2**31 - 1, "nprobe": 2**31 - 1, "ef_search": 2**31 - 1, "neighbors": 1024}
 STORAGES = ("float32", "float16", "bfloat16", "int8")
+# What load_model makes of a model's weights.
+WEIGHTS = ("float32", "int8")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
-"""Kernels of attention as a query: exact top-k, attention over chosen rows, dense decode, the merge of states."""
+"""Kernels of attention as a query: exact top-k, attention over chosen rows, dense decode, the merge of states.
 
+And one for a model's weights: ``int8_linear``.
+"""
+
+from .int8_linear import int8_linear, pack_weight, unpack_weight
 from .lists import attend_lists, probe_lists, summary_logits, unread_deviation
 from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
 from .packed import floats, pack_rows
@@ -31,8 +35,10 @@ __all__ = [
     "attend_segmented",
     "dense_decode",
     "floats",
+    "int8_linear",
     "merge_states",
     "pack_rows",
+    "pack_weight",
     "probe_lists",
     "read_bandwidth",
     "resolve_backend",
@@ -40,6 +46,7 @@ __all__ = [
     "seal_rows",
     "summary_logits",
     "top_k",
+    "unpack_weight",
     "unread_deviation",
     "unseal_rows",
 ]

@@ -30,7 +30,7 @@ def pointer(context, builder, typ, value, offset):
     return builder.gep(data, [offset])
 
 
-def _load(builder, pointer, element, chunk, width):
+def load_numbers(builder, pointer, element, chunk, width):
     """`width` stored numbers at pointer[chunk * width] as float32: uint16 is float16 bits, int16 bfloat16 bits.
 
     int8 numbers come without their row's scale.
@@ -159,7 +159,8 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
         rp = pointer(context, builder, sig.args[2], args[2], args[3])
         op = pointer(context, builder, sig.args[6], args[6], args[7])
         qs = [
-            [_load(builder, builder.gep(qp, [I64(g * C * W)]), types.float32, c, W) for c in range(C)] for g in range(G)
+            [load_numbers(builder, builder.gep(qp, [I64(g * C * W)]), types.float32, c, W) for c in range(C)]
+            for g in range(G)
         ]
         packed = element == types.int8
 
@@ -171,7 +172,7 @@ def score_rows(typingctx, q, q_at, rows, rows_at, row_stride, n, out, out_at, ou
 
         def dots(i):
             row = row_at(i)
-            vs = [_load(builder, row, element, c, W) for c in range(C)]
+            vs = [load_numbers(builder, row, element, c, W) for c in range(C)]
             sums = []
             for g in range(G):
                 a = builder.fmul(qs[g][0], vs[0])
@@ -226,7 +227,7 @@ def add_rows(typingctx, weight, weight_at, weight_stride, rows, rows_at, row_str
                     cells.append((p, cell))
             with loop(builder, I64(0), args[6], 1) as (i, _):
                 row = builder.gep(rp, [builder.mul(i, args[5])])
-                vs = [_load(builder, row, element, c, W) for c in cs]
+                vs = [load_numbers(builder, row, element, c, W) for c in cs]
                 k = 0
                 packed = element == types.int8
                 scale = load_scale(builder, builder.gep(row, [I64(C * W)])) if packed else None

@@ -363,7 +363,7 @@ def test_paths_and_questions_are_checked_before_a_model_is_loaded(
     arguments, book, context, tmp_path, monkeypatch, capsys
 ):
     for place in ("dbattn.cli._opened.load_model", "dbattn.hf.load_model"):
-        monkeypatch.setattr(place, lambda path: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(place, lambda path, **_: pytest.fail("a model was loaded"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("not yours")
     before = files_of(context)

@@ -184,8 +184,11 @@ def test_a_quantized_model_has_an_identity_of_its_own(tmp_path):
     assert is_accepted(quantized(tiny()), tmp_path / "a")
     trained = tiny()
     trained.model.layers[1].mlp.up_proj.weight.data[3:] += 1e-1
-    for other in (tiny(), quantized(trained)):
-        with pytest.raises(SnapshotError, match="weights are others"):
+    for other, match in (
+        (tiny(), "with weights in float32 and int8, this"),
+        (quantized(trained), "weights are others"),
+    ):
+        with pytest.raises(SnapshotError, match=match):
             wrap(other, context=tmp_path / "a")
 
 

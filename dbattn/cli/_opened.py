@@ -62,10 +62,10 @@ class Opened:
         return asked
 
 
-def load(model: Path | None, console: Console) -> tuple[Any, Any]:
+def load(model: Path | None, weights: str, console: Console) -> tuple[Any, Any]:
     """The model and its tokenizer; says that it is loading."""
     with waiting(console, "loading the model (the first time, a GGUF file is converted: about half a minute)"):
-        return load_model(model)
+        return load_model(model, weights=weights)
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def serving(model: Any, config: RetrievalConfig | None, context: Path | None) ->
 
 
 @contextmanager
-def opened(context: Path, model: Path | None, k: int | None, console: Console) -> Iterator[Opened]:
+def opened(context: Path, model: Path | None, weights: str, k: int | None, console: Console) -> Iterator[Opened]:
     """A context ready for a question, read as it was ingested to be, or with ``k`` rows per query and KV head.
 
     Raises:
@@ -101,7 +101,7 @@ def opened(context: Path, model: Path | None, k: int | None, console: Console) -
     if k is not None:
         # A budget asked for is a wish to retrieve.
         config = replace(config, k=k, dense_below=0)
-    lm, tokenizer = load(model, console)
+    lm, tokenizer = load(model, weights, console)
     began = time.perf_counter()
     with serving(lm, config, context) as handle:
         if handle.context is None:

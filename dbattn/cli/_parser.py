@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import __version__
-from ..config import INDEX_TRAITS
+from ..config import INDEX_TRAITS, WEIGHTS
 
 _EXIT_CODES = "exit codes: 0 done, 1 it failed (a full disk, say), 2 wrong usage or input, 130 interrupted"
 _EPILOG = f"""examples:
@@ -68,6 +68,7 @@ def _add_demo(commands: Any) -> None:
         help="UTF-8 text to hide them in, - is standard input (default: Python's own docs)",
     )
     _add_model(demo)
+    _add_weights(demo)
     demo.add_argument("--json", type=_output, metavar="OUT", help="write the result to this file; - is standard output")
     demo.add_argument("--quiet", action="store_true", help="print only the table")
 
@@ -88,6 +89,7 @@ def _add_ingest(commands: Any) -> None:
     ingest.add_argument("file", type=_input, metavar="FILE", help="UTF-8 text; - is standard input")
     ingest.add_argument("--out", type=Path, required=True, metavar="CONTEXT", help="snapshot folder, made or resumed")
     _add_model(ingest)
+    _add_weights(ingest)
     ingest.add_argument(
         "--index", choices=_INDEXES, help="index over the keys (default auto, or what the folder began with)"
     )
@@ -173,6 +175,7 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("question", nargs="?", metavar="QUESTION", help="what to ask; - is standard input")
     compare.add_argument("--capture", type=Path, metavar="FILE", help="rows and queries in place of a context")
     _add_model(compare)
+    _add_weights(compare)
     compare.add_argument(
         "--index",
         type=_names,
@@ -222,6 +225,15 @@ def _add_model(command: Any) -> None:
     )
 
 
+def _add_weights(command: Any) -> None:
+    command.add_argument(
+        "--weights",
+        default="float32",
+        choices=WEIGHTS,
+        help="int8: half the memory, faster, logits 1.4%% off (SmolLM2); ask with what ingest had (default float32)",
+    )
+
+
 def _add_context(command: Any) -> None:
     command.add_argument("context", type=Path, metavar="CONTEXT", help="snapshot folder of an ingest")
 
@@ -230,6 +242,7 @@ def _add_question(command: Any) -> None:
     _add_context(command)
     command.add_argument("question", metavar="QUESTION", help="what to ask; - is standard input")
     _add_model(command)
+    _add_weights(command)
     command.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
 
 

@@ -49,6 +49,7 @@ def run_ask(
     context: Path,
     question: str,
     model: Path | None,
+    weights: str,
     k: int | None,
     max_tokens: int,
     show_sources: bool,
@@ -65,7 +66,7 @@ def run_ask(
     """
     check_output("--json", json_path)
     console = line_console(stderr=True, quiet=quiet)
-    with opened(context, model, k, console) as about:
+    with opened(context, model, weights, k, console) as about:
         asked = about.asked(question, max_tokens)
         neutral = neutral_trace(about) if show_sources else None
         # The figures are of this question alone.

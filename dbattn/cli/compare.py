@@ -67,6 +67,7 @@ def run_compare(
     question: str | None,
     capture: Path | None,
     model: Path | None,
+    weights: str,
     index: list[str],
     k: list[int],
     layers: list[int] | None,
@@ -92,7 +93,7 @@ def run_compare(
     if capture is not None and context is None:
         rows = _captured(capture, layers, queries)
     elif capture is None and context is not None and question is not None:
-        rows = _asked(context, question, model, layers, queries, console)
+        rows = _asked(context, question, model, weights, layers, queries, console)
     else:
         raise ValueError('expected CONTEXT and QUESTION (dbattn compare book.dbattn "What ...?"), or --capture FILE')
     ways: list[RetrievalConfig | None] = [None, *configs]
@@ -126,7 +127,13 @@ def run_compare(
 
 
 def _asked(
-    context: Path, question: str, model: Path | None, layers: list[int] | None, queries: int, console: Console
+    context: Path,
+    question: str,
+    model: Path | None,
+    weights: str,
+    layers: list[int] | None,
+    queries: int,
+    console: Console,
 ) -> dict[int, LayerRows]:
     """Rows of a context, and the queries of a dense answer's first steps."""
     asked: dict[int, list[Tensor]] = defaultdict(list)
@@ -137,7 +144,7 @@ def _asked(
             asked[number].append(query.clone())
             terms[number] = scale, softcap
 
-    with opened(context, model, None, console) as about:
+    with opened(context, model, weights, None, console) as about:
         wanted = _known(layers, range(len(about.cache.layers)))
         with about.handle.dense(), about.handle.watch(collect):
             # The prompt's own call gives the first token; each later token is a query.

@@ -53,6 +53,7 @@ def run_demo(
     needles: int = 3,
     haystack: Path | TextIO | None = None,
     model: Path | None = None,
+    weights: str = "float32",
     json_path: Path | TextIO | None = None,
     quiet: bool = False,
 ) -> list[Answer]:
@@ -77,7 +78,7 @@ def run_demo(
     prose, hidden = read_haystack(haystack), make_needles(needles)
     console = Console(stderr=True, quiet=quiet)
     with waiting(console, "loading the model (the first time, a GGUF file is converted: about half a minute)"):
-        lm, tokenizer = load_model(model)
+        lm, tokenizer = load_model(model, weights=weights)
     limit = context_limit(lm)
     if limit is not None and tokens > limit:
         raise ValueError(

@@ -18,6 +18,7 @@ def run_explain(
     context: Path,
     question: str,
     model: Path | None,
+    weights: str,
     k: int | None,
     layer: int | None,
     json_path: Path | TextIO | None,
@@ -34,7 +35,7 @@ def run_explain(
     def explain(number: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
         plans[number] = db.explain(query, scale=scale, softcap=softcap)
 
-    with opened(context, model, k, Console(stderr=True, quiet=quiet)) as about:
+    with opened(context, model, weights, k, Console(stderr=True, quiet=quiet)) as about:
         layers = len(about.cache.layers)
         if layer is not None and not 0 <= layer < layers:
             raise ValueError(f"--layer is {layer}, expected 0 to {layers - 1}")

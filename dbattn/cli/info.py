@@ -47,6 +47,7 @@ def _facts(info: SnapshotInfo) -> dict[str, Any]:
         "context": str(info.path),
         "format_version": info.format_version,
         "model": None if model is None else f"{model.name} (fingerprint {model.fingerprint})",
+        "weights": None if model is None else (model.state or {}).get("weights"),
         "rows": info.rows,
         "texts": info.batch,
         "layers": len(info.layers),

@@ -27,6 +27,7 @@ def run_ingest(
     file: Path | TextIO,
     out: Path,
     model: Path | None,
+    weights: str,
     index: str | None,
     tokens: int | None,
     save_every: int,
@@ -54,7 +55,7 @@ def run_ingest(
     elif not os.access(out.absolute().parent, os.W_OK):
         raise PermissionError(f"--out {out}: the folder {out.parent} cannot be written")
     console, name = line_console(stderr=True, quiet=quiet), name_of(file)
-    lm, tokenizer = load(model, console)
+    lm, tokenizer = load(model, weights, console)
     ids = _cut(context_ids(text, tokenizer), tokens, context_limit(lm), name)
     with SnapshotWriter(out) as writer:
         config = None if writer.exists else RetrievalConfig(index=index or "auto", max_queries=QUESTION_TOKENS)

