@@ -59,9 +59,9 @@ def build(rows: Rows, config: RetrievalConfig, stop: int) -> AttentionDB:
     """A store of the first ``stop`` rows, which has learnt from the queries captured up to there."""
     db = AttentionDB(rows.keys.shape[1], rows.keys.shape[3], config=config)
     db.insert(rows.keys[:, :, :stop], rows.values[:, :, :stop])
-    known = rows.query.shape[2] - (len(rows) - stop)
-    if known > 0:
-        db.analyze(rows.query[:, :, :known])
+    known = rows.query[:, :, : max(0, rows.query.shape[2] - (len(rows) - stop))][:, :, -stop:]
+    if known.shape[2]:
+        db.analyze(known)
     return db
 
 

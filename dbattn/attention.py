@@ -186,6 +186,8 @@ class AttentionDB:
             call.measure = audit
             answer = self._answer(call, plan, learn=True)
             stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense)
+            if (needs := self.index.needs) is not None and self.config.k is None:
+                stats.expected_error = needs.error
             if stats.index.get("rows") != len(self.index):
                 stats.index = self.index.describe() | ({"rows kept as": kept} if (kept := self.store.kept) else {})
             if audit:
@@ -432,17 +434,23 @@ class AttentionDB:
         config: RetrievalConfig | None = None,
     ) -> QueryPlan:
         """How a call will be answered under ``config`` (default: our own); ``exact`` in words and estimates, too."""
-        index, config, work = type(self.index), config or self.config, call.workload
-        backend = resolve_backend(call.query)
-        plan = choose_plan(
-            index,
-            config,
-            work if exact else recurring(index.hot, config, work),
-            backend=backend,
-            threads=torch.get_num_threads() if backend == "numba" else None,
-            retrieve=retrieve,
-            estimate=estimate,
-        )
+        index, config, backend = type(self.index), config or self.config, resolve_backend(call.query)
+
+        def chosen() -> QueryPlan:
+            work = call.workload
+            return choose_plan(
+                index,
+                config,
+                work if exact else recurring(index.hot, config, work),
+                backend=backend,
+                threads=torch.get_num_threads() if backend == "numba" else None,
+                retrieve=retrieve,
+                estimate=estimate,
+            )
+
+        plan = chosen()
+        if not plan.is_dense and self.index.calibrate(call):
+            plan = chosen()
         brought = steps_of_call(call)
         return replace(plan, steps=(*plan.steps, *brought)) if brought else plan
 
@@ -455,7 +463,7 @@ class AttentionDB:
         climb = ladder.climb(
             call,
             lambda at_rung: self._plan(call, config=at_rung, exact=call.measure),
-            base=self.index.rows_asked(config, len(self.index)),
+            base=self.index.rows_asked(config, call.workload),
             eligible=plan.hot - config.n_sink,
             learn=learn,
         )

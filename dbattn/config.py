@@ -47,7 +47,9 @@ class RetrievalConfig:
     Attributes:
         index: "segmented" (which "auto" is), "flat" (exact), "ivf" or "hnsw" (both FAISS).
         k: rows retrieved per query and KV head; k >= the rows in the store reads all of them. Default: 128, and for
-            "segmented" a budget that grows slower than the store (heads share it by need).
+            "segmented" what ``target_error`` needs (heads share it by need).
+        target_error: mean relative error of a layer's output for which it gets a budget of its own, found by audits of
+            some of the queries that came with the rows ("segmented" without k). None, or no queries: a budget by size.
         tail: what answers for rows that were not retrieved. "centroid": their codes, and the summaries of lists that
             were not opened ("segmented", its default). "sample": retrieval becomes a weighted sample of the rows,
             unbiased (the others). "none".
@@ -81,6 +83,7 @@ class RetrievalConfig:
     dense_below: int | str | None = None
     max_queries: int = 1
     max_error: float | None = None
+    target_error: float | None = 0.03
     storage: str | None = None
     audit_rate: float = 0.02
     nprobe: int | None = None
@@ -110,6 +113,9 @@ class RetrievalConfig:
             raise ValueError(
                 "max_error needs tail='centroid' with lists: without a tail their errors are not estimated"
             )
+        target = self.target_error
+        if target is not None and (not _is_number(target) or not 0 < target < 1):
+            raise ValueError(f"target_error is {target!r}, expected a number between 0 and 1, or None")
         for owner, traits in INDEX_TRAITS.items():
             for name in traits.options:
                 value = getattr(self, name)

@@ -4,7 +4,7 @@ And one for a model's weights: ``int8_linear``.
 """
 
 from .int8_linear import int8_linear, pack_weight, unpack_weight
-from .lists import attend_lists, probe_lists, summary_logits, unread_deviation
+from .lists import attend_lists, probe_lists, summary_logits
 from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
 from .packed import floats, pack_rows
 from .rotation import rotate
@@ -47,6 +47,5 @@ __all__ = [
     "summary_logits",
     "top_k",
     "unpack_weight",
-    "unread_deviation",
     "unseal_rows",
 ]

@@ -179,16 +179,3 @@ def log_sum_exp(top, total, first, last, b, i):
     for p in range(first, last):
         mass += total[p, b, i] * exp32(top[p, b, i] - peak)
     return peak + np.log(mass) if mass > F(0.0) else F(-np.inf)
-
-
-@inner
-def squares(weight, size, var, count):
-    """Sum of the weights [.] (size * exp(logit), 0 where read) and of their squares times variance over size."""
-    total = F(0.0)
-    squared = F(0.0)
-    for i in range(count):
-        w = weight[i]
-        total += w
-        if size[i] > 0:
-            squared += w * w * var[i] / F(size[i])
-    return total, squared

@@ -11,8 +11,8 @@ import torch
 from numba import njit, prange
 
 from ._cpu_code_vectors import code_lanes
-from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts, numpy_queries, to_f32
-from ._cpu_list_steps import cycles, log_sum_exp, squares
+from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts, numpy_queries
+from ._cpu_list_steps import cycles, log_sum_exp
 from ._cpu_segmented_read import answer_part
 from ._cpu_segmented_scan import (
     ask,
@@ -143,41 +143,7 @@ def _attend_segmented(
             stats[w % (B * H) // H, CYCLES + i] += spent[w, i]
 
 
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _unread_deviation(
-    query, shape, scale, c_logit, c_size, c_variance, c_total, super_logit, super_size, super_variance, n_supers, stats,
-    lse_tail, lse, out,
-):  # fmt: skip
-    """out [B, Hq]: standard deviation of the softmax weight of the unread rows, as a share of all weight.
-
-    Reads what _attend_segmented has left in its scratch (tail=True). A list's rows scatter around its mean
-    independently, so that its weight w deviates by w * sqrt(q' S q * variance / size).
-    """
-    B, Hq, D = query.shape
-    H = shape.shape[1]
-    G = Hq // H
-    for b in range(B):
-        for h in range(H):
-            for g in range(G):
-                i = h * G + g
-                spread = F(0.0)
-                for d in range(D):
-                    x = F(0.0)
-                    for e in range(D):
-                        x += to_f32(shape[b, h, d, e]) * query[b, i, e]
-                    spread += x * query[b, i, d]
-                total, squared = squares(c_logit[b, h, g], c_size[b, h], c_variance[b, h], c_total[b, h])
-                if stats[b, SUPERS_SCORED] > 0:
-                    more, more_squared = squares(
-                        super_logit[b, h, g], super_size[b, h], super_variance[b, h], n_supers[b, h]
-                    )
-                    total += more
-                    squared += more_squared
-                share = np.exp(lse_tail[b, i] - lse[b, i]) / total if total > F(0.0) else F(0.0)
-                out[b, i] = share * scale * np.sqrt(max(spread, F(0.0)) * squared)
-
-
-def attend_segmented(query, keys, values, table, how, *, start, want_deviation, details):
+def attend_segmented(query, keys, values, table, how, *, start, details):
     """See segmented.attend_segmented."""
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = table.cross.shape[1], table.cross.shape[3]
@@ -201,15 +167,7 @@ def attend_segmented(query, keys, values, table, how, *, start, want_deviation, 
         out[:, :, 0], lses_out[0], lses_out[1:], stats,
     )  # fmt: skip
     took = time.perf_counter() - began
-    deviation = taken = unread = None
-    if want_deviation:
-        deviation = torch.empty(batch, heads)
-        _unread_deviation(
-            asked, table.shape, F(how.scale), scratch.logit, scratch.size, scratch.variance, scratch.total,
-            scratch.super_logit, supers.size, supers.variance, supers.used, stats, lses_out[4], lses_out[0],
-            deviation.numpy(),
-        )  # fmt: skip
-        deviation = deviation[..., None]
+    taken = unread = None
     if details:
         taken, unread = _details(table, how, scratch, stats, torch.from_numpy(lses_out))
     counts = (stats[0] if batch == 1 else stats.sum(axis=0)).tolist()
@@ -225,7 +183,6 @@ def attend_segmented(query, keys, values, table, how, *, start, want_deviation, 
         counts[LISTS_SCORED] + counts[SUPERS_SCORED],
         counts[VALUES_READ],
         tuple(each * share for each in spent) if sum(spent) else (0.0, took, 0.0, 0.0),
-        deviation,
         taken,
         unread,
     )

@@ -147,19 +147,6 @@ def attend_summaries(
     return out.flatten(1, 2)[:, :, None], lse.flatten(1, 2)
 
 
-def unread_deviation(logits: Tensor, spread: Tensor, lists: Summaries, chosen: Tensor, lse: Tensor) -> Tensor:
-    """``[B, Hq]``: standard deviation of the softmax weight of the rows not read, as a share of all weight.
-
-    A list's rows scatter around its mean independently: its weight w deviates by ``w sqrt(q' S q variance / n)``.
-    logits and spread from summary_logits, ``chosen [B, Hkv, L]`` from probe_lists, ``lse [B, Hq]`` of all sources.
-    """
-    group = logits.shape[1] // lists.size.shape[1]
-    unread = (lists.size * ~chosen).repeat_interleave(group, dim=1)
-    share = torch.exp(logits - lse[..., None]) * unread
-    variance = lists.variance.repeat_interleave(group, dim=1) / unread.clamp(min=1)
-    return (spread * (share**2 * variance).sum(dim=-1)).sqrt()
-
-
 def weights_by_place(begin: Tensor, size: Tensor, weights: Tensor, rows: int) -> Tensor:
     """``[B, Hq, rows]``: by place, the weight that each row of a list has; 0 for places of no list.
 

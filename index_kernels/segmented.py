@@ -18,7 +18,6 @@ from .lists import (
     choose,
     list_costs,
     summary_logits,
-    unread_deviation,
     weights_by_place,
     whole_mass,
 )
@@ -36,7 +35,6 @@ def attend_segmented(
     how: ListReading,
     *,
     start: Tensor,
-    want_deviation: bool = False,
     details: bool = False,
     backend: str = "auto",
 ) -> SegmentedAnswer:
@@ -48,7 +46,6 @@ def attend_segmented(
         table: the lists of rows ``0 .. how.sealed``.
         how: see ListReading.
         start: int64 ``[B]``, first valid row of each batch row.
-        want_deviation: give the deviation; see SegmentedAnswer.
         details: give ``taken`` and ``unread``, too.
         backend: "auto", "reference", "numba" or "triton".
 
@@ -60,11 +57,11 @@ def attend_segmented(
     chosen = resolve_backend(query, backend)
     if chosen == "numba":
         answer: SegmentedAnswer = _fused().attend_segmented(
-            query, keys, values, table, how, start=start, want_deviation=want_deviation, details=details
+            query, keys, values, table, how, start=start, details=details
         )
         return answer
     check_rows(query, keys, values)
-    return _attend(query, keys, values, table, how, start, want_deviation, details, chosen)
+    return _attend(query, keys, values, table, how, start, details, chosen)
 
 
 @cache
@@ -80,7 +77,6 @@ def _attend(
     table: ListTable,
     how: ListReading,
     start: Tensor,
-    want_deviation: bool,
     details: bool,
     backend: str,
 ) -> SegmentedAnswer:
@@ -127,16 +123,12 @@ def _attend(
     sources = (exact, read, codes, tail)
     outs, lses = (torch.stack([source[i] for source in sources]) for i in range(2))
     out, lse = merge_states(outs, lses)
-    deviation = None
-    if want_deviation:
-        parts = [unread_deviation(*state[1:], lse[..., 0]) for state in states]
-        deviation = torch.stack(parts).square().sum(dim=0).sqrt()[..., None]
     scored += int((lists.size > 0).sum())
     unread = sum(int(((level.size > 0) & ~opened).sum()) for _, _, _, level, opened in states) if how.tail else 0
     unread += int(chosen.sum()) if how.tail else 0
     counts = int(taken.sum()), int((lists.size * chosen).sum()), int(chosen.sum()), scored, unread
     seconds = scanned - began, time.perf_counter() - scanned, 0.0, 0.0
-    answer = SegmentedAnswer(out, lse, lses, *counts, seconds, deviation, None, None)
+    answer = SegmentedAnswer(out, lse, lses, *counts, seconds, None, None)
     if not details:
         return answer
     read_places, by_place = rows_by_place(coded, taken, lse, how.sealed)

@@ -206,7 +206,6 @@ class SegmentedAnswer(NamedTuple):
         summaries_read: summaries scored, likewise.
         values_read: mean values read by the tail, likewise; those of negligible weight need not be.
         seconds: time of sinks and hot rows, of choosing rows and reading them, of answering by codes, by summaries.
-        deviation: ``[B, Hq, 1]``, see unread_deviation; None unless asked for.
         taken: bool ``[B, Hkv, sealed]``, which rows of lists were read, by place; None unless asked for.
         unread: ``[B, Hq, sealed]``, share of the weight that each row has, by place, through its code, or through the
             summary that answers for it, shared evenly by the rows of a list; None unless asked for.
@@ -221,7 +220,6 @@ class SegmentedAnswer(NamedTuple):
     summaries_read: int
     values_read: int
     seconds: tuple[float, float, float, float]
-    deviation: Tensor | None
     taken: Tensor | None
     unread: Tensor | None
 

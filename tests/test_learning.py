@@ -1,5 +1,7 @@
 """What an index learns from queries: the metric it clusters keys in, a function of rows and queries in their order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dbattn import AttentionDB, RetrievalConfig
 from dbattn.hf import wrap
+from dbattn.index._calibration import solve
 from dbattn.snapshot import SnapshotError
 from dbattn.store.queries import GIVEN, STRIDE, QuerySample
 
@@ -264,3 +267,84 @@ def test_a_sample_stays_small():
     assert db.store.sample.nbytes < 0.02 * rows
     db.analyze(queries)
     assert db.store.sample.given.shape[2] == GIVEN
+
+
+def calibrated(target=0.05, chunks=(), n=3000, rows=None):
+    keys, values, queries = rows_and_queries(n) if rows is None else rows
+    db = AttentionDB(2, 16, config=replace(SEGMENTED, k=None, target_error=target))
+    for first, stop in zip((0, *chunks), (*chunks, n), strict=True):
+        db.insert(*(part[:, :, first:stop] for part in (keys, values, queries)))
+        if chunks:
+            db.attend(queries[:, :, stop - 1 : stop])
+    return db, newest(queries)
+
+
+def test_a_budget_is_found_for_the_error_asked_for_and_told():
+    rows = rows_and_queries(3000)
+    errors, budgets = [], []
+    for target in (0.4, 0.01):
+        db, query = calibrated(target, rows=rows)
+        plan = db.explain(query)
+        assert f"target_error={target}" in plan.reason
+        assert f"expect {db.index.needs.error:.2g}" in str(plan)
+        budgets.append(db.index.needs.read)
+        errors.append(db.audit(query).relative_error)
+    assert budgets[0] < budgets[1]
+    assert errors[1] < errors[0]
+
+
+def test_a_budget_does_not_depend_on_how_rows_arrived_or_what_was_asked_between():
+    rows = rows_and_queries(3000)
+    whole, query = calibrated(rows=rows)
+    pieces, _ = calibrated(rows=rows, chunks=(1500, 2200, 2990))
+    assert torch.equal(whole.attend(query), pieces.attend(query))
+    assert whole.index.needs == pieces.index.needs
+
+
+def test_a_budget_is_found_again_in_a_snapshot(tmp_path):
+    db, query = calibrated()
+    answer = db.attend(query)
+    db.save(tmp_path / "rows")
+    again = AttentionDB.open(tmp_path / "rows")
+    assert torch.equal(again.attend(query), answer)
+    assert again.index.needs == db.index.needs
+
+
+@pytest.mark.parametrize("options", [{"k": 77}, {"target_error": None}])
+def test_a_budget_of_the_users_or_none_is_not_calibrated(options):
+    keys, values, queries = rows_and_queries(3000)
+    db = AttentionDB(2, 16, config=replace(SEGMENTED, **{"k": None, **options}))
+    db.insert(keys, values, queries)
+    assert "expect" not in str(db.explain(newest(queries)))
+    assert db.index.needs is None
+
+
+def test_audits_of_queries_may_raise_a_budget_but_not_lower_it():
+    keys, values, queries = rows_and_queries(3000)
+    db = AttentionDB(2, 16, config=replace(SEGMENTED, k=None, target_error=0.5))
+    db.insert(keys, values)
+    by_size = db.explain(newest(queries)).sources[1].estimated.rows
+    db.analyze(queries[:, :, -100:])
+    assert db.explain(newest(queries)).sources[1].estimated.rows == pytest.approx(by_size, rel=0.05)
+    db.config = replace(db.config, target_error=0.005)
+    assert db.explain(newest(queries)).sources[1].estimated.rows > 1.5 * by_size
+
+
+@pytest.mark.parametrize("power", [0.8, 1.0, 1.7])
+@pytest.mark.parametrize("target", [0.01, 0.03, 0.2])
+def test_a_search_for_a_budget_finds_where_a_power_law_meets_the_target(power, target):
+    least = round((5 / target) ** (1 / power) / 8)
+    read, expected = solve(lambda read: 5 * read**-power, least, target, 10**9)
+    assert 5 * read**-power == pytest.approx(target, rel=0.12)
+    assert expected == pytest.approx(5 * read**-power, rel=0.05)
+
+
+def test_a_search_for_a_budget_keeps_its_bounds():
+    assert solve(lambda read: 1.0, 200, 0.03, 400) == (400, 1.0)
+    assert solve(lambda read: 1e-5, 200, 0.03, 400) == (200, 1e-5)
+
+
+@pytest.mark.parametrize("target", [0, 1, -0.1, "0.1", float("nan")])
+def test_a_target_that_is_no_share_is_refused(target):
+    with pytest.raises(ValueError, match="target_error is"):
+        RetrievalConfig(target_error=target)

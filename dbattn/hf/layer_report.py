@@ -13,6 +13,8 @@ from ..query.stats import RunningStats
 
 # Mean errors of the attention output up to which answers are called close to dense, and not far from it.
 CLOSE, FAR = 0.05, 0.1
+# A layer drifts whose audits, at least so many, find so many times the error that was expected.
+LEAST_AUDITS, DRIFT = 8, 2.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class LayerReport:
         attention_mass: share of the dense softmax weight on the rows read.
         relative_error: of the layer's attention output against dense.
         error_p95: what 95 % of the audited queries (one per head and position) keep of it.
+        expected_error: what audits of the sampled queries said it would be, where the budget was found by them.
         stream_error: of the residual stream after the layer against dense, where it was followed, else None.
         audited: calls that were audited.
         calls: decode calls.
@@ -58,6 +61,7 @@ class LayerReport:
     attention_mass: float | None
     relative_error: float | None
     error_p95: float | None
+    expected_error: float | None
     stream_error: float | None
     audited: int
     calls: int
@@ -75,6 +79,13 @@ class LayerReport:
     within: float | None
     heads: tuple[dict[str, float], ...]
     index: dict[str, Any]
+
+    @property
+    def drifts(self) -> bool:
+        """Whether enough audits found far more error than the sampled queries let expect."""
+        if self.expected_error is None or self.relative_error is None or self.audited < LEAST_AUDITS:
+            return False
+        return self.relative_error > max(DRIFT * self.expected_error, CLOSE / 2)
 
     @property
     def remarks(self) -> str:
@@ -101,6 +112,7 @@ def layer_report(layer: int, stats: RunningStats) -> LayerReport:
         attention_mass=mass,
         relative_error=error,
         error_p95=percentile95(stats.audits),
+        expected_error=stats.expected_error,
         stream_error=sum(stats.stream_errors) / len(stats.stream_errors) if stats.stream_errors else None,
         audited=len(stats.audits),
         calls=calls,

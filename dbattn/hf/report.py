@@ -47,6 +47,8 @@ class Summary:
         bytes_share: bytes that decode calls read over those that dense scans would have read; None without any.
         error, error_p95: relative error of the attention output, mean and 95th percentile over the audited queries (one
             per head and position); None where nothing was audited.
+        expected_error: what audits of sampled queries let expect, mean over the layers that have such budgets.
+        drifting: layers whose audits find far more than that.
         audited: audited calls behind them.
         seconds, seconds_dense: see LayerReport, over all layers; None with fewer than 5 timed calls.
         timed: audited calls behind them.
@@ -65,6 +67,8 @@ class Summary:
     bytes_share: float | None
     error: float | None
     error_p95: float | None
+    expected_error: float | None
+    drifting: int
     audited: int
     seconds: float | None
     seconds_dense: float | None
@@ -121,6 +125,8 @@ class Summary:
         if self.error is None:
             return "error unknown"
         audits = f"{self.audited} audit{'s'[: self.audited > 1]}"
+        if self.expected_error is not None:
+            audits += f", {self.expected_error:.2g} expected"
         bound = "" if self.within is None else f", {percent(self.within)} within max_error"
         mean, most = figure(self.error, self.audited), figure(self.error_p95, self.audited)
         return f"error mean {mean}, 95th percentile {most} ({audits}{bound})"
@@ -138,6 +144,11 @@ class Summary:
         if not self.retrieving:
             return []
         lines = []
+        if self.drifting:
+            lines.append(
+                f"{self.drifting} of {self.layers} layers are more than twice as far from dense as the queries of the "
+                "prompt let expect: consider a smaller target_error, or max_error=0.05"
+            )
         if self.error is None:
             lines.append("To know the error: audit_rate above 0, or decode inside `with handle.audit():`")
         elif self.error > FAR and self.within is None:
@@ -188,6 +199,7 @@ def _summary(stats: Sequence[RunningStats], layers: Sequence[LayerReport]) -> Su
     told = timed >= LEAST_TIMED
     bounded = [s.heads for s in stats if s.heads is not None and s.rungs]
     kept, asked = (sum(float(getattr(heads, name).sum()) for heads in bounded) for name in ("within", "count"))
+    expected = [layer.expected_error for layer in layers if layer.expected_error is not None]
     return Summary(
         layers=len(layers),
         layers_retrieving=sum(layer.retrieving > 0 for layer in layers),
@@ -201,6 +213,8 @@ def _summary(stats: Sequence[RunningStats], layers: Sequence[LayerReport]) -> Su
         bytes_share=bytes_share(stats),
         error=torch.cat(errors).nanmean().item() if errors else None,
         error_p95=percentile95(audits),
+        expected_error=sum(expected) / len(expected) if expected else None,
+        drifting=sum(layer.drifts for layer in layers),
         audited=len(audits),
         seconds=seconds if told else None,
         seconds_dense=seconds_dense if told else None,

@@ -60,6 +60,12 @@ class Lists:
             self._table = ListTable(self.lists, self.supers, self.shape, self.cross, self.codes)
         return self._table
 
+    def table_of(self, segments: int) -> ListTable:
+        """The lists of the first ``segments`` segments, as if there were no others."""
+        lists = self.lists._replace(used=self.segments.lists[:, :, segments].copy())
+        supers = self.supers._replace(used=self.segments.supers[:, :, segments].copy())
+        return ListTable(lists, supers, *self._moments(segments), self.codes)
+
     def reserve(self, bounds: list[int], rows: int) -> None:
         """Make room for segments at these bounds in a store with room for ``rows`` rows."""
         segments = len(bounds) - 1
@@ -74,13 +80,17 @@ class Lists:
 
     def settle(self, segments: int) -> None:
         """Take in that the first ``segments`` segments have been written: their moments count from now on."""
-        # Residual covariance (trace 1) and key-value cross-covariance of each head, from its segments' sums.
+        self.shape, self.cross = self._moments(segments)
+        self._table = None
+
+    def _moments(self, segments: int) -> tuple[Array, Array]:
+        """Residual covariance (trace 1) and key-value cross-covariance of each head, from its segments' sums."""
         trace = np.maximum(self.segments.trace[:, :, :segments].sum(axis=2), 1e-20)[..., None, None]
-        self.shape, self.cross = (
+        shape, cross = (
             (sums[:, :, :segments].sum(axis=2) / trace).astype(np.float16).view(np.uint16)
             for sums in (self.segments.shape, self.segments.cross)
         )
-        self._table = None
+        return shape, cross
 
     def keep_segments(self, segments: int) -> None:
         """Forget the lists after the first ``segments`` segments."""

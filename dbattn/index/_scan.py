@@ -47,7 +47,7 @@ class SearchIndex(KeyIndex):
         drawn = " sampled" if config.tail_name == "sample" else ""
         usage = Usage(k, int(does.bytes) + int(does.items) * 4 * 64, 0.0, None if own is None else own.seconds(does))
         eligible = hot - work.first_index_row
-        source = Source("index scan", f"{cls.name}, {cls.asked(config)}{drawn} of {eligible} rows", usage)
+        source = Source("index scan", f"{cls.name}, {cls.asked(config, work)}{drawn} of {eligible} rows", usage)
         exact = ExactRows((ExactRows.source(work, hot, config.n_sink, scan),), hot)
         bounded = config.max_error is not None
         return exact, IndexScan((source,), hot, k, config.tail_name == "sample", bounded)

@@ -8,8 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from ..config import RetrievalConfig
+from ..query.call import Call
 from ..query.plan import Step
-from ..query.usage import Rates, Work, Workload
+from ..query.usage import Needs, Rates, Work, Workload
 from ..store import KVStore
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -35,6 +36,7 @@ class KeyIndex(ABC):
         name: as ``RetrievalConfig.index`` names it.
         moves_rows: whether rows stand permuted inside the runs that ``bounds`` marks.
         learnt: whether what was built last was built by what queries told.
+        needs: the budget that ``calibrate`` found.
         searches_all: whether ``search`` scores every row that it may find.
         built_in: its rates on two cores of an AMD EPYC (Zen 5), for where nothing can be measured.
         typical: the work of a call over 8K rows: where measured rates make that far slower than the built-in ones,
@@ -44,6 +46,7 @@ class KeyIndex(ABC):
     name: ClassVar[str]
     moves_rows = False
     learnt = False
+    needs: Needs | None = None
     searches_all = False
     built_in: ClassVar[Rates]
     typical: ClassVar[Work]
@@ -84,8 +87,8 @@ class KeyIndex(ABC):
         return max(0, min(work.rows - work.queries - config.window + 1, work.indexed))
 
     @classmethod
-    def rows_asked(cls, config: RetrievalConfig, indexed: int) -> int:
-        """Rows that the config's budget reads per KV head of a store with so many rows in the index."""
+    def rows_asked(cls, config: RetrievalConfig, work: Workload) -> int:
+        """Rows that the budget reads per KV head."""
         return config.rows_retrieved
 
     @classmethod
@@ -94,8 +97,8 @@ class KeyIndex(ABC):
         return config.rows_retrieved >= eligible
 
     @classmethod
-    def asked(cls, config: RetrievalConfig) -> str:
-        """The budget in words."""
+    def asked(cls, config: RetrievalConfig, work: Workload) -> str:
+        """The budget in words, without numbers that change from call to call."""
         return f"k={config.rows_retrieved}"
 
     @abstractmethod
@@ -109,6 +112,10 @@ class KeyIndex(ABC):
     @abstractmethod
     def extend(self, store: KVStore, lo: Tensor) -> None:
         """Take in the store's rows that are not indexed yet, as many as fill whole blocks."""
+
+    def calibrate(self, call: Call) -> bool:
+        """Find what budget calls like this one need, where that may have changed; returns whether ``needs`` did."""
+        return False  # most indexes have no budget of their own
 
     @abstractmethod
     def search(

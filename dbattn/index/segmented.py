@@ -21,10 +21,12 @@ from index_kernels.packed import code_bytes
 from index_kernels.summaries import Clustering
 
 from ..config import RetrievalConfig
+from ..query.call import Call
 from ..query.plan import Step
 from ..query.usage import Rates, Work, Workload
 from ..store import KVStore, rows_at
-from ._list_scan import ListScan, budget, list_work, rows_scored
+from ._calibration import Question, calibrate, question_of
+from ._list_scan import ListScan, budget, list_work, rows_scored, rows_wanted
 from ._list_state import code_segment, load_segment, segment_state
 from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, vector_bytes
 from .base import Arrays, Candidates, KeyIndex
@@ -67,9 +69,9 @@ class SegmentedIndex(KeyIndex):
         return work.indexed
 
     @classmethod
-    def rows_asked(cls, config: RetrievalConfig, indexed: int) -> int:
-        """See KeyIndex; by size where no k was asked for."""
-        return budget(indexed, config.k).read
+    def rows_asked(cls, config: RetrievalConfig, work: Workload) -> int:
+        """See KeyIndex; what audits found or by size, where no k was asked for."""
+        return budget(work.indexed, rows_wanted(config, work)).read
 
     @classmethod
     def covers(cls, config: RetrievalConfig, eligible: int) -> bool:
@@ -77,19 +79,21 @@ class SegmentedIndex(KeyIndex):
         return config.k is not None and config.k >= eligible
 
     @classmethod
-    def asked(cls, config: RetrievalConfig) -> str:
+    def asked(cls, config: RetrievalConfig, work: Workload) -> str:
         """See KeyIndex."""
-        return "budget by size" if config.k is None else f"k={config.k}"
+        if config.k is not None:
+            return f"k={config.k}"
+        return "budget by size" if work.needs is None else f"budget for target_error={work.needs.target:g}"
 
     @classmethod
     def work(cls, config: RetrievalConfig, work: Workload) -> Work:
         """See KeyIndex; things scored are summaries, and codes as parts of one; the heads of a group share them."""
-        return list_work(work, config.k)
+        return list_work(work, rows_wanted(config, work))
 
     @classmethod
     def operations_to_choose(cls, config: RetrievalConfig, work: Workload) -> float:
         """See KeyIndex; each head of a group multiplies the summaries and codes they share."""
-        return rows_scored(work, config.k) * (work.heads // work.kv_heads) * work.dim
+        return rows_scored(work, rows_wanted(config, work)) * (work.heads // work.kv_heads) * work.dim
 
     @classmethod
     def rows_indexed(cls, config: RetrievalConfig, rows: int) -> int:
@@ -108,13 +112,14 @@ class SegmentedIndex(KeyIndex):
     @classmethod
     def steps(cls, config: RetrievalConfig, work: Workload, own: Rates | None, scan: Rates | None) -> tuple[Step, ...]:
         """See KeyIndex; one step answers for all sources."""
-        return (ListScan.of(config, work, cls.asked(config), own, scan),)
+        return (ListScan.of(config, work, cls.asked(config, work), own, scan),)
 
     def __init__(self, window: int) -> None:
         _require_numba()
         self._window = window
         self._bounds = [0]
         self._lists: Lists | None = None
+        self._audited: Question | None = None
 
     def __len__(self) -> int:
         return self._bounds[-1]
@@ -145,6 +150,16 @@ class SegmentedIndex(KeyIndex):
         )  # fmt: skip
         self._bounds = target
         lists.settle(len(target) - 1)
+
+    def calibrate(self, call: Call) -> bool:
+        """See KeyIndex; again whenever the leading segments are others, or calls are of another kind."""
+        asked = question_of(call, self._bounds)
+        if asked == self._audited:
+            return False
+        self._audited, before = asked, self.needs
+        assert self._lists is not None
+        self.needs = asked and calibrate(call, asked, self._lists.table_of(self._bounds.index(asked.rows)))
+        return self.needs != before
 
     def search(
         self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
@@ -245,6 +260,7 @@ class SegmentedIndex(KeyIndex):
         store.touch(self._bounds[keep])
         unseal_rows(*store.buffers, self._lists.positions, self._bounds[keep:], start=lo)
         self._bounds = self._bounds[: keep + 1]
+        self._audited = self.needs = None
         self._lists.keep_segments(keep)
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import RetrievalConfig
 from ..store import KVStore, RowSource, StateSource, check_queries, check_range
-from .usage import Workload
+from .usage import Needs, Workload
 
 
 class RowIndex(Protocol):
@@ -17,6 +17,7 @@ class RowIndex(Protocol):
 
     moves_rows: bool
     learnt: bool
+    needs: Needs | None
 
     def __len__(self) -> int:
         """Rows below this are in the index."""
@@ -97,6 +98,7 @@ class Call:
             value_dim=store.value_dim,
             row_bytes=store.row_bytes,
             learnt=self.index.learnt,
+            needs=self.index.needs,
         )
 
     def plainly(self) -> "Call":

@@ -29,7 +29,7 @@ class PlannedIndex(TimedIndex, Protocol):
         """Whether the budget asked for covers every row in the index."""
 
     @classmethod
-    def asked(cls, config: RetrievalConfig) -> str:
+    def asked(cls, config: RetrievalConfig, work: Workload) -> str:
         """The budget in words."""
 
     @classmethod
@@ -37,7 +37,7 @@ class PlannedIndex(TimedIndex, Protocol):
         """What the index offers for a call."""
 
 
-@lru_cache(maxsize=64)  # the layers of a model ask the same
+@lru_cache(maxsize=512)  # the layers of a model ask alike
 def choose_plan(
     index: type[PlannedIndex],
     config: RetrievalConfig,
@@ -104,7 +104,7 @@ def choose_plan(
                 return dense(f"fewer rows than {below} (no rates for {device})")
         elif seconds_dense <= seconds:
             return replace(dense("a dense scan is estimated to be faster"), seconds_dense=seconds_dense)
-    reason = f"{work.rows} rows, {index.asked(config)}"
+    reason = f"{work.rows} rows, {index.asked(config, work)}"
     return QueryPlan(steps, reason, hot, backend, seconds, seconds_dense)
 
 

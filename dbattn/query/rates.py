@@ -22,7 +22,7 @@ from .call import Call, RowIndex
 from .execute import run_plan
 from .plan import QueryPlan, Step
 from .steps import DenseScan
-from .usage import Rates, Work, Workload
+from .usage import Needs, Rates, Work, Workload
 
 VERSION = 4
 HEADS, GROUP, DIM = 2, 3, 64
@@ -98,6 +98,7 @@ class _NoIndex:
     """A store's index that holds nothing."""
 
     moves_rows = learnt = False
+    needs: Needs | None = None
 
     def __len__(self) -> int:
         return 0

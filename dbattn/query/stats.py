@@ -86,6 +86,7 @@ class RunningStats:
         rungs: how often each rung of the ladder gave the answer (with ``max_error`` only).
         ladder: what was learnt about errors (with ``max_error`` only).
         plan: the plan of the latest audited call, with what it read.
+        expected_error: what audits of a sample of queries said of the latest retrieving call; None: there were none.
         stream_errors: relative errors of the residual stream after the layer, where they were followed.
 
     Copies of a store go on counting in the same place.
@@ -107,6 +108,7 @@ class RunningStats:
     rungs: Counter[str] = field(default_factory=Counter)
     ladder: Ladder | None = None
     plan: QueryPlan | None = None
+    expected_error: float | None = None
     stream_errors: list[float] = field(default_factory=list)
 
     def audit_is_due(self, config: RetrievalConfig) -> bool:

@@ -32,6 +32,22 @@ class Work(NamedTuple):
     operations: float
 
 
+class Needs(NamedTuple):
+    """What audits of a store's own queries found.
+
+    Attributes:
+        read: rows per KV head to read.
+        error: mean relative error expected then.
+        target: the error asked for.
+        rows: rows that were audited, the first of the store.
+    """
+
+    read: int
+    error: float
+    target: float
+    rows: int
+
+
 class Workload(NamedTuple):
     """One call to be planned. (A tuple: it is made and looked up at every call.)
 
@@ -43,6 +59,7 @@ class Workload(NamedTuple):
         batch, heads, kv_heads, dim, value_dim: shapes of the query and of the store.
         row_bytes: bytes of one row: a key and a value.
         learnt: whether the index learnt from queries.
+        needs: the budget that audits of its sample found; None: there are none.
     """
 
     rows: int
@@ -56,6 +73,7 @@ class Workload(NamedTuple):
     value_dim: int = 64
     row_bytes: int = 512
     learnt: bool = False
+    needs: Needs | None = None
 
     @property
     def units(self) -> int:

@@ -94,6 +94,16 @@ class QuerySample:
             self.given_known = self.given_known[batch.cpu()]
         self._metrics = {}
 
+    def latest(self, stop: int, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """At most ``count`` of the newest sampled queries of rows up to ``stop``, evenly spread over a window.
+
+        Returns:
+            ``[B, Hq, m, D]`` float32, and which of them are known, bool ``[B, m]``; on the CPU.
+        """
+        packed, known = self._window(stop, start.cpu())
+        at = torch.linspace(0, packed.shape[2] - 1, min(count, packed.shape[2])).round().long()
+        return floats(packed[:, :, at.to(packed.device)].cpu()), known[:, at]
+
     def metric(self, stop: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
         """What to cluster keys of rows up to ``stop`` by, and in which batch rows there is enough to tell.
 
@@ -109,14 +119,8 @@ class QuerySample:
         return self._metrics[end]
 
     def _made(self, end: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-        if end == self.given_rows:
-            packed, known, least = self.given, self.given_known, 1
-        else:
-            first, last = -(-max(0, end - WINDOW) // STRIDE), -(-end // STRIDE)
-            packed, least = self.queries[:, :, first:last], LEAST_KNOWN
-            at = torch.arange(first, first + packed.shape[2])
-            known = self.present[first:last] & (STRIDE * at >= start[:, None])
-        enough = known.sum(dim=1) >= least
+        packed, known = self._window(end, start)
+        enough = known.sum(dim=1) >= (1 if end == self.given_rows else LEAST_KNOWN)
         batch, heads, m, _ = packed.shape
         asked = floats(packed.cpu())
         queries = (rotated(asked) if self._rotated else asked).double() * known[:, None, :, None]
@@ -129,6 +133,15 @@ class QuerySample:
         size, direction = torch.linalg.eigh(moment + RIDGE * eye)
         power = size.clamp(min=RIDGE).pow(POWER / 2)
         return ((direction * power[..., None, :]) @ direction.transpose(2, 3)).float().contiguous(), enough
+
+    def _window(self, end: int, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Packed queries ``[B, Hq, m, D + 4]`` that tell of rows up to ``end``; which are known, bool ``[B, m]``."""
+        if end <= self.given_rows:
+            return self.given, self.given_known
+        first, last = -(-max(0, end - WINDOW) // STRIDE), -(-end // STRIDE)
+        packed = self.queries[:, :, first:last]
+        at = torch.arange(first, first + packed.shape[2])
+        return packed, self.present[first:last] & (STRIDE * at >= start[:, None])
 
     def state(self) -> dict[str, Tensor]:
         """What a snapshot keeps of it."""
