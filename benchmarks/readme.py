@@ -31,6 +31,7 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 | `make arena` | every attention operator on the same rows, at the same bytes | 15 minutes |
 | `make tasks` | RULER's tasks: the score of retrieval beside dense's | 30 minutes |
 | `python -m benchmarks.families` | which model types are served | 10 minutes |
+| `python -m benchmarks.bench_layers FILE ...` | error, bytes and bounds in layers of any model | minutes |
 | `python -m benchmarks.bench_cost` | the cost model against the clock | minutes |
 
 The model is SmolLM2-135M-Instruct in float32. Its rows are captured over real prose (`benchmarks/capture.py`); beyond
@@ -173,6 +174,36 @@ def _plan(results: Record) -> list[str]:
     ]
 
 
+LAYERS_HEAD = (
+    "model, layer", "rows", "error, mean / p95", "expected", "bytes of dense", "int8 adds", "learning, ms",
+    "within `max_error=0.05`", "bytes for it",
+)  # fmt: skip
+
+
+def layer_rows(results: Sequence[Record]) -> list[list[Any]]:
+    """Rows under LAYERS_HEAD."""
+    return [
+        [f"{one['model']}, {one['layer']}", one["rows"], f"{one['error']:.4f} / {one['p95']:.3f}",
+         None if one["expected"] is None else f"{one['expected']:.3f}", _percent(one["bytes_of_dense"]),
+         f"{one['error_int8'] - one['error']:+.4f}", one["learning_ms"], _percent(one["within"]),
+         _percent(one["bound_bytes"])]
+        for one in results
+    ]  # fmt: skip
+
+
+def _layers(results: Sequence[Record]) -> list[str]:
+    count = len(results)
+    errors, read, bound = ([one[name] for one in results] for name in ("error", "bytes_of_dense", "bound_bytes"))
+    return [
+        "The default config after `analyze` on the earlier half of the captured queries; 24 of the later half ask",
+        f"(60 with `max_error`). Means of {count} layers: error {sum(errors) / count:.4f}, bytes "
+        f"{_percent(sum(read) / count)}; with `max_error=0.05` {_percent(sum(bound) / count)}. Expected is what",
+        "audits of the earlier queries said; these are few neighbours here, so that later ones may ask for more.",
+        "",
+        *_table(LAYERS_HEAD, layer_rows(results)),
+    ]
+
+
 def _frontier(results: Sequence[Record]) -> list[str]:
     lines = [
         "Each index with each tail, layers 8 and 22; k is of rows per query and KV head. Bytes are all that is read."
@@ -269,6 +300,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "model": ("The whole model", _model),
     "insert": ("Inserting", _insert),
     "plan": ("Plans and bounds", _plan),
+    "layers": ("Layers of several models", _layers),
     "frontier": ("Recall, error and bytes", _frontier),
     "arena": ("The arena", _arena),
     "tasks": ("Tasks", _tasks),
@@ -276,6 +308,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
 }
 _COMMANDS = {
     **dict.fromkeys(("summary", "decode", "model", "insert", "plan", "frontier"), "make bench"),
+    "layers": "python -m benchmarks.bench_layers",
     "arena": "make arena",
     "tasks": "make tasks",
     "families": "python -m benchmarks.families",
