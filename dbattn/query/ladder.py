@@ -151,6 +151,8 @@ class Ladder:
         if len(kept) < AUDITS_TO_LEARN:
             # A few audits do not yet speak against the prior.
             factor = factor.clamp(min=PRIOR[answer.tail])
+        # Errors far beyond come of rows that were overlooked: reading more finds them, a larger estimate does not.
+        factor = factor.clamp(max=2 * PRIOR[answer.tail])
         return factor[:, None].to(answer.out.device)
 
     def _note(self, need: float, learn: bool) -> None:
