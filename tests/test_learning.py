@@ -310,6 +310,17 @@ def test_a_budget_is_found_again_in_a_snapshot(tmp_path):
     assert again.index.needs == db.index.needs
 
 
+def test_calls_of_several_kinds_are_audited_once_each(monkeypatch):
+    db, query = calibrated()
+    kinds = [db.config, replace(db.config, k=50), replace(db.config, target_error=0.2), db.config]
+    answers = []
+    for db.config in kinds:
+        answers.append(db.attend(query))
+    monkeypatch.setattr("dbattn.index.segmented.calibrate", None)
+    for db.config, answer in zip(kinds, answers, strict=True):
+        assert torch.equal(db.attend(query), answer)
+
+
 @pytest.mark.parametrize("options", [{"k": 77}, {"target_error": None}])
 def test_a_budget_of_the_users_or_none_is_not_calibrated(options):
     keys, values, queries = rows_and_queries(3000)

@@ -16,7 +16,7 @@ from ..config import RetrievalConfig
 from ..query.call import Call
 from ..query.plan import Source, Step, StepAnswer
 from ..query.steps import ExactRows
-from ..query.usage import Rates, Usage, Work, Workload
+from ..query.usage import Needs, Rates, Usage, Work, Workload
 from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, slots_of, vector_bytes
 
 
@@ -74,13 +74,18 @@ def budget(sealed: int, k: int | None) -> Budget:
     return Budget(read, coded, sealed if 2 * opened > sealed else opened)
 
 
+def needs_of(config: RetrievalConfig, work: Workload) -> Needs | None:
+    """What audits found for calls under this config; None where it asks for no such budget."""
+    return work.needs if config.k is None and config.target_error is not None else None
+
+
 def rows_wanted(config: RetrievalConfig, work: Workload) -> int | None:
     """Rows per KV head that are asked for, or that audits found to be needed; None: by size."""
-    if config.k is not None or work.needs is None:
+    needs = needs_of(config, work)
+    if needs is None:
         return config.k
     # What was found for the leading segments grows as the budget by size does.
-    grown = default_rows_read(work.indexed) / default_rows_read(work.needs.rows)
-    return max(1, round(work.needs.read * grown))
+    return max(1, round(needs.read * default_rows_read(work.indexed) / default_rows_read(needs.rows)))
 
 
 def list_work(work: Workload, k: int | None) -> Work:
@@ -132,7 +137,8 @@ class ListScan(Step):
         size = int(does.bytes + coded) + int(per_unit * scored) * (vector_bytes(work.dim) + NUMBERS_BYTES)
         usage = Usage(read, size, asks.coded / ROWS_PER_LIST, None if own is None else own.seconds(does))
         eligible = work.indexed - work.first_index_row
-        expected = "" if work.needs is None else f" (audits of sampled queries expect {work.needs.error:.2g})"
+        needs = needs_of(config, work)
+        expected = "" if needs is None else f" (audits of sampled queries expect {needs.error:.2g})"
         by = "queries and keys" if work.learnt else "keys alone (no queries to learn from)"
         sources = [
             ExactRows.source(work, work.indexed, config.n_sink, scan),

@@ -23,10 +23,10 @@ from index_kernels.summaries import Clustering
 from ..config import RetrievalConfig
 from ..query.call import Call
 from ..query.plan import Step
-from ..query.usage import Rates, Work, Workload
+from ..query.usage import Needs, Rates, Work, Workload
 from ..store import KVStore, rows_at
 from ._calibration import Question, calibrate, question_of
-from ._list_scan import ListScan, budget, list_work, rows_scored, rows_wanted
+from ._list_scan import ListScan, budget, list_work, needs_of, rows_scored, rows_wanted
 from ._list_state import code_segment, load_segment, segment_state
 from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, Lists, vector_bytes
 from .base import Arrays, Candidates, KeyIndex
@@ -35,6 +35,10 @@ from .base import Arrays, Candidates, KeyIndex
 CLUSTERING = Clustering(ROWS_PER_SUPER_LIST, ROWS_PER_LIST, iterations=6, training_stride=4)
 # Rows of a segment, large to small; two of one size merge into one of the next, as in an LSM tree.
 SEGMENT_ROWS = tuple(128 << i for i in range(10, -1, -1))
+
+
+# Kinds of calls whose calibration is kept.
+KINDS = 8
 
 
 def segment_bounds(rows: int) -> list[int]:
@@ -83,7 +87,8 @@ class SegmentedIndex(KeyIndex):
         """See KeyIndex."""
         if config.k is not None:
             return f"k={config.k}"
-        return "budget by size" if work.needs is None else f"budget for target_error={work.needs.target:g}"
+        needs = needs_of(config, work)
+        return "budget by size" if needs is None else f"budget for target_error={needs.target:g}"
 
     @classmethod
     def work(cls, config: RetrievalConfig, work: Workload) -> Work:
@@ -119,7 +124,7 @@ class SegmentedIndex(KeyIndex):
         self._window = window
         self._bounds = [0]
         self._lists: Lists | None = None
-        self._audited: Question | None = None
+        self._audited: dict[Question, Needs | None] = {}
 
     def __len__(self) -> int:
         return self._bounds[-1]
@@ -152,13 +157,17 @@ class SegmentedIndex(KeyIndex):
         lists.settle(len(target) - 1)
 
     def calibrate(self, call: Call) -> bool:
-        """See KeyIndex; again whenever the leading segments are others, or calls are of another kind."""
+        """See KeyIndex; anew where the leading segments are others, or for calls of another kind."""
         asked = question_of(call, self._bounds)
-        if asked == self._audited:
+        if asked is None:
             return False
-        self._audited, before = asked, self.needs
-        assert self._lists is not None
-        self.needs = asked and calibrate(call, asked, self._lists.table_of(self._bounds.index(asked.rows)))
+        if asked not in self._audited:
+            assert self._lists is not None
+            if len(self._audited) >= KINDS:
+                self._audited.clear()
+            table = self._lists.table_of(self._bounds.index(asked.rows))
+            self._audited[asked] = calibrate(call, asked, table)
+        before, self.needs = self.needs, self._audited[asked]
         return self.needs != before
 
     def search(
@@ -199,6 +208,7 @@ class SegmentedIndex(KeyIndex):
 
     def select(self, batch: Tensor) -> None:
         """See KeyIndex."""
+        self._audited = {}
         if self._lists is not None:
             self._lists = self._lists.select(batch.cpu().numpy())
 
@@ -260,7 +270,7 @@ class SegmentedIndex(KeyIndex):
         store.touch(self._bounds[keep])
         unseal_rows(*store.buffers, self._lists.positions, self._bounds[keep:], start=lo)
         self._bounds = self._bounds[: keep + 1]
-        self._audited = self.needs = None
+        self._audited, self.needs = {}, None
         self._lists.keep_segments(keep)
 
     @property
