@@ -186,7 +186,7 @@ class AttentionDB:
             call.measure = audit
             answer = self._answer(call, plan, learn=True)
             stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense)
-            if (needs := self.index.needs) is not None and self.config.k is None and self.config.target_error:
+            if (needs := self.index.needs) is not None and self.config.finds_budget:
                 stats.expected_error = needs.error
             if stats.index.get("rows") != len(self.index):
                 stats.index = self.index.describe() | ({"rows kept as": kept} if (kept := self.store.kept) else {})

@@ -160,6 +160,11 @@ class RetrievalConfig:
         return DEFAULT_K if self.k is None else self.k
 
     @property
+    def finds_budget(self) -> bool:
+        """Whether a budget is to be found for ``target_error``, by an index that can."""
+        return self.k is None and self.target_error is not None
+
+    @property
     def dense_below_rows(self) -> int | None:
         """dense_below, default filled in; None where estimates decide."""
         if isinstance(self.dense_below, int):

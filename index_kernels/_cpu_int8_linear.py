@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._cpu_common import FAST, PRANGE
 from ._cpu_start import use_torchs_threads
-from ._cpu_vectors import F32, I64, fma, load_numbers, load_scale, loop, pointer, sum_lanes
+from ._cpu_vectors import F32, I64, fma, load_numbers, load_scale, loop, pointer, splat, sum_lanes
 from .packed import SCALE_BYTES, row_dim
 
 WIDTH = 16
@@ -40,7 +40,6 @@ def _dot(typingctx, x, x_at, weight, weight_at, groups, chunks):
         xp = pointer(context, builder, sig.args[0], args[0], args[1])
         wp = pointer(context, builder, sig.args[2], args[2], args[3])
         cell = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * WIDTH))
-        undefined, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
         with loop(builder, I64(0), args[4], 1) as (g, _):
             q = builder.gep(xp, [builder.mul(g, I64(size))])
             w = builder.gep(wp, [builder.mul(g, I64(size + SCALE_BYTES))])
@@ -50,10 +49,7 @@ def _dot(typingctx, x, x_at, weight, weight_at, groups, chunks):
             for c in range(1, C):
                 weights = load_numbers(builder, w, types.int8, c, WIDTH)
                 part = fma(builder, load_numbers(builder, q, types.float32, c, WIDTH), weights, part)
-            one = builder.insert_element(undefined, load_scale(builder, builder.gep(w, [I64(size)])), first)
-            scale = builder.shuffle_vector(
-                one, undefined, ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
-            )
+            scale = splat(builder, load_scale(builder, builder.gep(w, [I64(size)])), WIDTH)
             builder.store(fma(builder, scale, part, builder.load(cell)), cell)
         return sum_lanes(builder, builder.load(cell))
 

@@ -17,7 +17,7 @@ from ..hf.layer_report import counted
 from ..query.audit import AuditReport, figure
 from ..text.haystack import Needle, hide, make_needles, read_haystack
 from ..text.prompt import CHUNK, QUESTION_TOKENS, answer_tokens, context_ids, context_limit, question_ids
-from ._console import long_work, table_console, waiting
+from ._console import long_work, table_console
 
 if TYPE_CHECKING:
     from ..hf import Handle
@@ -64,7 +64,8 @@ def run_demo(
         FileNotFoundError: a haystack, model or output folder that is not there.
         KeyboardInterrupt: Ctrl-C; the questions answered by then have been printed and written.
     """
-    from ..hf import load_model, wrap
+    from ..hf import wrap
+    from ._opened import load
 
     # Everything cheap that can be wrong is checked before the minute-long work starts.
     config = RetrievalConfig(index=index, k=k, audit_rate=0.0, max_queries=QUESTION_TOKENS, dense_below=0)
@@ -77,8 +78,7 @@ def run_demo(
     check_output("--json", json_path)
     prose, hidden = read_haystack(haystack), make_needles(needles)
     console = Console(stderr=True, quiet=quiet)
-    with waiting(console, "loading the model (the first time, a GGUF file is converted: about half a minute)"):
-        lm, tokenizer = load_model(model, weights=weights)
+    lm, tokenizer = load(model, weights, console)
     limit = context_limit(lm)
     if limit is not None and tokens > limit:
         raise ValueError(

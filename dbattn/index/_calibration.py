@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from index_kernels import ListReading, ListTable, attend_segmented
+from index_kernels import ListTable, attend_segmented
 
 from ..dense import masked_attention
 from ..metrics import relative_error
 from ..query.call import Call
 from ..query.usage import Needs
-from ._list_scan import ALPHA, BETA, budget, default_rows_read
+from ._list_scan import budget, default_rows_read
 
 # Queries audited, and the least that are worth it.
 QUERIES, LEAST_QUERIES = 24, 8
@@ -53,8 +53,9 @@ class Question(NamedTuple):
 def question_of(call: Call, bounds: list[int]) -> Question | None:
     """What there is to audit for calls like this one, over segments that end at ``bounds``; None: nothing."""
     config = call.config
-    if config.k is not None or config.target_error is None or call.store.sample is None:
+    if not config.finds_budget or call.store.sample is None:
         return None
+    assert config.target_error is not None
     given = call.store.sample.given_rows
     # Queries given to analyze asked all rows that were there.
     rows = max(
@@ -79,15 +80,10 @@ def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:
     keys, values = (rows[:, :, : asked.rows] for rows in store.rows)
     mask = visible[:, None, None] if store.has_padding else None
     dense, _ = masked_attention(queries, keys, values, mask, scale=asked.scale, softcap=asked.softcap)
-    heads = store.num_kv_heads
     counted = known.to(device)[:, None].expand(-1, queries.shape[1], -1)
 
     def error(read: int) -> float:
-        asks = budget(asked.rows, read + asked.window)
-        how = ListReading(
-            asked.rows, asked.rows, asked.n_sink, asks.read * heads, asks.coded * heads, asks.opened * heads,
-            asked.scale, asked.softcap, ALPHA, BETA, asked.tail,
-        )  # fmt: skip
+        how = budget(asked.rows, read + asked.window).reading(call, asked.rows, asked.rows, tail=asked.tail)
         outs = [
             attend_segmented(queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start).out
             for i in range(queries.shape[2])

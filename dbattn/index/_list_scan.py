@@ -55,6 +55,13 @@ class Budget(NamedTuple):
     coded: int
     opened: int
 
+    def reading(self, call: Call, sealed: int, length: int, *, tail: bool) -> ListReading:
+        """How the kernel is to read ``sealed`` rows in lists and the hot ones up to ``length`` for calls like this."""
+        read, coded, opened = (rows * call.store.num_kv_heads for rows in self)
+        return ListReading(
+            sealed, length, call.config.n_sink, read, coded, opened, call.scale, call.softcap, ALPHA, BETA, tail
+        )
+
 
 @lru_cache
 def default_rows_read(sealed: int) -> int:
@@ -76,7 +83,7 @@ def budget(sealed: int, k: int | None) -> Budget:
 
 def needs_of(config: RetrievalConfig, work: Workload) -> Needs | None:
     """What audits found for calls under this config; None where it asks for no such budget."""
-    return work.needs if config.k is None and config.target_error is not None else None
+    return work.needs if config.finds_budget else None
 
 
 def rows_wanted(config: RetrievalConfig, work: Workload) -> int | None:
@@ -201,14 +208,8 @@ class ListScan(Step):
     def attend(self, call: Call, index: SegmentedStore, query: Tensor, length: int) -> SegmentedAnswer:
         """The kernel's answer for one position ``[B, Hq, 1, D]``, which sees the first ``length`` rows."""
         store = call.store
-        asks, heads = budget(len(index), self.k), store.num_kv_heads
-        how = ListReading(
-            len(index), length, call.config.n_sink, asks.read * heads, asks.coded * heads, asks.opened * heads,
-            call.scale, call.softcap, ALPHA, BETA, self.tail,
-        )  # fmt: skip
-        return attend_segmented(
-            query, *store.buffers, index.table, how, start=store.start, details=call.measure
-        )  # fmt: skip
+        how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail)
+        return attend_segmented(query, *store.buffers, index.table, how, start=store.start, details=call.measure)
 
     def _bytes(
         self, call: Call, index: SegmentedStore, whole: SegmentedAnswer, hot: float, units: int
