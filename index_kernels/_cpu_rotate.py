@@ -8,7 +8,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ._cpu_common import FAST, F
+from ._cpu_common import FAST, F, inner
 
 
 def rotated(rows: Tensor) -> Tensor:
@@ -19,29 +19,33 @@ def rotated(rows: Tensor) -> Tensor:
     return torch.from_numpy(turned)
 
 
-@njit(fastmath=FAST, cache=True, nogil=True)
-def _rotated(rows, turned):
-    D = rows.shape[1]
+@inner
+def rotate_row(row, out, one, two):
+    """out = row [D] times Hadamard's matrix; they may be the same. one, two [D] are scratch."""
+    D = row.size
     block = D & -D
     half = block // 2
     unit = F(1.0) / np.sqrt(F(block))
-    one = np.empty(block, F)
-    two = np.empty(block, F)
+    for base in range(0, D, block):
+        for d in range(block):
+            one[d] = row[base + d]
+        x, y = one, two
+        stage = 1
+        # Neighbours are paired and the results go half a block apart: vectors at every stage, in order at the end.
+        while stage < block:
+            for d in range(half):
+                low, high = x[2 * d], x[2 * d + 1]
+                y[d] = low + high
+                y[half + d] = low - high
+            x, y = y, x
+            stage *= 2
+        for d in range(block):
+            out[base + d] = x[d] * unit
+
+
+@njit(fastmath=FAST, cache=True, nogil=True)
+def _rotated(rows, turned):
+    D = rows.shape[1]
+    one, two = np.empty(D, F), np.empty(D, F)
     for i in range(rows.shape[0]):
-        for base in range(0, D, block):
-            row = rows[i, base : base + block]
-            out = turned[i, base : base + block]
-            for d in range(block):
-                one[d] = row[d]
-            x, y = one, two
-            stage = 1
-            # Neighbours are paired and the results go half a block apart: vectors at every stage, in order at the end.
-            while stage < block:
-                for d in range(half):
-                    low, high = x[2 * d], x[2 * d + 1]
-                    y[d] = low + high
-                    y[half + d] = low - high
-                x, y = y, x
-                stage *= 2
-            for d in range(block):
-                out[d] = x[d] * unit
+        rotate_row(rows[i], turned[i], one, two)

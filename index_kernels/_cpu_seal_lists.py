@@ -6,6 +6,7 @@
 import numpy as np
 
 from ._cpu_common import F, inner, row_scale, set_row_scale, to_f32
+from ._cpu_rotate import rotate_row
 from .packed import CODE_STEP, SMALLEST, STEP
 
 _STEP, _CODE_STEP, _SMALLEST = F(STEP), F(CODE_STEP), F(SMALLEST)
@@ -80,37 +81,33 @@ def _summarise(x, y, in_metric, lo, hi, key, value, j, variance, keys, values):
 
 
 @inner
-def turn_for_codes(x):
-    """Turn x [D] in place; see packed.turned_for_codes."""
-    D = x.size
+def code_signs(D):
+    """The signs [D] that codes change, see packed.turned_for_codes."""
+    signs = np.empty(D, F)
     for d in range(D):
         pairs = d & (d >> 1)
-        odd = np.int64(0)
+        signs[d] = F(1.0)
         while pairs:
-            odd ^= pairs & 1
+            if pairs & 1:
+                signs[d] = -signs[d]
             pairs >>= 1
-        if odd:
-            x[d] = -x[d]
-    block = D & -D
-    half = 1
-    while half < block:
-        for base in range(0, D, 2 * half):
-            for i in range(base, base + half):
-                low, high = x[i], x[i + half]
-                x[i] = low + high
-                x[i + half] = low - high
-        half *= 2
-    unit = F(1.0) / np.sqrt(F(block))
-    for d in range(D):
-        x[d] *= unit
+    return signs
 
 
 @inner
-def _code(x, code):
+def turn_for_codes(x, signs, one, two):
+    """Turn x [D] in place; see packed.turned_for_codes. signs are those of code_signs, one and two [D] scratch."""
+    for d in range(x.size):
+        x[d] *= signs[d]
+    rotate_row(x, x, one, two)
+
+
+@inner
+def _code(x, code, signs, one, two):
     """Write the code of x [D], which is turned in place, see packed.py."""
     D = x.size
     half = (D + 1) // 2
-    turn_for_codes(x)
+    turn_for_codes(x, signs, one, two)
     most = F(0.0)
     for d in range(D):
         most = max(most, abs(x[d]))
@@ -129,7 +126,7 @@ def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, key
     Dv = y.shape[1]
     key = np.empty(D, F)
     value = np.empty(Dv, F)
-    residual = np.empty(D, F)
+    residual, signs, one, two = np.empty(D, F), code_signs(D), np.empty(D, F), np.empty(D, F)
     for d in range(D):
         for e in range(D):
             shape[d, e] = F(0.0)
@@ -147,7 +144,7 @@ def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, key
         for i in range(at, end):
             for d in range(D):
                 residual[d] = x[i, d] - to_f32(keys[j, d]) * unit
-            _code(residual, codes[lo + i])
+            _code(residual, codes[lo + i], signs, one, two)
         # residual covariance from every eighth list: one matrix per head needs no more
         if j % 8 == 0:
             trace += _scatter(in_metric, at, end)

@@ -11,7 +11,7 @@ import numpy as np
 from ._cpu_code_vectors import score_codes, weigh_codes
 from ._cpu_common import NEG, TILE, F, exp32, inner, load_query, scan_range, softcapped, store_state
 from ._cpu_list_steps import choose, correct, cycles, rank_entries, rescale
-from ._cpu_seal_lists import round_to_int8, turn_for_codes
+from ._cpu_seal_lists import code_signs, round_to_int8, turn_for_codes
 from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_CODED, ROWS_READ, SUPERS_SCORED, Asked
 from ._cpu_vectors import add_rows, score_rows
 
@@ -29,7 +29,7 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
     spread = np.empty((B, Hq), F)
     two_level = np.empty(B, np.bool_)
     any_two = False
-    copy = np.empty(D, F)
+    copy, signs, one, two = np.empty(D, F), code_signs(D), np.empty(D, F), np.empty(D, F)
     for b in range(B):
         two_level[b] = opened < H * (sealed - start[b] - n_sink)
         any_two |= two_level[b]
@@ -39,7 +39,7 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
             for g in range(G):
                 for d in range(D):
                     copy[d] = q[g, d]
-                turn_for_codes(copy)
+                turn_for_codes(copy, signs, one, two)
                 unit = round_to_int8(copy, turned[b, h, g])
                 count = np.int32(0)
                 for d in range(D):
