@@ -1,19 +1,17 @@
 """Run all benchmarks and compare with what the engine must reach.
 
 Captures rows of SmolLM2-135M first where the cache lacks them (about ten minutes, once). Each benchmark writes its
-figures to the results folder as soon as it is done; the summary takes in those that ran.
+figures to the results folder as soon as it is done; the table at the end takes in all that the folder holds.
 
   python -m benchmarks                        everything, under 20 minutes on two cores
   python -m benchmarks --quick                a few minutes, smaller sizes; the figures wobble
   python -m benchmarks --only decode insert   some of them; the table takes the others from their latest run
 
-Writes decode.json, model.json, plan.json, insert.json, frontier.json, frontier.png, summary.json and summary.png;
-summary.json holds targets[] = {what, must, aim, measured, unit, note, verdict}, and machine and date as the others do.
-The repository keeps these records, and benchmarks/README.md is written from them.
+Writes decode.json, model.json, plan.json, insert.json, frontier.json, frontier.png and summary.png. The repository
+keeps the records, and benchmarks/README.md is written from them.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "decode" in args.only and not quick:
         fill_cache(SIZES["524K"], 8)
     # Figures of benchmarks that do not run now stay in the table, from their own latest run.
-    earlier = [n for n in NAMES if n not in args.only and (args.out / f"{n}.json").is_file()]
-    records = {name: json.loads((args.out / f"{name}.json").read_text(encoding="utf-8")) for name in earlier}
+    records = readme.records_in(args.out, quick=quick)
     results: dict[str, Any] = {name: record["results"] for name, record in records.items()}
     for name in (n for n in NAMES if n in args.only):
         console.rule(name)
@@ -63,10 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         records[name] = write_json(args.out / f"{name}.json", name, {"quick": quick}, results[name])
         console.print(f"{name} took {time.perf_counter() - began:.0f} s")
 
-    found = targets(results)
-    print_targets(found)
-    settings = {"quick": quick, "benchmarks": [n for n in NAMES if n in args.only], "from earlier runs": earlier}
-    write_json(args.out / "summary.json", "summary", settings, {"targets": [t.to_dict() for t in found]})
+    print_targets(targets(results))
     if "decode" in results:
         decode = results["decode"]
         plot_summary(decode["sizes"], decode["exponent"]["points"], records["decode"], args.out / "summary.png")

@@ -46,6 +46,89 @@ def disturbed(sides: Sequence[dict[str, Any]]) -> str:
 
 def targets(results: dict[str, Any]) -> list[Target]:
     """All targets, from the results of the benchmarks that ran: ``{name: results}``."""
+    return [*_engine(results), *_any_model(results)]
+
+
+def _any_model(results: dict[str, Any]) -> list[Target]:
+    """What must hold on every model and layer that was captured, after its queries were analysed."""
+    layers = results.get("layers", [])
+    found: list[Target] = []
+
+    def of_layers(what: str, must: float, aim: float, values: Sequence[float | None], *, mean: bool = False) -> None:
+        known = [value for value in values if value is not None]
+        measured = None if not known else sum(known) / len(known) if mean else max(known)
+        found.append(Target(what, must, aim, measured, False, "", f"{len(known)} layers" if known else ""))
+
+    def all_of(name: str) -> list[float]:
+        return [layer[name] for layer in layers]
+
+    of_layers("mean error of a layer, the worst", 0.035, 0.02, all_of("error"))
+    of_layers("95th percentile of a layer's errors, the worst", 0.11, 0.06, all_of("p95"))
+    of_layers("share of dense's bytes, mean over layers", 0.07, 0.05, all_of("bytes_of_dense"), mean=True)
+    of_layers("the same, the most of any layer", 0.12, 0.09, all_of("bytes_of_dense"))
+    off = [_times_off(layer["expected"], layer["error"]) for layer in layers]
+    of_layers("error audited and expected, times apart, the worst", 1.5, 1.2, off)
+    of_layers("error that int8 rows add, the most", 0.025, 0.012, [x["error_int8"] - x["error"] for x in layers])
+    planes = "int8 rows in planes: mean error of a layer at 4 % of float32 bytes"
+    found.append(Target(planes, 0.04, 0.025, None, False, "", "not built"))
+    within = min(all_of("within"), default=None)
+    found.append(Target("max_error=0.05: answers within, the least of any layer", 0.95, 0.98, within, True))
+    of_layers("max_error=0.05: share of dense's bytes, mean", 0.15, 0.08, all_of("bound_bytes"), mean=True)
+    of_layers("the same, the most of any layer", 0.6, 0.25, all_of("bound_bytes"))
+    for size, must, aim in (("8K", 5.0, 10.0), ("32K", 15.0, 25.0), ("131K", 40.0, 80.0)):
+        sides = next(
+            (s["sides"] for s in results.get("decode", {}).get("sizes", []) if s["tokens"] == SIZES[size]), None
+        )
+        fastest, note = None, ""
+        if sides is not None:
+            fit = [s for s in sides if s["kind"] == "segmented" and s["error"] <= 0.03]
+            best = max(fit, key=lambda s: s["x_sdpa"], default=None)
+            fastest = None if best is None else best["x_sdpa"]
+            note = "no setting within the error" if best is None else best["side"] + disturbed([best])
+        found.append(
+            Target(f"segmented, times faster than SDPA, error <= 0.03, {size}", must, aim, fastest, True, "x", note)
+        )
+    for one in results.get("fidelity", []):
+        where = f"{one['model']}, {one['text']}, {one['context']:,} tokens"
+        for what, key, must, aim, more in (
+            ("logits, relative L2", "logits_l2", 0.02, 0.01, False), ("KL to dense", "kl", 0.001, 0.0005, False),
+            ("top-1 agreement", "top1", 0.98, 0.99, True),
+        ):  # fmt: skip
+            found.append(Target(f"{what}: {where}", must, aim, one[key], more))
+    for size in results.get("arena", []):
+        for budget in (0.02, 0.05, 0.1):
+            lead, note = _lead(size["operators"], budget)
+            what = f"arena, {size['model']}, {budget:.0%}: the best other's error over dbattn's"
+            found.append(Target(what, 1, 2, lead, True, "x", note))
+    return found
+
+
+def _times_off(expected: float | None, audited: float) -> float | None:
+    return None if not expected or not audited else max(audited / expected, expected / audited)
+
+
+def _lead(operators: Sequence[dict[str, Any]], budget: float) -> tuple[float | None, str]:
+    """Error of the best other operator that keeps a budget without training, over dbattn's; and who that is."""
+    pairs = [(o, p) for o in operators for p in o["points"] if p["budget"] == budget]
+    ours = next((point for operator, point in pairs if operator["name"] == "dbattn"), None)
+    fair = [
+        (point["error"], operator["name"])
+        for operator, point in pairs
+        if operator["family"] not in ("exact", "dbattn")
+        and not operator["needs_training"]
+        and point["share"] <= 1.05 * budget
+    ]
+    if ours is None or not fair:
+        return None, ""
+    error, name = min(fair)
+    note = f"{name} {error:.3f}, dbattn {ours['error']:.3f}"
+    if ours["share"] > 1.05 * budget:
+        note += f" at {ours['share']:.1%}, the least it can read"
+    return error / ours["error"], note
+
+
+def _engine(results: dict[str, Any]) -> list[Target]:
+    """Speed, memory and bounds of the engine on SmolLM2's rows."""
     sizes = {size["tokens"]: size for size in results.get("decode", {}).get("sizes", [])}
     best = {p["rows"]: p for p in results.get("decode", {}).get("exponent", {}).get("points", [])}
     found: list[Target] = []

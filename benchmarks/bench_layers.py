@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
@@ -31,9 +30,8 @@ from dbattn.query.audit import AuditReport
 from . import readme
 from ._common import RESULTS, print_table, progress, write_json
 from ._stores import Quality
-from .capture import Rows, load_rows
+from .capture import Rows, load_rows, rows_of_file
 
-SINKS = 8
 LAYERS = (8, 22)
 AUDITED, BOUNDED, BOUND = 24, 60, 0.05
 
@@ -43,13 +41,7 @@ def layers_of(paths: Sequence[Path], rows: int) -> Iterator[tuple[str, int, Rows
     if not paths:
         yield from (("SmolLM2-135M", layer, load_rows(rows, layer)) for layer in LAYERS)
     for path in paths:
-        held = load_file(path)
-        for layer in sorted({int(name.split(".")[0]) for name in held}):
-            parts = [held[f"{layer}.{name}"].float() for name in ("key", "value", "query")]
-            keys, values, query = (part if part.ndim == 4 else part[None] for part in parts)
-            if keys.shape[2] > rows:
-                keys, values = (torch.cat([x[:, :, :SINKS], x[:, :, SINKS - rows :]], dim=2) for x in (keys, values))
-            yield path.stem, layer, Rows(keys, values, query)
+        yield from ((path.stem, layer, captured) for layer, captured in rows_of_file(path, rows).items())
 
 
 def measure(rows: Rows) -> dict[str, Any]:

@@ -23,44 +23,19 @@ from contextlib import nullcontext
 from typing import Any
 
 import psutil
-from torch import Tensor
 from transformers import DynamicCache
 
 from dbattn.config import WEIGHTS
 from dbattn.hf import Handle, load_model, wrap
 
 from ._common import SIZES, QuietGuard, Timing, console, parser, print_table, progress, timings_of, write_json
-from ._model import (
-    cache_bytes,
-    compare_logits,
-    decode_ms,
-    memory_growth,
-    prefill,
-    stretched,
-    teacher_forced,
-    twin_of,
-)
+from ._model import cache_bytes, decode_ms, memory_growth, prefill, stretched, twin_of
+from .bench_fidelity import CONTEXT, FORCED, fidelity
 from .capture import prose_ids
 
-CONTEXT, FORCED = 7900, 128
 STEPS = 4
 
 Step = Callable[[], tuple[list[float], int]]
-
-
-def fidelity(plain: Any, handle: Handle, cache: DynamicCache, ids: Tensor) -> dict[str, float]:
-    """Logits of ``ids [1, n]`` fed in place of the last row of ``cache`` and after it: all layers retrieving, or dense.
-
-    The first of them is not compared: with it the rows enter the stores, and it is answered densely.
-    """
-    config, rows = plain.config, cache.get_seq_length()
-    dense = teacher_forced(plain, stretched(cache, rows - 1, config), ids, step=ids.shape[1])
-    other = teacher_forced(handle.model, stretched(cache, rows - 1, config), ids, step=1)
-    calls, layers = (ids.shape[1] - 1) * config.num_hidden_layers, handle.report().layers
-    retrieving = sum(layer.retrieving for layer in layers)
-    if retrieving < calls:
-        raise RuntimeError(f"only {retrieving} of {calls} calls retrieved, others were dense: {layers[0].dense}")
-    return {"context": rows, "tokens": ids.shape[1] - 1, **compare_logits(dense[1:], other[1:])}
 
 
 def bench_size(plain: Any, handle: Handle, cache: DynamicCache, rows: int, *, rounds: int) -> dict[str, Any]:

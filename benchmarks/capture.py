@@ -65,6 +65,30 @@ def load_rows(tokens: int, layer: int) -> Rows:
     return join_windows([load_file(path) for path in fill_cache(tokens, layer)], layer)
 
 
+def rows_of_file(path: Path, rows: int) -> dict[int, Rows]:
+    """Captured rows of any model by layer: the file's first rows and its newest, ``rows`` in all, and its queries.
+
+    Tensors are named as here, with or without a batch dimension.
+
+    Raises:
+        ValueError: the file holds no layer, or a layer lacks a tensor.
+    """
+    held = load_file(path)
+    layers = sorted({int(name.split(".")[0]) for name in held if name.endswith(".key")})
+    if not layers:
+        raise ValueError(f"{path} holds {sorted(held)[:3]}, expected tensors named 'LAYER.key', '.value', '.query'")
+    found = {}
+    for layer in layers:
+        names = [f"{layer}.{name}" for name in ("key", "value", "query")]
+        if missing := [name for name in names if name not in held]:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        keys, values, query = (x if x.ndim == 4 else x[None] for x in (held[name].float() for name in names))
+        if keys.shape[2] > rows:
+            keys, values = (torch.cat([x[:, :, :SINKS], x[:, :, SINKS - rows :]], dim=2) for x in (keys, values))
+        found[layer] = Rows(keys, values, query)
+    return found
+
+
 def join_windows(windows: list[dict[str, Tensor]], layer: int) -> Rows:
     """One store from windows: the first one's sinks, the other windows and then the first, without their sinks."""
     last = windows[0]

@@ -14,6 +14,7 @@ from typing import Any
 from dbattn.origin import origin_line
 
 from ._common import RESULTS, show
+from ._targets import targets
 
 PAGE = "README.md"
 Record = dict[str, Any]
@@ -32,6 +33,7 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 | `make tasks` | RULER's tasks: the score of retrieval beside dense's | 30 minutes |
 | `python -m benchmarks.families` | which model types are served | 10 minutes |
 | `python -m benchmarks.bench_layers FILE ...` | error, bytes and bounds in layers of any model | minutes |
+| `python -m benchmarks.bench_fidelity --model FOLDER_OR_GGUF` | logits of any model, on prose or code | minutes |
 | `python -m benchmarks.bench_cost` | the cost model against the clock | minutes |
 
 The model is SmolLM2-135M-Instruct in float32. Its rows are captured over real prose (`benchmarks/capture.py`); beyond
@@ -45,15 +47,15 @@ def write(folder: Path = RESULTS) -> None:
         (folder.parent / PAGE).write_text(page(records_in(folder)), encoding="utf-8")
 
 
-def records_in(folder: Path) -> dict[str, Record]:
-    """The records of a results folder by benchmark; those of ``--quick`` runs are rough and left out."""
+def records_in(folder: Path, *, quick: bool = False) -> dict[str, Record]:
+    """The records of a results folder by benchmark; those of ``--quick`` runs are rough, and left out unless asked."""
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: record for name, record in found.items() if not record["settings"].get("quick")}
+    return {name: record for name, record in found.items() if quick or not record["settings"].get("quick")}
 
 
 def page(records: dict[str, Record]) -> str:
     """The whole page; a benchmark without a record is named as not measured."""
-    parts = [_INTRO]
+    parts = [_INTRO, *_targets({name: record["results"] for name, record in records.items()})]
     for name, (title, section) in _SECTIONS.items():
         lines = ["", f"## {title}", ""]
         if name in records:
@@ -86,12 +88,19 @@ def _percent(share: float) -> str:
 
 def _targets(results: Record) -> list[str]:
     rows = []
-    for target in results["targets"]:
-        measured = None if target["measured"] is None else show(target["measured"]) + target["unit"]
-        bounds = [None if target[bound] is None else show(target[bound]) + target["unit"] for bound in ("must", "aim")]
-        verdict = {"must": "", "aim": "aim reached"}.get(target["verdict"], f"**{target['verdict']}**")
-        rows.append([target["what"], *bounds, measured, verdict, target["note"]])
-    return _table(("figure", "must", "aim", "measured", "", "setting"), rows)
+    for target in targets(results):
+        measured = None if target.measured is None else show(target.measured) + target.unit
+        bounds = [None if bound is None else show(bound) + target.unit for bound in (target.must, target.aim)]
+        verdict = {"must": "", "aim": "aim reached"}.get(target.verdict, f"**{target.verdict}**")
+        rows.append([target.what, *bounds, measured, verdict, target.note])
+    return [
+        "",
+        "## Against what must be reached",
+        "",
+        "Each figure is of the record in its own section below, which names its command, machine and commit.",
+        "",
+        *_table(("figure", "must", "aim", "measured", "", "setting"), rows),
+    ]
 
 
 def _decode(results: Record) -> list[str]:
@@ -204,6 +213,26 @@ def _layers(results: Sequence[Record]) -> list[str]:
     ]
 
 
+FIDELITY_HEAD = ("model, text", "tokens, after", "logits, relative L2", "KL", "top-1")
+
+
+def fidelity_rows(results: Sequence[Record]) -> list[list[Any]]:
+    """Rows under FIDELITY_HEAD."""
+    return [
+        [f"{one['model']}, {one['text']}", f"{one['tokens']:,}, {one['context']:,}", f"{one['logits_l2']:.4f}",
+         f"{one['kl']:.5f}", f"{one['top1']:.3f}"]
+        for one in results
+    ]  # fmt: skip
+
+
+def _fidelity(results: Sequence[Record]) -> list[str]:
+    return [
+        "Teacher-forced after a text that was read densely, all layers retrieving, against the unwrapped model.",
+        "",
+        *_table(FIDELITY_HEAD, fidelity_rows(results)),
+    ]
+
+
 def _frontier(results: Sequence[Record]) -> list[str]:
     lines = [
         "Each index with each tail, layers 8 and 22; k is of rows per query and KV head. Bytes are all that is read."
@@ -232,7 +261,7 @@ def _arena(results: Sequence[Record]) -> list[str]:
         "What the field argues about, on the same captured rows, at the same share of dense's bytes: mean error, and",
         "with `@` the real share where it is another. How bytes are counted: `benchmarks/arena/_contract.py`.",
         "Operators marked † choose by scoring every key or search per query head, and read more than the budget; those",
-        "marked ‡ are made to be trained and run untrained.",
+        "marked ‡ are made to be trained and run untrained. The last column is what mean error 0.05 costs.",
     ]
     budgets = (0.02, 0.05, 0.1)
     for size in results:
@@ -241,10 +270,12 @@ def _arena(results: Sequence[Record]) -> list[str]:
             points = {point["budget"]: point for point in operator["points"]}
             dear = any(point["share"] > 1.5 * _chosen(point) for point in points.values())
             name = operator["name"] + (" †" if dear else "") + (" ‡" if operator["needs_training"] else "")
-            rows.append([name, *(_at(points.get(budget)) for budget in budgets)])
+            needed = operator["share_for_error"]
+            merit = None if needed is None else _percent(needed)
+            rows.append([name, *(_at(points.get(budget)) for budget in budgets), merit])
         layers = ", ".join(map(str, size["layers"]))
-        lines += ["", f"**{size['rows']:,} rows**, layers {layers}", ""]
-        lines += _table(("operator", *map(_percent, budgets)), rows)
+        lines += ["", f"**{size['model']}, {size['rows']:,} rows**, layers {layers}", ""]
+        lines += _table(("operator", *map(_percent, budgets), "bytes for 0.05"), rows)
         lines += ["", *(f"- {verdict}" for verdict in size["verdicts"])]
     return [*lines, "", f"![error against bytes read](results/{results[0]['plots'][0]})"]
 
@@ -295,20 +326,21 @@ def _families(results: Sequence[Record]) -> list[str]:
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
-    "summary": ("Against what must be reached", _targets),
     "decode": ("One decode step", _decode),
     "model": ("The whole model", _model),
     "insert": ("Inserting", _insert),
     "plan": ("Plans and bounds", _plan),
     "layers": ("Layers of several models", _layers),
+    "fidelity": ("Logits of several models", _fidelity),
     "frontier": ("Recall, error and bytes", _frontier),
     "arena": ("The arena", _arena),
     "tasks": ("Tasks", _tasks),
     "families": ("Model families", _families),
 }
 _COMMANDS = {
-    **dict.fromkeys(("summary", "decode", "model", "insert", "plan", "frontier"), "make bench"),
+    **dict.fromkeys(("decode", "model", "insert", "plan", "frontier"), "make bench"),
     "layers": "python -m benchmarks.bench_layers",
+    "fidelity": "python -m benchmarks.bench_fidelity",
     "arena": "make arena",
     "tasks": "make tasks",
     "families": "python -m benchmarks.families",

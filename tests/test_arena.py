@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import real_rows
+from safetensors.torch import save_file
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("faiss")
@@ -15,7 +16,7 @@ from benchmarks.arena import DEFAULT, OPERATORS, Entry, _measure
 from benchmarks.arena import __main__ as arena
 from benchmarks.arena._contract import SINKS, WINDOW, distinct, ids_of
 from benchmarks.arena._lists import Lists, kmeans
-from benchmarks.arena._report import table, verdicts
+from benchmarks.arena._report import share_for_error, table, verdicts
 from benchmarks.arena._sampling import priority_sample
 from benchmarks.arena.database import Database
 from benchmarks.arena.exact import Dense, DenseKernel, Tiled, pool_heads
@@ -27,10 +28,11 @@ from benchmarks.arena.magicpig import MagicPIG, chance
 from benchmarks.arena.pages import InfLLM, Quest
 from benchmarks.arena.retroinfer import RetroInfer
 from benchmarks.arena.three_stages import ThreeStages, four_bits
-from benchmarks.capture import Rows
+from benchmarks.capture import Rows, rows_of_file
 from dbattn import AttentionDB, dense_attention
 
 ROWS, KV_HEADS, GROUP, DIM, VALUE_DIM = 700, 2, 3, 16, 24
+RENAMED = {"key": "keys", "value": "values", "query": "query"}
 ROW_BYTES, HOT = 4 * (DIM + VALUE_DIM), SINKS + WINDOW
 
 
@@ -488,8 +490,7 @@ def synthetic(monkeypatch):
     """Captures of 900 random rows in place of the model's."""
     torch.manual_seed(1)
     rows = Rows(torch.randn(1, 2, 900, 16), torch.randn(1, 2, 900, 16), 2 * torch.randn(1, 4, 512, 16))
-    monkeypatch.setattr(arena, "fill_caches", lambda tokens, layers: [])
-    monkeypatch.setattr(arena, "load_rows", lambda tokens, layer: rows)
+    monkeypatch.setattr(arena, "smollm2", lambda tokens, layers: dict.fromkeys(layers, rows))
     monkeypatch.setattr(arena, "TIMED_ROWS", (256, 1024))
     monkeypatch.setattr(_measure, "RECALL_K", 20)
     return rows
@@ -517,6 +518,42 @@ def test_a_run_writes_the_table_the_plots_and_one_page(synthetic, tmp_path, caps
     assert "http" not in page.replace("https://", "http://").split("<h2>The operators")[0]
     assert "arXiv:2309.17453" in page
     assert "StreamingLLM" in capsys.readouterr().out
+
+
+def test_rows_of_another_model_come_from_a_file_and_dbattn_learns_from_its_earlier_queries(
+    synthetic, tmp_path, monkeypatch
+):
+    """The steps are asked over the later half only."""
+    learnt = []
+    monkeypatch.setattr(Database, "learn", lambda self, queries: learnt.append((len(self), queries)))
+    file = tmp_path / "other model.safetensors"
+    save_file({f"7.{n}": getattr(synthetic, m)[0] for n, m in RENAMED.items()}, file)
+    asked = ["--layers", "3", "--budgets", "0.4", "--operators", DEFAULT, "--out", str(tmp_path), "--quick"]
+    arena.main([*asked, "--files", str(file)])
+    first, second = json.loads((tmp_path / "arena.json").read_text())["results"]
+    assert (first["model"], first["layers"]) == ("SmolLM2-135M", [3])
+    assert (second["model"], second["layers"], second["rows"]) == ("other model", [7], 900 - 64)
+    points = [result["operators"][0]["points"] for result in (first, second)]
+    assert points[0][0]["error"] == points[1][0]["error"]
+    for rows, queries in learnt:
+        assert rows == 900 - 256
+        torch.testing.assert_close(queries, synthetic.query[:, :, :256])
+
+
+def test_a_file_that_holds_no_layers_is_named(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights.safetensors holds \['weight'\]"):
+        rows_of_file(tmp_path / "weights.safetensors", 100)
+    save_file({"3.key": torch.zeros(1, 2, 4)}, tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"lacks 3\.value, 3\.query"):
+        rows_of_file(tmp_path / "half.safetensors", 100)
+
+
+def test_the_figure_of_merit_lies_between_the_budgets_around_the_error():
+    points = [{"budget": s, "share": s, "error": e} for s, e in ((0.01, 0.4), (0.04, 0.1), (0.16, 0.025))]
+    assert share_for_error(points, 0.05) == pytest.approx(0.08)
+    assert share_for_error(points, 0.4) == 0.01
+    assert share_for_error(points, 0.01) is None
 
 
 def test_ctrl_c_keeps_what_was_measured(synthetic, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def arena_result(names):
         }
         for i, name in enumerate(names)
     ]  # fmt: skip
-    return {"rows": 8000, "layers": [3, 5], "operators": operators}
+    return {"model": "SmolLM2-135M", "rows": 8000, "layers": [3, 5], "operators": operators}
 
 
 def every_operator(draw):

@@ -1,16 +1,19 @@
-"""Every operator over a sweep of budgets, on captured rows of SmolLM2: a table, four plots and a page.
+"""Every operator over a sweep of budgets, on captured rows of real models: a table, four plots and a page.
 
-Rows are captured where the cache lacks them (one pass of the model over each window, about a minute). Writes
-arena.json, arena.html and the plots as PNG files. Ctrl-C stops measuring; what is done by then is reported.
+SmolLM2's rows are captured where the cache lacks them (one pass of the model over each window, about a minute); files
+bring those of other models, as benchmarks/capture.py writes them. Operators may learn from the earlier half of the
+captured queries and are asked some of the later half. Writes arena.json, arena.html and the plots as PNG files. Ctrl-C
+stops measuring; what is done by then is reported.
 
   python -m benchmarks.arena                                     8K, 8 layers, under 15 minutes on two cores
   python -m benchmarks.arena --tokens 8192 32768                 longer rows too
   python -m benchmarks.arena --quick --operators dbattn Quest    a first look
+  python -m benchmarks.arena --files qwen.safetensors --tokens 16384    other models, and SmolLM2 at 16K
 
-JSON: results[] = {tokens, rows, layers, bytes_dense, plots[], verdicts[], operators[]}; an operator = {name, family,
-about, paper, needs_training, implementation, points[], times[] = {rows, ms, ms_p10, ms_p90}, exponent}; a point =
-{budget, share, share_if_free, bytes, bytes_if_free, rows, error, error_p95, recall, recall_p05, mass, ms,
-error_by_layer_and_head[layer][head]}.
+JSON: results[] = {model, tokens, rows, layers, bytes_dense, plots[], verdicts[], operators[]}; an operator = {name,
+family, about, paper, needs_training, implementation, points[], times[] = {rows, ms, ms_p10, ms_p90}, exponent,
+share_for_error}; a point = {budget, share, share_if_free, bytes, bytes_if_free, rows, error, error_p95, recall,
+recall_p05, mass, ms, error_by_layer_and_head[layer][head]}.
 """
 
 import argparse
@@ -25,43 +28,45 @@ from dbattn.origin import origin
 
 from .. import readme
 from .._common import OUT_HELP, console, fit_exponent, print_table, progress, results_folder, write_json
-from .._stores import STEPS_FROM, STEPS_TO
-from ..capture import CONTEXT, fill_caches, load_rows
+from ..capture import CONTEXT, Rows, fill_caches, load_rows, rows_of_file
 from . import OPERATORS, Entry
 from ._figures import plot_against_bytes, plot_heads, plot_time
 from ._measure import TIMED_ROWS, Layer, measure, time_at_sizes
-from ._report import columns, table, verdicts, write_page
+from ._report import columns, share_for_error, table, verdicts, write_page
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
 SHOWN = 0.05
+SMOLLM2 = "SmolLM2-135M"
 LAYERS, QUICK_LAYERS = tuple(range(0, 30, 4)), (8, 22)
 STEPS, QUICK_STEPS = 8, 2
 
 
-def run(
-    tokens: int, layers: Sequence[int], entries: Sequence[Entry], budgets: Sequence[float], *, steps: int, times: bool
-) -> tuple[dict[str, Any], bool]:
-    """All operators at one size: an entry of the results, and whether all of them were measured."""
+def smollm2(tokens: int, layers: Sequence[int]) -> dict[int, Rows]:
+    """Captured rows of SmolLM2 by layer."""
     fill_caches(tokens, layers)
-    captured = []
-    for number in layers:
-        rows = load_rows(tokens, number)
-        stride = (STEPS_FROM - STEPS_TO) // steps
-        stops = range(len(rows) - STEPS_FROM + stride, len(rows) - STEPS_TO + 1, stride)
-        captured.append(Layer.of(number, rows, stops))
+    return {number: load_rows(tokens, number) for number in layers}
+
+
+def run(
+    model: str, tokens: int, rows: dict[int, Rows], entries: Sequence[Entry], budgets: Sequence[float], *,
+    steps: int, times: bool,
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
+    """All operators on the rows of one model by layer: an entry of the results, and whether all were measured."""
+    captured = [Layer.of(number, layer, steps) for number, layer in rows.items()]
     sizes = [*TIMED_ROWS, *([tokens] if tokens > max(TIMED_ROWS) else [])]
     operators: list[dict[str, Any]] = []
     try:
-        with torch.inference_mode(), progress(f"{tokens:,} tokens", len(entries)) as tick:
+        with torch.inference_mode(), progress(f"{model}, {tokens:,} tokens", len(entries)) as tick:
             for entry in entries:
                 operators.append(_measured(entry, captured, budgets, sizes if times else []))
                 tick()
     except KeyboardInterrupt:
         done = f"{len(operators)} of {len(entries)} operators"
-        console.print(f"[yellow]interrupted: the report holds {done} at {tokens:,} tokens[/yellow]")
-    rows, stop = captured[0].rows, captured[0].steps[-1].stop
-    dense = rows.keys[:, :, :stop].nbytes + rows.values[:, :, :stop].nbytes
-    result = {"tokens": tokens, "rows": stop, "layers": list(layers), "bytes_dense": dense, "operators": operators}
+        console.print(f"[yellow]interrupted: the report holds {done} on {model}, {tokens:,} tokens[/yellow]")
+    first, stop = captured[0].rows, captured[0].steps[-1].stop
+    dense = first.keys[:, :, :stop].nbytes + first.values[:, :, :stop].nbytes
+    result = {"model": model, "tokens": tokens, "rows": stop, "layers": list(rows), "bytes_dense": dense}
+    result["operators"] = operators
     return {**result, "verdicts": verdicts(result), "plots": []}, len(operators) == len(entries)
 
 
@@ -75,7 +80,8 @@ def _measured(entry: Entry, layers: Sequence[Layer], budgets: Sequence[float], s
     console.print(f"[dim]{entry.name}: {time.perf_counter() - began:.0f} s[/dim]", highlight=False)
     facts: dict[str, Any] = {"name": entry.name, "family": entry.family, "about": entry.about, "paper": operator.paper}
     facts |= {"needs_training": operator.needs_training, "implementation": operator.implementation}
-    return {**facts, "points": points, "times": times, "exponent": exponent}
+    needed = share_for_error(points)
+    return {**facts, "points": points, "times": times, "exponent": exponent, "share_for_error": needed}
 
 
 def report(results: list[dict[str, Any]], budgets: Sequence[float], out: Path, json: Path | None) -> None:
@@ -83,10 +89,16 @@ def report(results: list[dict[str, Any]], budgets: Sequence[float], out: Path, j
     shown = SHOWN if SHOWN in budgets else budgets[len(budgets) // 2]
     measured = origin()
     for result in results:
-        print_table(f"{result['rows']:,} rows", columns(budgets, shown), table(result, budgets, shown), width=190)
+        print_table(
+            f"{result['model']}, {result['rows']:,} rows",
+            columns(budgets, shown),
+            table(result, budgets, shown),
+            width=190,
+        )
         for note in result["verdicts"]:
             print(f"  {note}")
-        names = [out / f"arena-{result['tokens']}-{what}.png" for what in ("error", "recall", "time", "heads")]
+        kind = result["tokens"] if result["model"] == SMOLLM2 else result["model"].replace(" ", "-")
+        names = [out / f"arena-{kind}-{what}.png" for what in ("error", "recall", "time", "heads")]
         plot_against_bytes(result, "error", measured, names[0])
         plot_against_bytes(result, "recall", measured, names[1])
         plot_heads(result, shown, measured, names[3])
@@ -106,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.arena", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--tokens", type=int, nargs="+", default=[CONTEXT], help=f"at least {CONTEXT} (the default)")
-    options.add_argument("--layers", type=int, nargs="+", help="layers to sample (default: every fourth)")
+    options.add_argument("--files", type=Path, nargs="+", default=[], help="rows of other models, the last of --tokens")
+    options.add_argument("--layers", type=int, nargs="+", help="layers of SmolLM2 (default: every fourth)")
     options.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="shares of dense's bytes")
     options.add_argument("--operators", nargs="+", choices=list(OPERATORS), metavar="NAME", help="default: all")
     options.add_argument(
@@ -122,12 +135,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out = args.out or results_folder(args.quick)
     layers = args.layers or (QUICK_LAYERS if args.quick else LAYERS)
     entries = [OPERATORS[name] for name in args.operators or OPERATORS]
-    results = []
-    for i, tokens in enumerate(args.tokens):
+    steps = QUICK_STEPS if args.quick else STEPS
+    results: list[dict[str, Any]] = []
+    for name, tokens in [*((SMOLLM2, n) for n in args.tokens), *((file, args.tokens[-1]) for file in args.files)]:
+        rows = rows_of_file(name, tokens) if isinstance(name, Path) else smollm2(tokens, layers)
+        model = name.stem if isinstance(name, Path) else name
         # Times do not depend on the captures, so they are taken once.
-        times = not args.quick and i == 0
-        steps = QUICK_STEPS if args.quick else STEPS
-        result, complete = run(tokens, layers, entries, sorted(args.budgets), steps=steps, times=times)
+        times = not args.quick and not results
+        result, complete = run(model, tokens, rows, entries, sorted(args.budgets), steps=steps, times=times)
         if result["operators"]:
             results.append(result)
         if not complete:

@@ -95,6 +95,9 @@ class Operator(ABC):
         self.rows.append(keys, values)
         self.extend()
 
+    def learn(self, queries: Tensor) -> None:  # noqa: B027 most have no use for them
+        """Take note of ``queries [1, Hq, m, D]``: what the newest m positions asked."""
+
     def attend(self, query: Tensor, budget: float) -> Answer:
         """Answer ``query [1, Hq, 1, D]`` of the newest row for a share ``budget`` of a dense scan's bytes.
 

@@ -136,7 +136,7 @@ def _line(panel: Any, x: Sequence[float], y: Sequence[float], spread: Sequence[A
 
 
 def _title(result: dict[str, Any], what: str) -> str:
-    return f"{result['rows']:,} rows, {len(result['layers'])} layers of SmolLM2-135M: {what}"
+    return f"{result['rows']:,} rows, {len(result['layers'])} layers of {result['model']}: {what}"
 
 
 def _finish(canvas: Any, panel: Any, path: Path, origin: dict[str, Any], spread: str) -> None:

@@ -34,16 +34,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's captured rows and the steps that are measured on them."""
+    """A layer's captured rows and the steps that are measured on them.
+
+    Operators may learn from the earlier half of the captured queries; the steps are spread over the later half.
+    """
 
     number: int
     rows: Rows
     steps: Sequence[Step]
 
     @classmethod
-    def of(cls, number: int, rows: Rows, stops: Sequence[int]) -> "Layer":
-        """Steps that end with the rows before each of ``stops``, whose queries were captured."""
+    def of(cls, number: int, rows: Rows, steps: int) -> "Layer":
+        """``steps`` steps, each in the middle of its share of the later half."""
+        half = rows.query.shape[2] // 2
+        stops = [len(rows) - half + (2 * i + 1) * half // (2 * steps) for i in range(steps)]
         return cls(number, rows, [dense_step(rows, stop) for stop in stops])
+
+    def start(self, operator: Operator) -> int:
+        """Give an operator the rows before the later half of the queries, and the earlier half; how many rows."""
+        half = self.rows.query.shape[2] // 2
+        stop = len(self.rows) - half
+        operator.fit(self.rows.keys[:, :, :stop], self.rows.values[:, :, :stop])
+        operator.learn(self.rows.query[:, :, :-half])
+        return stop
 
 
 def dense_step(rows: Rows, stop: int) -> Step:
@@ -70,7 +83,7 @@ def measure(entry: Entry, layers: Sequence[Layer], budgets: Sequence[float]) -> 
     dense = []
     for layer in layers:
         operator = entry.make()
-        at = 0
+        at = layer.start(operator)
         for step in layer.steps:
             operator.fit(layer.rows.keys[:, :, at : step.stop], layer.rows.values[:, :, at : step.stop])
             at = step.stop

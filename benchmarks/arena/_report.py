@@ -1,6 +1,7 @@
 """The arena's table, its verdicts on dbattn's default, and the page that shows both with the plots."""
 
 import base64
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +13,8 @@ from . import DEFAULT, OPERATORS
 # A budget counts as kept up to here: rows come in lists and pages.
 SLACK = 1.05
 CLAIMED = (0.02, 0.05, 0.1)
+# The figure of merit is the share of dense's bytes that brings the mean error down to this.
+MERIT = 0.05
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -23,10 +26,11 @@ tr.default { background: #e3eefc; font-weight: 600; }
 img { max-width: 100%; }
 """
 _INTRO = (
-    "Every operator answers the same decode steps over the same captured rows of SmolLM2-135M and is compared with "
-    "dense attention over them. Figures are means over layers, steps and query heads. A budget is a share of the bytes "
-    "that a dense scan reads; each operator takes the largest setting that keeps within it, and where its bytes are "
-    "not within 5 % of the budget the share it really read stands beside the error.",
+    "Every operator answers the same decode steps over the same captured rows of a model and is compared with dense "
+    "attention over them; dbattn learns from queries before them, as it does from a prompt's. Figures are means over "
+    "layers, steps and query heads. A budget is a share of the bytes that a dense scan reads; each operator takes the "
+    "largest setting that keeps within it, and where its bytes are not within 5 % of the budget the share it really "
+    f"read stands beside the error. The figure of merit is the share that mean error {MERIT} costs.",
     "Bytes count everything that grows with the text: a row is its key and value in float32, read once for the query "
     "heads that share it; summaries count two bytes an element, running sums four, codes their bits, row ids four. The "
     "first 4 rows and the newest 64 are read exactly by all, unless an operator's definition says otherwise.",
@@ -43,11 +47,39 @@ def point_at(operator: dict[str, Any], budget: float | None) -> dict[str, Any] |
     return next((p for p in operator["points"] if p["budget"] == budget), None)
 
 
+def share_for_error(points: Sequence[dict[str, Any]], error: float = MERIT) -> float | None:
+    """The least share of dense's bytes at which the mean error is ``error``, between points that were measured.
+
+    Interpolated in the logarithms of both. None where no point is as good; where all are, the least share measured.
+    """
+    ordered = sorted((p["share"], p["error"]) for p in points if p["budget"] is not None)
+    at = next((i for i, (_, found) in enumerate(ordered) if found <= error), None)
+    if at is None:
+        return None
+    if at == 0 or ordered[at][1] <= 0:
+        return float(ordered[at][0])
+    (less, worse), (more, better) = ordered[at - 1 : at + 1]
+    part = math.log(worse / error) / math.log(worse / better)
+    return float(less * (more / less) ** part)
+
+
 def columns(budgets: Sequence[float], shown: float) -> list[str]:
     """The table's head; the figures beside the errors are those at the budget ``shown``."""
     errors = [f"error at {b:.3g}".replace("0.", ".") if b < 0.01 else f"error at {100 * b:.3g} %" for b in budgets]
     at = f"at {100 * shown:.3g} %"
-    return ["operator", *errors, f"recall@100 {at}", "mass", "rows", "MB", "ms", "T^", "needs training", "by"]
+    return [
+        "operator",
+        *errors,
+        f"% for {MERIT}",
+        f"recall@100 {at}",
+        "mass",
+        "rows",
+        "MB",
+        "ms",
+        "T^",
+        "needs training",
+        "by",
+    ]
 
 
 def table(result: dict[str, Any], budgets: Sequence[float], shown: float) -> list[list[Any]]:
@@ -61,7 +93,9 @@ def table(result: dict[str, Any], budgets: Sequence[float], shown: float) -> lis
         training = "yes" if operator["needs_training"] else "no"
         errors = [_error_cell(operator, budget) for budget in budgets]
         exponent = operator["exponent"]
-        rows.append([operator["name"], *errors, *figures, exponent, training, operator["implementation"]])
+        needed = operator.get("share_for_error")
+        merit = None if needed is None else f"{100 * needed:.3g}"
+        rows.append([operator["name"], *errors, merit, *figures, exponent, training, operator["implementation"]])
     return rows
 
 
@@ -108,7 +142,7 @@ def write_page(path: Path, results: Sequence[dict[str, Any]], budgets: Sequence[
     parts += [f"<p>{escape(text)}</p>" for text in _INTRO]
     for result in results:
         layers = ", ".join(str(layer) for layer in result["layers"])
-        parts.append(f"<h2>{result['rows']:,} rows, layers {layers}</h2>")
+        parts.append(f"<h2>{escape(result['model'])}, {result['rows']:,} rows, layers {layers}</h2>")
         parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in verdicts(result)) + "</ul>")
         parts.append(_html_table(columns(budgets, shown), table(result, budgets, shown)))
         for plot in result["plots"]:

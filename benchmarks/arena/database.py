@@ -36,6 +36,11 @@ class Database(Operator):
             self.rows = self._db.store
         self._db.insert(keys, values)
 
+    def learn(self, queries: Tensor) -> None:
+        """See Operator; as a wrapped model's prompt does."""
+        assert self._db is not None
+        self._db.analyze(queries)
+
     @property
     def most(self) -> int:
         """See Operator: k = T reads all rows."""
