@@ -8,10 +8,10 @@ stops measuring; what is done by then is reported.
   python -m benchmarks.arena                                     8K, 8 layers, under 15 minutes on two cores
   python -m benchmarks.arena --tokens 8192 32768                 longer rows too
   python -m benchmarks.arena --quick --operators dbattn Quest    a first look
-  python -m benchmarks.arena --files qwen.safetensors --tokens 16384    other models, and SmolLM2 at 16K
+  python -m benchmarks.arena --steps 3 --files qwen.safetensors  other models beside SmolLM2
 
-JSON: results[] = {model, tokens, rows, layers, bytes_dense, plots[], verdicts[], operators[]}; an operator = {name,
-family, about, paper, needs_training, implementation, points[], times[] = {rows, ms, ms_p10, ms_p90}, exponent,
+JSON: results[] = {model, tokens, rows, layers, steps, bytes_dense, plots[], verdicts[], operators[]}; an operator =
+{name, family, about, paper, needs_training, implementation, points[], times[] = {rows, ms, ms_p10, ms_p90}, exponent,
 share_for_error}; a point = {budget, share, share_if_free, bytes, bytes_if_free, rows, error, error_p95, recall,
 recall_p05, mass, ms, error_by_layer_and_head[layer][head]}.
 """
@@ -65,7 +65,14 @@ def run(
         console.print(f"[yellow]interrupted: the report holds {done} on {model}, {tokens:,} tokens[/yellow]")
     first, stop = captured[0].rows, captured[0].steps[-1].stop
     dense = first.keys[:, :, :stop].nbytes + first.values[:, :, :stop].nbytes
-    result = {"model": model, "tokens": tokens, "rows": stop, "layers": list(rows), "bytes_dense": dense}
+    result = {
+        "model": model,
+        "tokens": tokens,
+        "rows": stop,
+        "layers": list(rows),
+        "steps": steps,
+        "bytes_dense": dense,
+    }
     result["operators"] = operators
     return {**result, "verdicts": verdicts(result), "plots": []}, len(operators) == len(entries)
 
@@ -118,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.arena", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--tokens", type=int, nargs="+", default=[CONTEXT], help=f"at least {CONTEXT} (the default)")
-    options.add_argument("--files", type=Path, nargs="+", default=[], help="rows of other models, the last of --tokens")
+    options.add_argument("--files", type=Path, nargs="+", default=[], help="captured rows of other models")
+    options.add_argument("--file-rows", type=int, default=16384, metavar="N", help="rows kept of files (default 16384)")
+    options.add_argument("--steps", type=int, default=STEPS, help=f"decode steps of each layer (default {STEPS})")
     options.add_argument("--layers", type=int, nargs="+", help="layers of SmolLM2 (default: every fourth)")
     options.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="shares of dense's bytes")
     options.add_argument("--operators", nargs="+", choices=list(OPERATORS), metavar="NAME", help="default: all")
@@ -132,12 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.error(f"--tokens is {min(args.tokens)}, expected at least {CONTEXT}: the captures' shortest window")
     if not all(0 < budget <= 1 for budget in args.budgets):
         options.error(f"--budgets are {args.budgets}, expected shares above 0 and up to 1")
+    if args.steps < 1 or args.file_rows < CONTEXT:
+        options.error(f"--steps is {args.steps}, --file-rows {args.file_rows}, expected at least 1 and {CONTEXT}")
     args.out = args.out or results_folder(args.quick)
     layers = args.layers or (QUICK_LAYERS if args.quick else LAYERS)
     entries = [OPERATORS[name] for name in args.operators or OPERATORS]
-    steps = QUICK_STEPS if args.quick else STEPS
+    steps = QUICK_STEPS if args.quick else args.steps
     results: list[dict[str, Any]] = []
-    for name, tokens in [*((SMOLLM2, n) for n in args.tokens), *((file, args.tokens[-1]) for file in args.files)]:
+    for name, tokens in [*((SMOLLM2, n) for n in args.tokens), *((file, args.file_rows) for file in args.files)]:
         rows = rows_of_file(name, tokens) if isinstance(name, Path) else smollm2(tokens, layers)
         model = name.stem if isinstance(name, Path) else name
         # Times do not depend on the captures, so they are taken once.
