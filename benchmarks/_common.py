@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved timing, the guard against other load, tables, JSON, command lines."""
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -22,6 +23,7 @@ from dbattn.origin import origin
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"4K": 4096, "8K": 8192, "32K": 32768, "131K": 131072, "524K": 524288}
+SMOLLM2 = "SmolLM2-135M"
 OUT_HELP = (
     "default benchmarks/results, whose records the repository keeps; with --quick a folder in it that it does not"
 )
@@ -239,6 +241,20 @@ def write_json(path: Path | None, benchmark: str, settings: dict[str, Any], resu
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, record)
     return record
+
+
+def with_earlier(path: Path | None, found: Sequence[dict[str, Any]], same: Sequence[str]) -> list[dict[str, Any]]:
+    """What a record holds, and ``found`` in place of entries that are the same in the fields ``same``; in their order.
+
+    For benchmarks that a run takes to one model or text at a time.
+    """
+
+    def key(one: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(one[name] for name in same)
+
+    earlier = [] if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))["results"]
+    new = {key(one) for one in found}
+    return sorted([*(one for one in earlier if key(one) not in new), *found], key=key)
 
 
 def parser(doc: str | None, sizes: Sequence[str], allowed: Sequence[str]) -> argparse.ArgumentParser:

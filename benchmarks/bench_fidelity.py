@@ -10,7 +10,6 @@ the one of the same model and text.
 """
 
 import argparse
-import json
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from dbattn import RetrievalConfig
 from dbattn.hf import Handle, load_model, wrap
 
 from . import readme
-from ._common import RESULTS, console, print_table, write_json
+from ._common import RESULTS, SMOLLM2, console, print_table, with_earlier, write_json
 from ._model import compare_logits, prefill, stretched, teacher_forced, twin_of
 from .capture import prose_ids
 
@@ -87,11 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = options.parse_args(argv)
     if args.context < 512 or args.tokens < 1:
         options.error(f"--context is {args.context}, --tokens {args.tokens}, expected at least 512 and 1")
-    name = args.name or ("SmolLM2-135M" if args.model is None else args.model.stem)
+    name = args.name or (SMOLLM2 if args.model is None else args.model.stem)
     found = run(args.model, name, args.text, context=args.context, forced=args.tokens)
-    earlier = json.loads(args.json.read_text(encoding="utf-8"))["results"] if args.json.is_file() else []
-    kept = [one for one in earlier if (one["model"], one["text"]) != (found["model"], found["text"])]
-    results = sorted([*kept, found], key=lambda one: (one["model"], one["text"]))
+    results = with_earlier(args.json, [found], ("model", "text"))
     print_table("Logits, all layers retrieving", readme.FIDELITY_HEAD, readme.fidelity_rows(results))
     write_json(args.json, "fidelity", {"model": name, "text": args.text}, results)
     readme.write(args.json.parent)

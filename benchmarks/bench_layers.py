@@ -28,7 +28,7 @@ from dbattn.metrics import relative_error
 from dbattn.query.audit import AuditReport
 
 from . import readme
-from ._common import RESULTS, print_table, progress, write_json
+from ._common import RESULTS, SMOLLM2, print_table, progress, write_json
 from ._stores import Quality
 from .capture import Rows, load_rows, rows_of_file
 
@@ -39,7 +39,7 @@ AUDITED, BOUNDED, BOUND = 24, 60, 0.05
 def layers_of(paths: Sequence[Path], rows: int) -> Iterator[tuple[str, int, Rows]]:
     """Model (a file's stem), layer and rows of each captured layer."""
     if not paths:
-        yield from (("SmolLM2-135M", layer, load_rows(rows, layer)) for layer in LAYERS)
+        yield from ((SMOLLM2, layer, load_rows(rows, layer)) for layer in LAYERS)
     for path in paths:
         yield from ((path.stem, layer, captured) for layer, captured in rows_of_file(path, rows).items())
 

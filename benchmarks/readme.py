@@ -300,13 +300,13 @@ def _tasks(results: Sequence[Record]) -> list[str]:
         for name, found in size["operators"].items():
             error = found["standard_error"]
             difference = f"{found['difference']:+.1f}" + ("" if error is None else f" ± {error:.1f}")
-            asked = [f"{size['tokens']:,}", len(size["samples"]), name, f"{found['average']:.1f}"]
+            asked = [f"{size['model']}, {size['tokens']:,}", len(size["samples"]), name, f"{found['average']:.1f}"]
             same = None if name == "dense" else _percent(found["same_answers"])
             rows.append([*asked, None if same is None else difference, same])
-    head = ("tokens", "contexts", "operator", "score", "points from dense ± standard error", "same answers")
+    head = ("model, tokens", "contexts", "operator", "score", "points from dense ± standard error", "same answers")
     return [
-        "RULER's tasks: the context is read densely, question and answer go through the operator. The model is small:",
-        "dense itself fails most of these tasks.",
+        "RULER's tasks: the context is read densely, question and answer go through the operator. The models are",
+        "small: dense itself fails many of these tasks.",
         "",
         *_table(head, rows),
     ]

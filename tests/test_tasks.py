@@ -263,12 +263,12 @@ def test_averages_are_over_tasks_and_differences_have_their_standard_error():
 
 
 def test_the_command_prints_a_table_and_writes_the_answers(model, tokenizer, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tasks, "load_model", lambda: (model, tokenizer))
+    monkeypatch.setattr(tasks, "load_model", lambda path=None: (model, tokenizer))
     out = tmp_path / "tasks.json"
     options = ["--tokens", "700", "--samples", "2", "--tasks", "niah_single", "frequent_words", "--json", str(out)]
     tasks.main([*options, "--operators", "dbattn flat, none", "StreamingLLM", "--budget", "0.2"])
     printed = capsys.readouterr().out
-    assert "RULER's tasks at 700 tokens: scores in percent, 4 samples" in printed
+    assert "RULER's tasks, SmolLM2-135M, 700 tokens, 4 samples: scores in percent" in printed
     assert "points from dense" in printed
     (result,) = json.loads(out.read_text())["results"]
     assert list(result["operators"]) == ["dense", "dbattn flat, none", "StreamingLLM"]
@@ -286,7 +286,7 @@ def test_an_interrupted_run_reports_what_was_asked(model, tokenizer, tmp_path, c
         return ask(*args, **options)
 
     asked = []
-    monkeypatch.setattr(tasks, "load_model", lambda: (model, tokenizer))
+    monkeypatch.setattr(tasks, "load_model", lambda path=None: (model, tokenizer))
     monkeypatch.setattr(tasks, "ask", interrupted_third)
     out = tmp_path / "tasks.json"
     tasks.main(f"--tokens 500 --samples 2 --tasks niah_single niah_multikey --json {out}".split())
@@ -306,7 +306,7 @@ def test_an_interrupted_run_reports_what_was_asked(model, tokenizer, tmp_path, c
     ],
 )
 def test_options_that_cannot_work_are_refused(options, message, model, tokenizer, capsys, monkeypatch):
-    monkeypatch.setattr(tasks, "load_model", lambda: (model, tokenizer))
+    monkeypatch.setattr(tasks, "load_model", lambda path=None: (model, tokenizer))
     with pytest.raises(SystemExit):
         tasks.main(options.split())
     assert message in " ".join(capsys.readouterr().err.split())

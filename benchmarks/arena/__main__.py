@@ -27,7 +27,7 @@ import torch
 from dbattn.origin import origin
 
 from .. import readme
-from .._common import OUT_HELP, console, fit_exponent, print_table, progress, results_folder, write_json
+from .._common import OUT_HELP, SMOLLM2, console, fit_exponent, print_table, progress, results_folder, write_json
 from ..capture import CONTEXT, Rows, fill_caches, load_rows, rows_of_file
 from . import OPERATORS, Entry
 from ._figures import plot_against_bytes, plot_heads, plot_time
@@ -36,7 +36,6 @@ from ._report import columns, share_for_error, table, verdicts, write_page
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)
 SHOWN = 0.05
-SMOLLM2 = "SmolLM2-135M"
 LAYERS, QUICK_LAYERS = tuple(range(0, 30, 4)), (8, 22)
 STEPS, QUICK_STEPS = 8, 2
 

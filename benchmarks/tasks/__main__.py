@@ -1,18 +1,20 @@
-"""RULER's tasks (arXiv:2404.06654) asked of SmolLM2-135M: what retrieval does to answers, beside dense's.
+"""RULER's tasks (arXiv:2404.06654) asked of a model: what retrieval does to answers, beside dense's.
 
 Every context is read once, densely. Then its questions and answers go through each operator in all layers: the model's
 own dense attention, the wrapped model (dbattn at its default budget, or with another index or tail), operators of the
-arena at a share of dense's bytes. The model is small, so dense itself fails some tasks. What differs from the paper's
+arena at a share of dense's bytes. The models are small, so dense itself fails some tasks. What differs from the paper's
 templates stands in _ruler.py. Ctrl-C stops asking; what is done by then is reported.
 
   python -m benchmarks.tasks                                          2K, 4K, 8K, two samples of each task (8K: one)
   python -m benchmarks.tasks --quick                                  one sample of each task at 2K
   python -m benchmarks.tasks --samples 20 --tokens 8192 --json tasks.json
   python -m benchmarks.tasks --operators dbattn Quest "exact top-k" --tasks niah_single niah_multikey
+  python -m benchmarks.tasks --model qwen.gguf --name Qwen2.5-Coder-0.5B --tokens 4096 --samples 4
 
-JSON: results[] = {tokens, operators, samples[]}; operators{name} = {tasks{task: score}, average, difference,
+JSON: results[] = {model, tokens, operators, samples[]}; operators{name} = {tasks{task: score}, average, difference,
 standard_error, same_answers, rows_read, rows_stored, dense_calls}; a sample = {task, context_tokens, questions[] =
-{question, references, answers{name}}, servers{name}}. Scores and differences are percent and points.
+{question, references, answers{name}}, servers{name}}. Scores and differences are percent and points. A run
+replaces what the file holds of its model and sizes.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from dbattn.hf import load_model
 from dbattn.text.haystack import read_haystack
 
 from .. import readme
-from .._common import console, print_table, progress, write_json
+from .._common import SMOLLM2, console, print_table, progress, with_earlier, write_json
 from ..arena import DEFAULT
 from ._operators import DENSE, make_server, server_names
 from ._ruler import TASKS, make_sample
@@ -41,6 +43,7 @@ def run(
     tokenizer: Any,
     haystack: str,
     *,
+    name: str = SMOLLM2,
     tokens: Sequence[int],
     samples: Mapping[int, int],
     tasks: Sequence[str],
@@ -59,7 +62,7 @@ def run(
     names = [server.name for server in servers]
     # Samples come last in the order of sizes and tasks, so that an interrupted run is a smaller run.
     rounds = range(max(samples.values()))
-    plan = [(i, size, TASKS[name]) for i in rounds for size in tokens if i < samples[size] for name in tasks]
+    plan = [(i, size, TASKS[task]) for i in rounds for size in tokens if i < samples[size] for task in tasks]
     drawn = [(size, task, make_sample(task, size, i, tokenizer, haystack)) for i, size, task in plan]
     records: dict[int, list[Record]] = {size: [] for size in tokens}
     try:
@@ -73,7 +76,7 @@ def run(
         done = sum(len(each) for each in records.values())
         console.print(f"[yellow]interrupted: {done} of {len(drawn)} samples were asked[/yellow]")
     return [
-        {"tokens": size, "operators": summarise(asked, names), "samples": asked}
+        {"model": name, "tokens": size, "operators": summarise(asked, names), "samples": asked}
         for size, asked in records.items()
         if asked
     ]
@@ -93,7 +96,8 @@ def report(results: Sequence[dict[str, Any]]) -> None:
                 row[-2], row[-1] = f"{found['same_answers']:.0%}", f"{found['dense_calls']:.0%}"
             rows.append([*row, f"{found['rows_read']:,.0f} of {found['rows_stored']:,.0f}"])
         columns = ("operator", *(task.replace("_", " ") for task in tasks), "average", "points from dense")
-        title = f"RULER's tasks at {result['tokens']:,} tokens: scores in percent, {len(result['samples'])} samples"
+        counted = f"{result['tokens']:,} tokens, {len(result['samples'])} samples"
+        title = f"RULER's tasks, {result['model']}, {counted}: scores in percent"
         print_table(title, (*columns, "same answers", "dense calls", "rows read"), rows, width=190)
 
 
@@ -102,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    options.add_argument("--model", type=Path, metavar="FOLDER_OR_GGUF", help="default: SmolLM2-135M-Instruct")
+    options.add_argument("--name", help="what the record calls the model (default: the file's name)")
     options.add_argument("--tokens", type=int, nargs="+", help="lengths, answers included (default 2048 4096 8192)")
     options.add_argument(
         "--samples", type=int,
@@ -126,16 +132,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not 0 < args.budget <= 1:
         options.error(f"--budget is {args.budget}, expected a share above 0 and up to 1")
     with console.status("loading the model"):
-        model, tokenizer = load_model()
+        model, tokenizer = load_model(args.model)
     choice = {"tokens": list(tokens), "samples": samples, "tasks": args.tasks, "operators": args.operators}
     choice["budget"] = args.budget
+    name = args.name or (SMOLLM2 if args.model is None else args.model.stem)
     try:
-        results = run(model, tokenizer, read_haystack(), **choice)
+        results = run(model, tokenizer, read_haystack(), name=name, **choice)
     except ValueError as error:
         options.error(str(error))
     report(results)
     if results:
-        write_json(args.json, "tasks", choice, results)
+        held = with_earlier(args.json, results, ("model", "tokens"))
+        write_json(args.json, "tasks", {"model": name, **choice}, held)
         if args.json:
             readme.write(args.json.parent.resolve())
 
