@@ -32,18 +32,21 @@ CODE = ("asyncio", "email", "http", "json", "unittest")
 
 
 def fidelity(plain: Any, handle: Handle, cache: DynamicCache, ids: Tensor) -> dict[str, float]:
-    """Logits of ``ids [1, n]`` fed in place of the last row of ``cache`` and after it: all layers retrieving, or dense.
+    """Logits after the last of ``ids [1, n]``, fed one by one with all layers retrieving, against the unwrapped model.
 
-    The first of them is not compared: with it the rows enter the stores, and it is answered densely.
+    ``cache`` holds the rows before them as the unwrapped model read them. The wrapped model reads them once more, so
+    that it learns from their queries as it would in use.
     """
     config, rows = plain.config, cache.get_seq_length()
-    dense = teacher_forced(plain, stretched(cache, rows - 1, config), ids, step=ids.shape[1])
-    other = teacher_forced(handle.model, stretched(cache, rows - 1, config), ids, step=1)
-    calls, layers = (ids.shape[1] - 1) * config.num_hidden_layers, handle.report().layers
+    forced = ids[:, rows:]
+    dense = teacher_forced(plain, stretched(cache, rows, config), forced, step=forced.shape[1])
+    read, _ = prefill(handle.model, ids[:, :rows])
+    other = teacher_forced(handle.model, read, forced, step=1)
+    calls, layers = forced.shape[1] * config.num_hidden_layers, handle.report().layers
     retrieving = sum(layer.retrieving for layer in layers)
     if retrieving < calls:
         raise RuntimeError(f"only {retrieving} of {calls} calls retrieved, others were dense: {layers[0].dense}")
-    return {"context": rows, "tokens": ids.shape[1] - 1, **compare_logits(dense[1:], other[1:])}
+    return {"context": rows, "tokens": forced.shape[1], **compare_logits(dense, other)}
 
 
 def code_ids(tokenizer: Any, tokens: int) -> Tensor:
@@ -71,7 +74,7 @@ def run(path: Path | None, name: str, text: str, *, context: int = CONTEXT, forc
     twin = twin_of(plain)
     cache, _ = prefill(plain, ids[:, :context])
     with torch.inference_mode(), wrap(twin, RetrievalConfig(dense_below=0)) as handle:
-        return {"model": name, "text": text, **fidelity(plain, handle, cache, ids[:, context - 1 :])}
+        return {"model": name, "text": text, **fidelity(plain, handle, cache, ids)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

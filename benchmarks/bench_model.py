@@ -158,7 +158,7 @@ def run(names: Sequence[str], *, quick: bool = False, weights: str = "float32") 
         "prefill": {"tokens": context, "s": seconds, "ms_per_token": 1e3 * seconds / context},
     }
     with wrap(twin) as handle:
-        results["fidelity"] = fidelity(plain, handle, cache, ids[:, context - 1 : context + forced])
+        results["fidelity"] = fidelity(plain, handle, cache, ids[:, : context + forced])
         results["sizes"] = []
         for rows in (SIZES[name] for name in names):
             rounds = 3 if quick else 4 if rows > SIZES["8K"] else 8

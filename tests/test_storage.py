@@ -440,3 +440,15 @@ def test_rows_as_large_as_they_may_be_survive_a_snapshot(index, tmp_path):
     forge(tmp_path / "a", "segment" if index == "segmented" else "rows", forged)
     with pytest.raises(SnapshotError, match=r"keys hold 1\..*e\+08 at \[0, 1, 7, 0\], expected at most 1e\+08"):
         AttentionDB.open(tmp_path / "a")
+
+
+def test_buffers_hold_an_eighth_more_than_the_rows_at_most():
+    keys, values = torch.randn(2, 1, 2, 3000, 16).unbind()
+    store = KVStore(2, 16, 16)
+    at = 0
+    for chunk in (1, 700, 1, 64, 1500, 1, 733):
+        store.append(keys[:, :, at : at + chunk], values[:, :, at : at + chunk])
+        at += chunk
+        held = store.nbytes // store.row_bytes // 2
+        assert at <= held <= at + max(at // 8, 64)
+    torch.testing.assert_close(store.keys, keys)

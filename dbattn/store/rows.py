@@ -1,4 +1,4 @@
-"""KVStore: the rows of one layer, kept once, in buffers that double."""
+"""KVStore: the rows of one layer, kept once, in buffers that grow by an eighth."""
 
 import torch
 from torch import Tensor
@@ -298,7 +298,9 @@ class KVStore:
             capacity = max(length, 64)
             self._set_start(torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
         elif length > before[0].shape[2]:
-            capacity = max(length, 2 * before[0].shape[2])
+            # A row is copied some nine times in all; doubled buffers held twice the rows where memory is short.
+            held = before[0].shape[2]
+            capacity = max(length, held + max(held // 8, 64))
         else:
             return
         # Both at once: were memory to run out in between, keys and values would differ in length.
