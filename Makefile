@@ -39,8 +39,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Tests of a file stay with one worker: most kernels are then compiled by one of them, not by both at once.
 test: lint  ## lint, types and all tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
