@@ -290,7 +290,19 @@ def test_the_page_of_figures_is_what_the_records_say():
 
 
 def test_the_page_leaves_rough_records_out_and_names_what_was_not_measured(tmp_path):
-    results = [{"model": "m", "text": "code", "context": 100, "tokens": 9, "logits_l2": 0.03, "kl": 4e-4, "top1": 1.0}]
+    results = [
+        {
+            "model": "m",
+            "text": "code",
+            "context": 100,
+            "tokens": 9,
+            "retrieving": 1,
+            "layers": 1,
+            "logits_l2": 0.03,
+            "kl": 4e-4,
+            "top1": 1.0,
+        }
+    ]
     write_json(tmp_path / "fidelity.json", "fidelity", {}, results)
     write_json(tmp_path / "decode.json", "decode", {"quick": True}, {})
     shown = readme.page(readme.records_in(tmp_path))

@@ -81,6 +81,10 @@ def choose_plan(
     if index.covers(config, eligible):
         return dense(f"k={config.rows_retrieved} covers every row in the index")
 
+    needs = work.needs if config.finds_budget else None
+    if needs is not None and needs.scan:
+        return dense(f"audits found no budget for target_error={needs.target:g}")
+
     below = config.traits.dense_below
     if auto and config.k is None and work.rows < below:
         return dense(f"fewer rows than {below}")

@@ -32,6 +32,10 @@ class Work(NamedTuple):
     operations: float
 
 
+# Rows that no budget brings nearer to the target than so many times are scanned.
+FAR = 2.0
+
+
 class Needs(NamedTuple):
     """What audits of a store's own queries found.
 
@@ -46,6 +50,11 @@ class Needs(NamedTuple):
     error: float
     target: float
     rows: int
+
+    @property
+    def scan(self) -> bool:
+        """Whether no budget will do: lists say too little of these rows."""
+        return self.error > FAR * self.target
 
 
 class Workload(NamedTuple):
