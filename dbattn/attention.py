@@ -25,7 +25,7 @@ from .query.plan import QueryPlan
 from .query.stats import RunningStats
 from .query.steps import steps_of_call
 from .query.weights import Weights, dense_weights, weights_of
-from .store import KVStore, RowSource, StateSource, rows_at
+from .store import KVStore, RowSource, StateSource, on_device, rows_at
 
 if TYPE_CHECKING:
     from .snapshot import SaveReport, Snapshot, SnapshotWriter
@@ -133,7 +133,10 @@ class AttentionDB:
     def sync(self) -> None:
         """Bring the index up to the store's rows; for callers that append to ``store`` themselves, as a cache does."""
         self.store.set_start(self.store.start)
-        if not self.store.is_empty and self.index.is_due(len(self.store)):
+        if self.store.is_empty or (on_device(self.store.start) and not self._may_retrieve):
+            return
+        if self.index.is_due(len(self.store)):
+            self.store.look_at_rows()  # while they stand where they came
             self.index.extend(self.store, self._first_index_row())
 
     def release(self) -> None:
@@ -185,12 +188,15 @@ class AttentionDB:
         else:
             call.measure = audit
             answer = self._answer(call, plan, learn=True)
-            stats.add_answer(answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense)
+            stats.add_answer(
+                answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense, answer.counted
+            )
             if (needs := self.index.needs) is not None and self.config.finds_budget:
                 stats.expected_error = needs.error
             if stats.index.get("rows") != len(self.index):
                 stats.index = self.index.describe() | ({"rows kept as": kept} if (kept := self.store.kept) else {})
             if audit:
+                self.store.look_at_rows()
                 stats.add_audit(compare(call, answer, stats.ladder), self.config.max_error)
                 stats.plan = answer.plan
         out = self.store.turn(answer.out)
@@ -246,9 +252,9 @@ class AttentionDB:
         if plan.is_dense:
             call.measure, call.needs_lse = True, len(plan.steps) > 1
             return run_plan(plan, call).plan
-        # Once unmeasured: the first call of a process may load and compile kernels.
-        self._answer(call, plan)
+        # Twice: the first call of a process may load and compile kernels.
         call.measure = True
+        self._answer(call, plan)
         return self._answer(call, plan).plan
 
     @inference_only
@@ -471,6 +477,11 @@ class AttentionDB:
             stats.ladder = ladder
             stats.rungs[climb.name] += 1
         return finish_climb(climb, call)
+
+    @property
+    def _may_retrieve(self) -> bool:
+        """Whether a plan for rows on a device may be any but dense: there are no rates there, so only if asked for."""
+        return self.config.dense_below_rows is not None or self.config.wishes_retrieval
 
     def _by_position(self, rows: Tensor) -> Tensor:
         if not self.index.moves_rows:

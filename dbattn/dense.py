@@ -45,6 +45,9 @@ def dense_attention(
     if start is not None and (start.shape != query.shape[:1] or start.dtype != torch.int64):
         raise ValueError(f"start is {start.dtype} {list(start.shape)}, expected torch.int64 [{query.shape[0]}]")
     sdpa = softcap is None and not return_lse
+    if softcap is None and start is None and _takes_flash(query, keys, values):
+        out, lse = _flash(query, keys, values, scale)
+        return (out.float(), lse) if return_lse else out
     if query.shape[2] == 1 and not (sdpa and _prefers_sdpa(query.device) and keys.dtype == values.dtype == query.dtype):
         out, lse = dense_decode(query, keys, values, start=start, scale=scale, softcap=softcap)
         return (out, lse) if return_lse else out.to(query.dtype)
@@ -91,6 +94,31 @@ def merge_sink(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, T
 def _prefers_sdpa(device: torch.device) -> bool:
     """Whether torch's own kernel scans the rows for one position faster than ours there."""
     return device.type == "cuda"
+
+
+def _takes_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether torch's flash kernel serves these rows."""
+    dim = query.shape[3]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and keys.dtype == values.dtype == query.dtype
+        and values.shape[3] == dim <= 256
+        and dim % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Causal attention of the newest positions by torch's flash kernel: ``(out, lse)``.
+
+    Called by its own name: scaled_dot_product_attention takes cuDNN's kernels on an H100, which plan anew for each
+    number of rows (milliseconds a step), and none of these with a mask, which a chunk of positions would need.
+    """
+    found = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, keys, values, is_causal=query.shape[2] > 1, scale=scale
+    )
+    return found[0], found[1]
 
 
 def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scale: float | None) -> Tensor:

@@ -1,28 +1,22 @@
-"""Operators on summaries of lists: the torch code is the specification; on CUDA the summaries are read by Triton."""
-
-from importlib import import_module
-from typing import Any
+"""Operators on summaries of lists, in torch: the specification; attend_segmented has kernels for them together."""
 
 import torch
 from torch import Tensor
 
-from .ops import attend_rows, resolve_backend
+from .ops import attend_rows
 from .packed import row_dim
 from .reference import empty_state, softcapped
 from .summaries import Summaries
 
 
 def summary_logits(
-    query: Tensor, lists: Summaries, *, scale: float, softcap: float | None, alpha: float, backend: str = "auto"
+    query: Tensor, lists: Summaries, *, scale: float, softcap: float | None, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Log of the mean weight of each list's rows, ``[B, Hq, L]``, and ``spread [B, Hq]`` (variance of logits per unit).
 
     The rows' logits scatter around their mean's, so that by Jensen their mean weight is larger than the mean key's
     weight; ``alpha`` times their variance is added. query ``[B, Hq, 1, D]``.
     """
-    if resolve_backend(query, backend) == "triton":
-        logits, spread = _kernels().summary_logits(query, lists, scale=scale, softcap=softcap, alpha=alpha)
-        return logits, spread
     q = lists.grouped(query, scale)
     spread = lists.spread(q)
     logits = softcapped(q @ lists.key.transpose(2, 3), softcap)
@@ -32,16 +26,14 @@ def summary_logits(
     return logits.flatten(1, 2), spread.flatten(1)
 
 
-def probe_lists(
-    logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor, budget: int, *, backend: str = "auto"
-) -> Tensor:
+def probe_lists(logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor, budget: int) -> Tensor:
     """Choose the lists whose rows, left unread, would cost most: bool ``[B, Hkv, L]``.
 
     The KV heads of a batch row share ``budget`` rows, so that a head whose mass is known needs few.
 
     logits ``[B, Hq, L]`` and spread ``[B, Hq]`` from summary_logits; ``known_lse [B, Hq]`` of the rows read anyway.
     """
-    costs = list_costs(logits, spread, lists, known_lse, backend).flatten(1)
+    costs = list_costs(logits, spread, lists, known_lse).flatten(1)
     return choose(costs, lists.size.flatten(1), budget).view_as(lists.size)
 
 
@@ -75,14 +67,11 @@ def whole_mass(logits: Tensor, lists: Summaries, known_lse: Tensor) -> Tensor:
     return total.masked_fill(total == float("-inf"), 0.0)
 
 
-def list_costs(logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor, backend: str = "auto") -> Tensor:
+def list_costs(logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor) -> Tensor:
     """What leaving each list unread may cost, ``[B, Hkv, L]``; see probe_lists for the arguments.
 
     The softmax share of a list's rows times the deviation of their logits, summed over the query heads of a group.
     """
-    if resolve_backend(logits, backend) == "triton":
-        costs: Tensor = _kernels().list_costs(logits, spread, lists, known_lse)
-        return costs
     batch, kv_heads, count = lists.size.shape
     group = logits.shape[1] // kv_heads
     total = whole_mass(logits, lists, known_lse)
@@ -111,32 +100,27 @@ def attend_lists(
     second is empty.
     """
     ranges = torch.stack([lists.begin, torch.where(chosen, lists.begin + lists.size, lists.begin)], dim=-1)
-    if resolve_backend(query, backend) != "triton":
-        # Chosen lists first, so that the ranges handed over are as few as the fullest head needs. The Triton kernel
-        # finds its rows among empty ranges as well, and counting the chosen lists would wait for the device.
-        widest = max(1, int(chosen.sum(dim=-1).max()))
-        order = chosen.int().argsort(dim=-1, descending=True, stable=True)[..., :widest]
-        ranges = ranges.gather(2, order[..., None].expand(-1, -1, -1, 2))
+    # Chosen lists first, so that the ranges handed over are as few as the fullest head needs.
+    widest = max(1, int(chosen.sum(dim=-1).max()))
+    order = chosen.int().argsort(dim=-1, descending=True, stable=True)[..., :widest]
+    ranges = ranges.gather(2, order[..., None].expand(-1, -1, -1, 2))
     ranges = ranges.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)[:, :, None]
     read = attend_rows(query, keys, values, ranges=ranges, scale=scale, softcap=softcap, backend=backend)
     if tail:
-        rest = attend_summaries(query, lists, chosen, logits, scale=scale, beta=beta, backend=backend)
+        rest = attend_summaries(query, lists, chosen, logits, scale=scale, beta=beta)
     else:
         rest = empty_state(query, row_dim(values))
     return torch.stack([read[0], rest[0]]), torch.stack([read[1], rest[1]])
 
 
 def attend_summaries(
-    query: Tensor, lists: Summaries, chosen: Tensor, logits: Tensor, *, scale: float, beta: float, backend: str = "auto"
+    query: Tensor, lists: Summaries, chosen: Tensor, logits: Tensor, *, scale: float, beta: float
 ) -> tuple[Tensor, Tensor]:
     """The state ``(out [B, Hq, 1, Dv], lse [B, Hq, 1])`` of the lists not chosen; see attend_lists for the arguments.
 
     A summary enters as ``size`` rows of its logit, its value moved along ``cross`` by ``beta`` for the heavier rows of
     the list.
     """
-    if resolve_backend(query, backend) == "triton":
-        out, lse = _kernels().attend_summaries(query, lists, chosen, logits, scale=scale, beta=beta)
-        return out, lse
     q = lists.grouped(query, scale)
     weights = logits.view(*q.shape[:3], logits.shape[2]) + lists.size.log()[:, :, None]
     weights = weights.masked_fill(chosen[:, :, None], float("-inf"))
@@ -165,8 +149,3 @@ def row_places(begin: Tensor, size: Tensor) -> Tensor:
     """Places of the rows of lists ``begin .. begin + size`` (``[L]`` each), one list after the other."""
     offsets = torch.arange(int(size.sum()), device=begin.device) - (size.cumsum(dim=0) - size).repeat_interleave(size)
     return begin.repeat_interleave(size) + offsets
-
-
-def _kernels() -> Any:
-    """The Triton kernels, imported when first needed."""
-    return import_module("index_kernels._triton_lists")

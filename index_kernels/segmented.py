@@ -26,6 +26,9 @@ from .packed import row_dim
 from .reference import empty_state
 from .summaries import ListReading, ListTable, SegmentedAnswer
 
+# On layers of three models at 16K and of SmolLM2 at 32K, whole lists are as near as codes with so many rows.
+WHOLE, WHOLE_PER_READ = 5760, 8
+
 
 def attend_segmented(
     query: Tensor,
@@ -61,13 +64,32 @@ def attend_segmented(
         )
         return answer
     check_rows(query, keys, values)
+    if chosen == "triton":
+        found: SegmentedAnswer = _on_device().attend_segmented(
+            query, keys, values, table, how, start=start, budget=rows_opened(how, keys.shape[1]), details=details
+        )
+        return found
     return _attend(query, keys, values, table, how, start, details, chosen)
+
+
+def rows_opened(how: ListReading, kv_heads: int) -> int:
+    """Rows under the lists that a GPU opens, whole, for all KV heads of a batch row together.
+
+    As many as the CPU scores by code; where that is more than WHOLE per head, WHOLE_PER_READ for each that it reads.
+    """
+    return max(how.rows_read, min(how.rows_coded, max(WHOLE_PER_READ * how.rows_read, WHOLE * kv_heads)))
 
 
 @cache
 def _fused() -> Any:
     """The CPU kernel, imported when first needed."""
     return import_module("index_kernels._cpu_segmented")
+
+
+@cache
+def _on_device() -> Any:
+    """The Triton kernels, imported when first needed."""
+    return import_module("index_kernels._triton_segmented")
 
 
 def _attend(
@@ -91,22 +113,18 @@ def _attend(
     # Where the budget opens less than all rows under super-lists, only lists of the opened ones are candidates.
     two_level = how.rows_opened < keys.shape[1] * (how.sealed - start - how.n_sink)
     if bool(two_level.any()):
-        logits, spread = summary_logits(
-            query, supers, scale=how.scale, softcap=how.softcap, alpha=how.alpha, backend=backend
-        )
-        costs = list_costs(logits, spread, supers, known, backend)
+        logits, spread = summary_logits(query, supers, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
+        costs = list_costs(logits, spread, supers, known)
         opened = choose(costs.flatten(1), supers.size.flatten(1), how.rows_opened).view_as(supers.size)
         opened |= ~two_level[:, None, None]
-        rest = attend_summaries(query, supers, opened, logits, scale=how.scale, beta=how.beta, backend=backend)
+        rest = attend_summaries(query, supers, opened, logits, scale=how.scale, beta=how.beta)
         states.append((rest, logits, spread, supers, opened))
         known = torch.logaddexp(known, rest[1][..., 0])
         scored = int((supers.size[two_level] > 0).sum())
         under = opened.gather(2, levels.parent.clamp(max=opened.shape[2] - 1))
         lists = lists.only(under)
-    logits, spread = summary_logits(
-        query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha, backend=backend
-    )
-    costs = list_costs(logits, spread, lists, known, backend)
+    logits, spread = summary_logits(query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
+    costs = list_costs(logits, spread, lists, known)
     chosen = choose(costs.flatten(1), lists.size.flatten(1), how.rows_coded).view_as(lists.size)
     coded = score_codes(query, lists, chosen, table.codes_on(query.device), scale=how.scale, softcap=how.softcap)
     taken = choose_rows(coded, whole_mass(logits, lists, known), how.rows_read)
@@ -116,7 +134,7 @@ def _attend(
     read = attend_rows(query, keys, values, ids=ids, **options)
     empty = empty_state(query, row_dim(values))
     codes = attend_codes(query, lists, coded, taken, scale=how.scale, beta=how.beta) if how.tail else empty
-    rest = attend_summaries(query, lists, chosen, logits, scale=how.scale, beta=how.beta, backend=backend)
+    rest = attend_summaries(query, lists, chosen, logits, scale=how.scale, beta=how.beta)
     states.append((rest, logits, spread, lists, chosen))
     tails = [state[0] for state in states] if how.tail else [empty]
     tail = merge_states(torch.stack([out for out, _ in tails]), torch.stack([lse for _, lse in tails]))

@@ -6,7 +6,7 @@ around their list's mean, per KV head and on the scale where that variance is 1,
 values on that scale.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -119,6 +119,13 @@ class ListTable:
         found: Levels = self._cache[device]
         return found
 
+    def on(self, device: torch.device, what: Hashable, made: Callable[["ListTable", torch.device], Any]) -> Any:
+        """What ``made`` makes of the lists for a device; made once."""
+        place = what, device
+        if place not in self._cache:
+            self._cache[place] = made(self, device)
+        return self._cache[place]
+
     def codes_on(self, device: torch.device) -> Tensor:
         """The codes on a device; copied once."""
         place = "codes", device
@@ -209,6 +216,8 @@ class SegmentedAnswer(NamedTuple):
         taken: bool ``[B, Hkv, sealed]``, which rows of lists were read, by place; None unless asked for.
         unread: ``[B, Hq, sealed]``, share of the weight that each row has, by place, through its code, or through the
             summary that answers for it, shared evenly by the rows of a list; None unless asked for.
+        totals: int64 ``[B]`` on the device, rows of lists read by all calls that share it: where no ``details`` were
+            asked for, ``rows_read`` is no more than the budget then. None: all counts are exact.
     """
 
     out: Tensor
@@ -222,6 +231,7 @@ class SegmentedAnswer(NamedTuple):
     seconds: tuple[float, float, float, float]
     taken: Tensor | None
     unread: Tensor | None
+    totals: Tensor | None = None
 
 
 class LearntMetric(NamedTuple):

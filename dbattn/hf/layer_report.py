@@ -95,6 +95,7 @@ class LayerReport:
 
 def layer_report(layer: int, stats: RunningStats) -> LayerReport:
     """Summarise the statistics of one layer."""
+    stats.settle()
     recall, mass, error = (
         torch.tensor([getattr(audit, name) for audit in stats.audits]).nanmean().item() if stats.audits else None
         for name in ("recall", "attention_mass", "relative_error")

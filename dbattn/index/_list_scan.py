@@ -1,8 +1,9 @@
 """ListScan: the step of a segmented store. Sinks, hot rows, lists and summaries are read in one kernel call."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from index_kernels.packed import code_bytes
 
 from ..config import RetrievalConfig
 from ..query.call import Call
-from ..query.plan import Source, Step, StepAnswer
+from ..query.plan import Counted, Source, Step, StepAnswer
 from ..query.steps import ExactRows
 from ..query.usage import Needs, Rates, Usage, Work, Workload
 from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, ROWS_PER_SUPER_LIST, slots_of, vector_bytes
@@ -44,6 +45,8 @@ BY_SUMMARY = 3.0
 CODED_PER_READ = 14
 # A code costs a part of what a summary does.
 CODES_PER_ITEM = 6
+# What is told of codes where none were read: lists were opened whole.
+NO_CODES = Usage(0.0, 0)
 # Rows under opened super-lists for each row coded.
 OPENED_PER_CODED = 2
 
@@ -181,6 +184,9 @@ class ListScan(Step):
             bytes_read=sum(sizes),
             deviation=partial(_unread_share, whole.lse_by_source) if self.bounded else None,
             tail="centroid" if self.tail else "none",
+            counted=None
+            if whole.totals is None
+            else Counted(whole.totals, whole.rows_read, units, call.store.row_bytes),
         )
         if not call.measure:
             return answer
@@ -194,7 +200,7 @@ class ListScan(Step):
         usages = (
             Usage(hot, sizes[0], 0.0, times[0]),
             Usage(rows, sizes[1], opened / units, times[1]),
-            Usage(0.0, sizes[2], opened / units, times[2]),
+            Usage(0.0, sizes[2], opened / units, times[2]) if whole.rows_coded or not opened else NO_CODES,
             Usage(0.0, sizes[3], (scored - opened) / units, times[3]),
         )
         return answer._replace(
@@ -204,6 +210,16 @@ class ListScan(Step):
             slots=torch.cat(padded, dim=2),
             unread=found[-1].unread,
         )
+
+    def measured(self, usages: Sequence[Usage], masses: Sequence[float]) -> Self:
+        """See Step; where lists were opened whole, no codes were read."""
+        if len(usages) < 4 or usages[2] is not NO_CODES:
+            return super().measured(usages, masses)
+        hot, lists, _, summaries = self.sources
+        whole = replace(
+            self, sources=(hot, replace(lists, detail=f"{lists.detail}, opened lists read whole"), summaries)
+        )
+        return super(ListScan, whole).measured([*usages[:2], usages[3]], [*masses[:2], masses[3]])
 
     def attend(self, call: Call, index: SegmentedStore, query: Tensor, length: int) -> SegmentedAnswer:
         """The kernel's answer for one position ``[B, Hq, 1, D]``, which sees the first ``length`` rows."""
@@ -218,7 +234,7 @@ class ListScan(Step):
         per_row, value_bytes = call.store.row_bytes, vector_bytes(call.store.value_dim)
         choosing = whole.summaries_read * (index.summary_bytes - value_bytes)
         choosing += whole.rows_coded * code_bytes(call.store.head_dim)
-        of_codes = min(whole.lists_opened, whole.values_read) * value_bytes if self.tail else 0
+        of_codes = min(whole.lists_opened, whole.values_read) * value_bytes if self.tail and whole.rows_coded else 0
         of_rows = whole.rows_read * per_row + choosing
         return int(units * hot) * per_row, of_rows, of_codes, whole.values_read * value_bytes - of_codes
 

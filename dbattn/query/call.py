@@ -90,7 +90,7 @@ class Call:
             rows=len(store),
             queries=m,
             indexed=len(self.index),
-            first_index_row=self.config.n_sink + (int(store.start.min()) if store.has_padding else 0),
+            first_index_row=self.config.n_sink + (min(store.starts) if store.has_padding else 0),
             batch=batch,
             heads=heads,
             kv_heads=store.num_kv_heads,
@@ -137,8 +137,8 @@ class Call:
         last = len(self.store)
         if not self.store.has_padding:
             return last - (self.query.shape[2] - 1) / 2
-        stop = torch.arange(last - self.query.shape[2] + 1, last + 1, device=self.query.device)
-        return float((stop - self.store.start[:, None]).clamp(min=0).float().mean())
+        stop = torch.arange(last - self.query.shape[2] + 1, last + 1)
+        return float((stop - torch.tensor(self.store.starts)[:, None]).clamp(min=0).float().mean())
 
     @property
     def bytes_dense(self) -> int:

@@ -71,6 +71,13 @@ def choose_plan(
         return dense("dense was asked for")
     if work.queries > config.max_queries:
         return dense(f"more queries in one call than max_queries={config.max_queries}")
+    device = "cuda" if backend == "triton" else f"the {backend} kernels"
+    no_rates = (
+        f"no rates for {device}: answered densely; "
+        "ask for an index by name, k= or dense_below= to retrieve all the same"
+    )
+    if backend == "triton" and auto and not config.wishes_retrieval:
+        return dense(no_rates)  # whatever is indexed: nothing is, where nothing may be retrieved
     least = config.dense_below_rows
     if least is not None and work.rows < least:
         return dense(f"fewer rows than dense_below={least}")
@@ -98,12 +105,8 @@ def choose_plan(
         seconds_dense = DenseScan.of(work, scan_rates).sources[0].estimated.seconds
     if auto:
         if seconds is None or seconds_dense is None:
-            device = "cuda" if backend == "triton" else f"the {backend} kernels"
             if not config.wishes_retrieval:
-                return dense(
-                    f"no rates for {device}: answered densely; "
-                    "ask for an index by name, k= or dense_below= to retrieve all the same"
-                )
+                return dense(no_rates)
             if work.rows < below:
                 return dense(f"fewer rows than {below} (no rates for {device})")
         elif seconds_dense <= seconds:

@@ -11,7 +11,7 @@ from torch import Tensor
 from index_kernels import merge_states
 
 from .call import Call
-from .plan import QueryPlan, StepAnswer
+from .plan import Counted, QueryPlan, StepAnswer
 
 
 class Answer(NamedTuple):
@@ -28,7 +28,7 @@ class Answer(NamedTuple):
         deviation: ``[B, Hq, m]``, what the error over the output's norm is estimated from; None without max_error.
         bytes_read: bytes read by the whole call, what is scored to choose rows included.
         tail: what answered for the rows not read.
-        unread, log_weights: see StepAnswer.
+        unread, log_weights, counted: see StepAnswer.
         dense_heads: KV heads answered densely after all.
         tried: the answer before some KV heads were answered densely after all; None without max_error.
     """
@@ -47,6 +47,7 @@ class Answer(NamedTuple):
     log_weights: Tensor | None = None
     dense_heads: tuple[int, ...] = ()
     tried: "Answer | None" = None
+    counted: Counted | None = None
 
     @property
     def state(self) -> tuple[Tensor, Tensor]:
@@ -72,6 +73,7 @@ def run_plan(plan: QueryPlan, call: Call) -> Answer:
         whole.tail,
         whole.unread,
         whole.log_weights,
+        counted=whole.counted,
     )
     if not call.measure:
         return answer
@@ -95,6 +97,7 @@ def _together(found: Sequence[StepAnswer]) -> StepAnswer:
         tail=next((one.tail for one in found if one.tail != "none"), "none"),
         unread=_first(one.unread for one in found),
         log_weights=_first(one.log_weights for one in found),
+        counted=next((one.counted for one in found if one.counted is not None), None),
     )
 
 

@@ -55,6 +55,7 @@ class StepAnswer(NamedTuple):
         unread: ``[B, Hq, n]`` by place, the share of the newest query's weight that rows have though they were not
             read; None unless measured, or where none have any.
         log_weights: those of ``slots``, where they are a sample.
+        counted: where rows are counted on a device.
         tail: what answered for rows not read: "none", "centroid" or "sample".
     """
 
@@ -71,6 +72,23 @@ class StepAnswer(NamedTuple):
     tail: str = "none"
     unread: Tensor | None = None
     log_weights: Tensor | None = None
+    counted: "Counted | None" = None
+
+
+class Counted(NamedTuple):
+    """Rows that are counted on a device: an answer says no more of them than the budget, until they are asked for.
+
+    Attributes:
+        totals: int64 tensor there, rows retrieved by all calls that share it, KV heads of all batch rows together.
+        rows: of them, what this answer says.
+        units: by which its rows are divided, for a mean.
+        row_bytes: bytes of a row.
+    """
+
+    totals: Tensor
+    rows: int
+    units: int
+    row_bytes: int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import RetrievalConfig
 from .audit import AuditReport
 from .ladder import AUDITS_TO_LEARN, Ladder
-from .plan import QueryPlan
+from .plan import Counted, QueryPlan
 
 # A long generation audits without end; reports are for the present state of affairs.
 AUDITS_KEPT = 1000
@@ -87,6 +87,7 @@ class RunningStats:
         ladder: what was learnt about errors (with ``max_error`` only).
         plan: the plan of the latest audited call, with what it read.
         expected_error: what audits of a sample of queries said of the latest retrieving call; None: there were none.
+        counted: rows counted on a device since the last ``settle``.
         stream_errors: relative errors of the residual stream after the layer, where they were followed.
 
     Copies of a store go on counting in the same place.
@@ -110,6 +111,7 @@ class RunningStats:
     plan: QueryPlan | None = None
     expected_error: float | None = None
     stream_errors: list[float] = field(default_factory=list)
+    counted: list[Counted] = field(default_factory=list)
 
     def audit_is_due(self, config: RetrievalConfig) -> bool:
         """The first retrieving call, then evenly spread ones; a ladder has errors to learn first."""
@@ -117,13 +119,34 @@ class RunningStats:
         learning = config.max_error is not None and calls < AUDITS_TO_LEARN
         return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(calls * rate))
 
-    def add_answer(self, rows_retrieved: float, rows_read: float, bytes_read: int, bytes_dense: int) -> None:
-        """Count a retrieving call."""
+    def add_answer(
+        self,
+        rows_retrieved: float,
+        rows_read: float,
+        bytes_read: int,
+        bytes_dense: int,
+        counted: Counted | None = None,
+    ) -> None:
+        """Count a retrieving call; what is ``counted`` on a device is put right by ``settle``."""
+        if counted is not None:
+            if not self.counted or self.counted[-1].totals is not counted.totals:
+                self.counted.append(counted._replace(rows=0))
+            self.counted[-1] = counted._replace(rows=self.counted[-1].rows + counted.rows)
         self.retrieving += 1
         self.rows_retrieved += rows_retrieved
         self.rows_read += rows_read
         self.bytes_read += bytes_read
         self.bytes_dense += bytes_dense
+
+    def settle(self) -> None:
+        """Ask the device for the rows that were counted there, in place of what calls were expected to read."""
+        for counted in self.counted:
+            surplus = counted.rows - int(counted.totals.sum())
+            counted.totals.zero_()
+            self.rows_retrieved -= surplus / counted.units
+            self.rows_read -= surplus / counted.units
+            self.bytes_read -= surplus * counted.row_bytes
+        self.counted = []
 
     def add_dense(self, reason: str, rows: float, size: int, *, prompt: bool) -> None:
         """Count a call answered densely, which read ``rows`` rows a query and ``size`` bytes in all."""

@@ -36,7 +36,13 @@ class DenseScan(Step):
             )
         elif call.needs_lse:
             state = dense_attention(
-                call.query, keys, values, start=store.start, scale=call.scale, softcap=call.softcap, return_lse=True
+                call.query,
+                keys,
+                values,
+                start=store.start if store.has_padding else None,
+                scale=call.scale,
+                softcap=call.softcap,
+                return_lse=True,
             )
             out, lse = state[0], state[1]
         else:

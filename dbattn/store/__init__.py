@@ -5,7 +5,7 @@ from .noise import exponential_noise
 from .queries import QuerySample
 from .rows import KVStore, rows_at
 from .source import RowSource, StateSource
-from .storage import check_finite, check_queries, check_range
+from .storage import check_finite, check_queries, check_range, on_device
 
 __all__ = [
     "KVStore",
@@ -18,5 +18,6 @@ __all__ = [
     "check_range",
     "exponential_noise",
     "new_buffer",
+    "on_device",
     "rows_at",
 ]

@@ -10,7 +10,7 @@ from index_kernels.reference import softcapped
 
 from .mapped import MappedRows, new_buffer
 from .queries import STRIDE, QuerySample
-from .storage import check_queries, check_range, stored
+from .storage import LOOKED_AT, check_queries, check_range, on_device, stored
 
 
 class KVStore:
@@ -22,6 +22,10 @@ class KVStore:
 
     start: Tensor
     has_padding: bool
+    # What is known to fit ``start``.
+    _fitting: Tensor
+    # The same on the host, so that no call waits for it.
+    starts: tuple[int, ...]
     # Whether rows came out of a graph; they are stored detached, so that no gradient goes back into it.
     requires_grad: bool
     # Some of the queries that rows were asked, as they came; None where none came.
@@ -43,6 +47,7 @@ class KVStore:
         self._mapped: MappedRows | None = None
         self._saved: tuple[str, int] = "", 0
         self._row_bytes = 0
+        self._looked_at = 0
         self.requires_grad = False
         self.sample = None
         self.rotated = self.storage == "int8"
@@ -96,6 +101,8 @@ class KVStore:
         for buffer, rows in zip(self.buffers, (keys, values), strict=True):
             buffer.narrow(2, self._length, added).copy_(rows.detach())
         self._length += added
+        if added > 1 or not on_device(keys):
+            self._looked_at = self._length
 
     def widen(self, dtype: torch.dtype) -> torch.dtype:
         """Keep rows in a float type that holds those of ``dtype`` too, and return it: the wider one of both.
@@ -132,11 +139,12 @@ class KVStore:
         self._check_device(rows.device)
         self._clear()
         self._mapped, self._length, self._settled, self.rotated = rows, len(rows), settled, rotated
+        self._looked_at = len(rows)
         self._set_start(start.to(rows.device))
 
     def can_start_at(self, start: Tensor) -> bool:
         """Whether ``set_start`` would accept ``start [B]``."""
-        if start is self.start or torch.equal(start, self.start):
+        if start is self.start or start is self._fitting or torch.equal(start, self.start):
             return True
         unsettled = (self.start >= self._settled) & (start >= self._settled)
         return bool(((start == self.start) | unsettled).all())
@@ -149,7 +157,7 @@ class KVStore:
         Raises:
             ValueError: a wrong shape, a negative start, or a batch row that already has valid rows.
         """
-        if start is self.start:  # it fitted before
+        if start is self.start or start is self._fitting:  # it fitted before
             self._settled = self._length
             return
         if start.shape != self.start.shape or start.dtype != torch.int64 or start.device != self.start.device:
@@ -163,6 +171,8 @@ class KVStore:
             raise ValueError(f"start {start.tolist()} differs from {self.start.tolist()} for rows that are stored")
         self._settled = self._length
         self._set_start(start.clone())
+        if on_device(start):
+            self._fitting = start  # the layers of a model are given the same one, and need not wait to compare it
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows.
@@ -173,7 +183,7 @@ class KVStore:
         if not is_integer(length, 0, self._length):
             raise ValueError(f"length is {length!r}, expected an integer from 0 to {self._length}")
         self._length = length
-        self._settled = min(self._settled, length)
+        self._settled, self._looked_at = min(self._settled, length), min(self._looked_at, length)
         self.touch(length)
         if self.sample is not None:
             self.sample.truncate(length)
@@ -289,8 +299,9 @@ class KVStore:
         return self._buffers is not None or self._mapped is not None
 
     def _set_start(self, start: Tensor) -> None:
-        self.start = start
-        self.has_padding = bool((start > 0).any())
+        self.start = self._fitting = start
+        self.starts = tuple(start.tolist())
+        self.has_padding = any(first > 0 for first in self.starts)
 
     def _reserve(self, keys: Tensor, values: Tensor, length: int) -> None:
         before = self.buffers if self._has_buffers else (None, None)
@@ -336,12 +347,33 @@ class KVStore:
         if keys.dtype != values.dtype or keys.device != values.device:
             raise ValueError(f"keys are {keys.dtype} on {keys.device}, values are {values.dtype} on {values.device}")
         self._check_device(keys.device)
+        if keys.shape[2] == 1 and on_device(keys):
+            if self._length - self._looked_at >= LOOKED_AT and not _is_captured(keys):
+                self.look_at_rows()
+            return
+        self.look_at_rows()
         for name, rows in (("keys", keys), ("values", values)):
             check_range(name, rows)
+
+    def look_at_rows(self) -> None:
+        """Check the rows that came one by one to a device, which no call waited for.
+
+        Raises:
+            ValueError: one that is NaN, infinite or larger than ``storage.LARGEST``: rows from it on are of no use.
+        """
+        first, self._looked_at = self._looked_at, self._length
+        if first < self._length and self._has_buffers and on_device(self.buffers[0]):
+            for name, rows in zip(("keys", "values"), self.rows, strict=True):
+                check_range(f"{name} stored one by one from row {first} on", rows[:, :, first:])
 
     def _check_device(self, device: torch.device) -> None:
         if self.storage == "int8" and device.type != "cpu":
             raise ValueError(f"storage='int8' is read on the CPU only, rows are on {device}: use storage='float16'")
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether what is called now goes into a CUDA graph, which may not wait."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def rows_at(rows: Tensor, places: Tensor) -> Tensor:

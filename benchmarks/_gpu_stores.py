@@ -1,0 +1,161 @@
+"""Stores for benchmarks.gpu: rows and lists made on the device, and snapshots of a model's rows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbattn import AttentionDB
+from dbattn.index._lists import Lists
+from index_kernels import ListTable
+from index_kernels._triton_segmented import Planes
+from index_kernels.packed import pack_rows, scales
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+LEAST, MOST = 20, 44
+LISTS_PER_CLUSTER = 16
+
+
+@dataclass
+class Store:
+    """Rows in lists, and a query; as attend_segmented takes them."""
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    table: ListTable
+    start: Tensor
+    sealed: int
+    scale: float
+    table_bytes: int
+
+
+def made_store(rows: int, batch: int, n_sink: int, hot: int, seed: int) -> Store:
+    """Random rows in clusters of clusters, in lists of LEAST to MOST rows, all but sinks and hot ones."""
+    noise = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=noise, device="cuda")
+
+    sealed = rows - hot
+    units = batch * KV_HEADS
+    sizes = torch.randint(LEAST, MOST + 1, (rows // LEAST,), generator=noise, device="cuda")
+    ends = sizes.cumsum(0)
+    count = int((ends < sealed - n_sink).sum()) + 1
+    ends = torch.cat([ends[: count - 1], ends.new_tensor([sealed - n_sink])])
+    begin = n_sink + torch.cat([ends.new_zeros(1), ends[:-1]])
+    size = ends + n_sink - begin
+    owner = torch.searchsorted(ends, torch.arange(sealed - n_sink, device="cuda"), right=True)
+    clusters = -(-count // LISTS_PER_CLUSTER)
+    room = count + -count % 64
+    keys = torch.empty(batch, KV_HEADS, rows, DIM, dtype=torch.bfloat16, device="cuda")
+    values = torch.empty_like(keys)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("key", "value", "variance", "shape", "cross")}
+    for unit in range(units):
+        centres = normal(clusters, DIM).repeat_interleave(LISTS_PER_CLUSTER, dim=0)[:count] + 0.6 * normal(count, DIM)
+        means = normal(clusters, DIM).repeat_interleave(LISTS_PER_CLUSTER, dim=0)[:count] + 0.6 * normal(count, DIM)
+        key, value = keys[unit // KV_HEADS, unit % KV_HEADS], values[unit // KV_HEADS, unit % KV_HEADS]
+        for edge in (slice(0, n_sink), slice(sealed, rows)):
+            key[edge], value[edge] = normal(*key[edge].shape).bfloat16(), normal(*key[edge].shape).bfloat16()
+        key[n_sink:sealed] = (centres[owner] + 0.6 * normal(sealed - n_sink, DIM)).bfloat16()
+        value[n_sink:sealed] = (means[owner] + 0.6 * normal(sealed - n_sink, DIM)).bfloat16()
+        k, v = (part[n_sink:sealed].float() for part in (key, value))
+        mean_k, mean_v = (
+            torch.zeros(count, DIM, device="cuda").index_add_(0, owner, part) / size[:, None] for part in (k, v)
+        )
+        off_k, off_v = k - mean_k[owner], v - mean_v[owner]
+        square = off_k.square().sum(dim=1)
+        parts["key"].append(mean_k)
+        parts["value"].append(mean_v)
+        parts["variance"].append(torch.zeros(count, device="cuda").index_add_(0, owner, square) / size)
+        parts["shape"].append(off_k.T @ off_k / square.sum())
+        parts["cross"].append(off_k.T @ off_v / square.sum())
+    grid = batch, KV_HEADS
+
+    def whole(name: str, pad: bool = True) -> Tensor:
+        found = torch.stack(parts[name]).view(*grid, *parts[name][0].shape)
+        if not pad:
+            return found.half().contiguous()
+        padded = found.new_zeros(*grid, room, *found.shape[3:])
+        padded[:, :, :count] = found
+        return padded
+
+    def number(one: Tensor) -> Tensor:
+        padded = torch.zeros(*grid, room, dtype=torch.int32, device="cuda")
+        padded[:, :, :count] = one.int()
+        return padded
+
+    key, value = pack_rows(whole("key")), pack_rows(whole("value"))
+    planes = Planes(
+        count * units,
+        number(begin), number(size), whole("variance"), key[..., :-4].contiguous(), scales(key).contiguous(),
+        value[..., :-4].contiguous(), scales(value).contiguous(), whole("shape", False), whole("cross", False),
+    )  # fmt: skip
+    table = Lists(batch, KV_HEADS, DIM, DIM).table
+    table.on(torch.device("cuda", torch.cuda.current_device()), "planes", lambda *_: planes)
+    # Each head looks for a few rows, as trained ones do.
+    aim = torch.randint(n_sink, sealed, (batch, KV_HEADS, HEADS // KV_HEADS), generator=noise, device="cuda")
+    near = keys.gather(2, aim[..., None].expand(-1, -1, -1, DIM)).float()
+    query = (near + 0.7 * normal(*near.shape)).reshape(batch, HEADS, 1, DIM).bfloat16()
+    size_bytes = sum(part.nbytes for part in (planes.key, planes.value, planes.variance, planes.size, planes.begin))
+    return Store(
+        query, keys, values, table, torch.zeros(batch, dtype=torch.int64, device="cuda"), sealed, DIM**-0.5, size_bytes
+    )
+
+
+def exact(store: Store) -> Tensor:
+    """The dense answer, in float64, one KV head at a time."""
+    return dense64(store.query, store.keys, store.values, store.scale)
+
+
+def dense64(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attention of ``[B, Hq, 1, D]`` over all rows, in float64."""
+    group = query.shape[1] // keys.shape[1]
+    outs = []
+    for h, asking in enumerate(query.split(group, dim=1)):
+        weights = torch.softmax(scale * (asking[:, :, 0].double() @ keys[:, h].double().mT), dim=-1)
+        outs.append((weights @ values[:, h].double())[:, :, None])
+    return torch.cat(outs, dim=1)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """The mean over heads of the error's norm over the answer's."""
+    off = (got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return float(off.mean())
+
+
+def snapshot_errors(folder: Path) -> list[dict[str, Any]]:
+    """The library's own answers on a snapshot's rows, by some budgets: errors against float64, mean and greatest."""
+    from dataclasses import replace
+
+    from safetensors.torch import load_file
+
+    queries = load_file(f"{folder}.query.safetensors")["query"].cuda()
+    lines = []
+    for k in (None, 100, 400):
+        db = AttentionDB.open(folder, device="cuda")
+        db.config = replace(db.config, k=k)
+        keys, values = db.store.rows
+        dim = keys.shape[3]
+        errors, rows = [], []
+        for i in range(queries.shape[2]):
+            query = queries[:, :, i : i + 1].contiguous()
+            out = db.attend(query)
+            assert isinstance(out, Tensor)
+            errors.append(relative_error(out, dense64(query, keys, values, dim**-0.5)))
+        plan = db.explain(queries[:, :, :1].contiguous())
+        rows = [source.actual.rows for source in plan.sources if source.actual is not None]
+        lines.append(
+            {
+                "rows of": folder.name,
+                "k": k,
+                "error": sum(errors) / len(errors),
+                "most": max(errors),
+                "rows": len(db),
+                "read": rows,
+                "plan": str(plan),
+            }
+        )
+    return lines

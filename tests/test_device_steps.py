@@ -1,0 +1,80 @@
+"""What a decode step asks of the host on a device: no wait, and few operations. Run as if on one: no GPU is needed."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dbattn
+
+# They launch nothing.
+FREE = {
+    "view",
+    "slice",
+    "select",
+    "expand",
+    "as_strided",
+    "detach",
+    "alias",
+    "transpose",
+    "unsqueeze",
+    "empty",
+    "split",
+}
+WAITS = {"_local_scalar_dense", "equal", "nonzero", "item", "masked_select"}
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def as_if_on_a_device(monkeypatch):
+    for name in ("dbattn.store.storage", "dbattn.store.rows", "dbattn.attention"):
+        monkeypatch.setattr(f"{name}.on_device", lambda tensor: True)
+    monkeypatch.setattr("dbattn.attention.resolve_backend", lambda tensor: "triton")
+    monkeypatch.setattr("dbattn.dense._takes_flash", lambda query, keys, values: True)
+    monkeypatch.setattr("dbattn.dense._flash", flash)
+
+
+def flash(query, keys, values, scale):
+    """One operation, as on a GPU."""
+    return torch.zeros_like(query), query[..., 0]
+
+
+def test_a_dense_step_on_a_device_is_few_operations_and_waits_for_none(monkeypatch):
+    as_if_on_a_device(monkeypatch)
+    db = dbattn.AttentionDB(2, 16)
+    rows = torch.randn(1, 2, 3000, 16)
+    db.insert(rows, rows)
+    assert not len(db.index), "what no plan will read is not built"
+    one, query = torch.randn(1, 2, 1, 16), torch.randn(1, 8, 1, 16)
+    for _ in range(2):  # the first makes room
+        db.insert(one, one)
+        db.attend(query)
+    with Dispatched() as step:
+        db.insert(one, one)
+        db.attend(query)
+    launched = [name for name in step.names if name not in FREE]
+    assert not [name for name in step.names if name in WAITS]
+    assert len(launched) <= 8, launched
+    assert db.explain(query).reason.startswith("no rates for cuda")
+
+
+def test_numbers_that_are_not_finite_are_found_out_later_on_a_device(monkeypatch):
+    as_if_on_a_device(monkeypatch)
+    for name, value in (("keys", float("nan")), ("values", 1e9)):
+        db = dbattn.AttentionDB(2, 16)
+        rows = torch.randn(1, 2, 30, 16)
+        db.insert(rows, rows)
+        for i in range(3):
+            given = {"keys": torch.randn(1, 2, 1, 16), "values": torch.randn(1, 2, 1, 16)}
+            given[name][0, 1, 0, 3] = value if i == 1 else 0.0
+            db.insert(**given)
+        with pytest.raises(ValueError, match=f"{name} stored one by one from row 30 on hold"):
+            db.insert(rows, rows)
+        assert len(db) == 33
