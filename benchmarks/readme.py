@@ -34,6 +34,7 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 | `python -m benchmarks.families` | which model types are served | 10 minutes |
 | `python -m benchmarks.bench_layers FILE ...` | error, bytes and bounds in layers of any model | minutes |
 | `python -m benchmarks.bench_fidelity --model FOLDER_OR_GGUF` | logits of any model, on prose or code | minutes |
+| `python -m benchmarks.bench_prefill` | prompts through lists: time, error, and logits afterwards | 20 minutes |
 | `python -m benchmarks.bench_cost` | the cost model against the clock | minutes |
 
 The model is SmolLM2-135M-Instruct in float32. Its rows are captured over real prose (`benchmarks/capture.py`); beyond
@@ -235,6 +236,29 @@ def _fidelity(results: Sequence[Record]) -> list[str]:
     ]
 
 
+def _prefill(results: Record) -> list[str]:
+    rows = [
+        [f"{s['rows']:,}", s["s"], s["sdpa_s"], f"{show(s['speedup'])}x", _percent(s["sealing_share"]), s["rows_read"],
+         _errors(s)]
+        for s in results["sizes"]
+    ]  # fmt: skip
+    power = "" if results["exponent"] is None else f"; time grows as rows to the power of {results['exponent']:.2f}"
+    lines = [
+        f"One layer, all positions asked at once, on {results['threads']} threads{power}. Sealing is part of the time.",
+        "",
+        *_table(["rows", "through lists, s", "SDPA, s", "speedup", "sealing", "rows read", "error"], rows),
+    ]
+    if results["model"] is None:
+        return lines
+    sides = [
+        [f"`prefill={name!r}`", f"{show(side['speedup'])}x", side["logits_l2"], side["kl"], side["top1"],
+         side["layers_given_up"]]
+        for name, side in results["model"]["sides"].items()
+    ]  # fmt: skip
+    head = ["whole model", "speedup", "logits L2", "KL", "top-1", "layers read densely"]
+    return [*lines, "", *_table(head, sides)]
+
+
 def _frontier(results: Sequence[Record]) -> list[str]:
     lines = [
         "Each index with each tail, layers 8 and 22; k is of rows per query and KV head. Bytes are all that is read."
@@ -330,6 +354,7 @@ def _families(results: Sequence[Record]) -> list[str]:
 _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "decode": ("One decode step", _decode),
     "model": ("The whole model", _model),
+    "prefill": ("Prompts through lists", _prefill),
     "insert": ("Inserting", _insert),
     "plan": ("Plans and bounds", _plan),
     "layers": ("Layers of several models", _layers),
@@ -343,6 +368,7 @@ _COMMANDS = {
     **dict.fromkeys(("decode", "model", "insert", "plan", "frontier"), "make bench"),
     "layers": "python -m benchmarks.bench_layers",
     "fidelity": "python -m benchmarks.bench_fidelity",
+    "prefill": "python -m benchmarks.bench_prefill",
     "arena": "make arena",
     "tasks": "make tasks",
     "families": "python -m benchmarks.families",

@@ -1,5 +1,6 @@
 """AttentionDB: the rows of one attention layer as a database that answers attention queries."""
 
+import copy
 import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,13 +16,14 @@ from index_kernels.integer import is_integer
 from .config import RetrievalConfig, check_integer
 from .index import make_index
 from .index.search import search_rows
-from .query.audit import AuditReport, audit_dense
+from .query.audit import AuditReport, audit_dense, audit_prompt
 from .query.audit import audit as compare
 from .query.call import Call
 from .query.choose import choose_plan, recurring
 from .query.execute import Answer, run_plan
 from .query.ladder import Ladder, finish_climb
 from .query.plan import QueryPlan
+from .query.prompt import BlockPlan, PromptLog, block_plans, newest_part, read_prompt, whole
 from .query.stats import RunningStats
 from .query.steps import steps_of_call
 from .query.weights import Weights, dense_weights, weights_of
@@ -71,6 +73,9 @@ class AttentionDB:
         self.store = KVStore(num_kv_heads, head_dim, value_dim, self.config.storage)
         self.index = make_index(self.config)
         self.stats = RunningStats()
+        self._prompt_log = PromptLog()
+        # Whether a prompt is being read, so that the index is behind; see ``sync``.
+        self.is_reading = False
 
     def insert(
         self, keys: Tensor, values: Tensor, queries: Tensor | None = None, *, start: Tensor | None = None
@@ -130,10 +135,15 @@ class AttentionDB:
         self.sync()
 
     @inference_only
-    def sync(self) -> None:
-        """Bring the index up to the store's rows; for callers that append to ``store`` themselves, as a cache does."""
+    def sync(self, *, reading: bool = False) -> None:
+        """Bring the index up to the store's rows; for callers that append to ``store`` themselves, as a cache does.
+
+        ``reading``: more of a prompt may come. Where rows were sealed as it was read, they stay as they are until the
+        next decode call, save or ``sync``.
+        """
         self.store.set_start(self.store.start)
-        if self.store.is_empty or (on_device(self.store.start) and not self._may_retrieve):
+        self.is_reading = reading and self.index.in_pieces
+        if self.is_reading or self.store.is_empty or (on_device(self.store.start) and not self._may_retrieve):
             return
         if self.index.is_due(len(self.store)):
             self.store.look_at_rows()  # while they stand where they came
@@ -177,6 +187,8 @@ class AttentionDB:
         """
         call = self._call(query, scale, softcap, extra, sink_logits)
         stats = self.stats
+        if retrieve and (plans := self._block_plans(call)):
+            return self._read(call, plans, query, return_lse=return_lse)
         audit = audit or stats.audit_is_due(self.config)
         plan = self._plan(call, retrieve=retrieve, exact=audit)
         stats.rows_stored = len(self)
@@ -248,6 +260,9 @@ class AttentionDB:
             ValueError: an empty store, or a query that does not fit it.
         """
         call = self._call(query, scale, softcap, extra, sink_logits)
+        if plans := self._block_plans(call):
+            call.measure = True
+            return newest_part(self._read_blocks(call, plans, query)).plan
         plan = self._plan(call, estimate=True)
         if plan.is_dense:
             call.measure, call.needs_lse = True, len(plan.steps) > 1
@@ -273,6 +288,9 @@ class AttentionDB:
             ValueError: an empty store, or a query that does not fit it.
         """
         call = self._call(query, scale, softcap, extra, sink_logits)
+        if plans := self._block_plans(call):
+            call.measure = True
+            return audit_prompt(call, self._read_blocks(call, plans, query))
         plan = self._plan(call)
         if plan.is_dense:
             return audit_dense(call)
@@ -320,6 +338,7 @@ class AttentionDB:
         if len(self) and is_integer(length, 0, len(self)):
             self.index.truncate(self.store, length, self._first_index_row())
         self.store.truncate(length)
+        self._prompt_log = PromptLog()
         # Rows that were never indexed stay so until their owner says that their padding is known.
         if indexed:
             self.sync()
@@ -336,6 +355,8 @@ class AttentionDB:
         """
         from .snapshot import save
 
+        if self.is_reading:
+            self.sync()
         return save(target, [(self.store, self.index)], self.config)
 
     @classmethod
@@ -425,10 +446,13 @@ class AttentionDB:
         extra: RowSource | StateSource | None = None,
         sink_logits: Tensor | None = None,
     ) -> Call:
-        return Call.checked(
+        call = Call.checked(
             query, self.store, self.index, self.config, scale=scale, softcap=softcap, extra=extra,
             sink_logits=sink_logits,
         )  # fmt: skip
+        if self.is_reading and not call.is_prompt:
+            self.sync()  # the prompt has been read
+        return call
 
     def _plan(
         self,
@@ -459,6 +483,37 @@ class AttentionDB:
             plan = chosen()
         brought = steps_of_call(call)
         return replace(plan, steps=(*plan.steps, *brought)) if brought else plan
+
+    def _block_plans(self, call: Call) -> list[BlockPlan]:
+        """How a prompt is read block by block; empty where all of it is read densely."""
+        backend = resolve_backend(call.query)
+        return block_plans(call, backend=backend, threads=torch.get_num_threads() if backend == "numba" else None)
+
+    def _read(
+        self, call: Call, plans: list[BlockPlan], query: Tensor, *, return_lse: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``attend`` for a prompt, parts of which are read through lists."""
+        stats, log = self.stats, self._prompt_log
+        stats.rows_stored = len(self)
+        self.store.note_queries(query, len(self) - query.shape[2])
+        answers = read_prompt(call, plans, self._first_index_row(), log, audit=self.config.audit_rate > 0)
+        for answer in answers:
+            stats.add_prompt(answer.plan, answer.state[1].shape[2], answer.rows_read)
+        stats.prompt.errors += log.take_errors()
+        out, lse = whole(answers)
+        out = self.store.turn(out).to(query.dtype)
+        return (out, lse) if return_lse else out
+
+    def _read_blocks(self, call: Call, plans: list[BlockPlan], query: Tensor) -> list[Answer]:
+        """The same for ``explain`` and ``audit``: nothing is learnt, and the index is as it was."""
+        learnt = copy.deepcopy(self.store.sample)
+        self.store.note_queries(query, len(self) - query.shape[2])
+        answers = read_prompt(call, plans, self._first_index_row(), PromptLog(), audit=False)
+        self.store.take_sample(learnt)
+        self.index.unseal_after(self.store, self._first_index_row(), plans[0].first)
+        if not self.is_reading:
+            self.sync()
+        return answers
 
     def _answer(self, call: Call, plan: QueryPlan, *, learn: bool = False) -> Answer:
         """Run a plan that is not dense; with ``max_error``, climb the ladder, which ``learn`` lets remember it."""

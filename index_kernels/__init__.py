@@ -3,6 +3,7 @@
 And one for a model's weights: ``int8_linear``.
 """
 
+from .blocks import BlockAnswer, BlockReading, attend_block
 from .int8_linear import int8_linear, pack_weight, unpack_weight
 from .lists import attend_lists, probe_lists, summary_logits
 from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
@@ -22,6 +23,8 @@ from .summaries import (
 )
 
 __all__ = [
+    "BlockAnswer",
+    "BlockReading",
     "LearntMetric",
     "ListArrays",
     "ListReading",
@@ -30,6 +33,7 @@ __all__ = [
     "SegmentedAnswer",
     "Summaries",
     "SuperListArrays",
+    "attend_block",
     "attend_lists",
     "attend_rows",
     "attend_segmented",

@@ -11,7 +11,7 @@ from numba import njit, prange
 from ._cpu_common import FAST, F, inner, inner_parallel, row_scale, to_f32
 from ._cpu_kmeans import cluster, copy_row
 from ._cpu_seal_lists import write_lists, write_supers
-from .summaries import Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
+from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
 # Not Python's integers: Numba compiles a function once for each literal it gets.
 CLUSTER, WRITE = np.arange(2)
@@ -25,43 +25,6 @@ class Clusters(NamedTuple):
     super_end: Any
     lists: Any
     supers: Any
-
-
-@inner
-def _centred(keys, lo, n, D):
-    """Keys lo..lo + n of one KV head as floats around their mean.
-
-    Softmax ignores a shift of all keys; around the segment's mean fewer bits are lost.
-    """
-    x = np.empty((n, D), F)
-    mean = np.zeros(D, F)
-    for i in range(n):
-        unit = row_scale(keys[lo + i], D)
-        for d in range(D):
-            v = to_f32(keys[lo + i, d]) * unit
-            x[i, d] = v
-            mean[d] += v
-    for d in range(D):
-        mean[d] /= F(n)
-    for i in range(n):
-        for d in range(D):
-            x[i, d] -= mean[d]
-    return x
-
-
-@inner
-def _in_metric(x, metric, holds):
-    """x [n, D] times the metric [D, D]; x itself where it does not hold."""
-    if not holds:
-        return x
-    n, D = x.shape
-    y = np.zeros((n, D), F)
-    for i in range(n):
-        for c in range(D):
-            v = x[i, c]
-            for d in range(D):
-                y[i, d] += v * metric[c, d]
-    return y
 
 
 @inner
@@ -82,8 +45,8 @@ def _room(bounds, heads, rows_per_super):
 
 
 @inner
-def _cluster_head(w, keys, start, bounds, how, D, learnt, found):
-    """Cluster the rows of one segment and KV head, in the metric where one is learnt."""
+def _cluster_head(w, keys, start, bounds, how, in_metric, found):
+    """Cluster the rows of one segment and KV head, in the metric."""
     B, H = keys.shape[:2]
     s = w // (B * H)
     bh = w % (B * H)
@@ -92,7 +55,7 @@ def _cluster_head(w, keys, start, bounds, how, D, learnt, found):
     lo = max(bounds[s], start[b])
     n = bounds[s + 1] - lo
     if n > 0:
-        x = _in_metric(_centred(keys[b, h], lo, n, D), learnt.metric[s, b, h], learnt.holds[s, b])
+        x = in_metric[b, h, lo - bounds[0] : bounds[s + 1] - bounds[0]]
         found.lists[s, bh], found.supers[s, bh] = cluster(
             x, how.rows_per_super_list, how.rows_per_list, how.iterations, how.training_stride,
             found.order[s, bh], found.list_end[s, bh],
@@ -133,7 +96,7 @@ def _permute(rows, lo, order, x):
 
 @inner
 def _write_head(
-    w, keys, values, positions, codes, start, bounds, first_segment, learnt, found, lists, supers, segments
+    w, keys, values, positions, codes, start, bounds, first_segment, in_metric, coded, found, lists, supers, segments
 ):
     """Permute the rows of one segment and KV head, and write what is known of their lists."""
     B, H = keys.shape[:2]
@@ -155,16 +118,18 @@ def _write_head(
         at[lo + i] = came[order[i]]
     _permute(keys[b, h], lo, order, x)
     _permute(values[b, h], lo, order, y)
-    in_metric = _in_metric(x, learnt.metric[s, b, h], learnt.holds[s, b])
+    z = np.empty((n, D), F)
+    for i in range(n):
+        copy_row(in_metric[b, h, lo - bounds[0] + order[i]], z[i])
     base, trace = segments.lists[b, h, segment], segments.trace[b, h]
     trace[segment] = write_lists(
-        x, y, in_metric, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:],
+        x, y, z, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:],
         lists.size[b, h, base:], lists.variance[b, h, base:], lists.key[b, h, base:], lists.value[b, h, base:],
-        codes[b, h], segments.shape[b, h, segment], segments.cross[b, h, segment],
+        codes[b, h], coded, segments.shape[b, h, segment], segments.cross[b, h, segment],
     )  # fmt: skip
     to = segments.supers[b, h, segment]
     write_supers(
-        x, y, in_metric, found.list_end[s, bh], found.super_end[s, bh], found.supers[s, bh], base,
+        x, y, z, found.list_end[s, bh], found.super_end[s, bh], found.supers[s, bh], base,
         supers.first[b, h, to:], supers.size[b, h, to:], supers.variance[b, h, to:], supers.key[b, h, to:],
         supers.value[b, h, to:],
     )  # fmt: skip
@@ -172,7 +137,21 @@ def _write_head(
 
 @inner_parallel
 def _each_head(
-    phase, keys, values, positions, codes, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+    phase,
+    keys,
+    values,
+    positions,
+    codes,
+    start,
+    bounds,
+    first_segment,
+    how,
+    in_metric,
+    coded,
+    found,
+    lists,
+    supers,
+    segments,
 ):
     """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
 
@@ -182,17 +161,30 @@ def _each_head(
         # An index of the loop is unsigned inside it and signed outside, which would compile the functions twice.
         w = np.int64(i)
         if phase == CLUSTER:
-            _cluster_head(w, keys, start, bounds, how, segments.cross.shape[3], learnt, found)
+            _cluster_head(w, keys, start, bounds, how, in_metric, found)
         else:
             _write_head(
-                w, keys, values, positions, codes, start, bounds, first_segment, learnt, found, lists, supers, segments
+                w,
+                keys,
+                values,
+                positions,
+                codes,
+                start,
+                bounds,
+                first_segment,
+                in_metric,
+                coded,
+                found,
+                lists,
+                supers,
+                segments,
             )
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def seal(
     keys, values, positions, codes, start, bounds, first_segment, rows_per_super, rows_per_list, iterations, stride,
-    metric, holds,
+    in_metric, coded,
     begin, size, variance, key, value, count,
     first, super_size, super_variance, super_key, super_value, n_supers,
     segment_lists, segment_supers, shape, cross, trace,
@@ -202,7 +194,6 @@ def seal(
     supers = SuperListArrays(first, super_size, super_variance, super_key, super_value, n_supers)
     segments = SegmentArrays(segment_lists, segment_supers, shape, cross, trace)
     how = Clustering(rows_per_super, rows_per_list, iterations, stride)
-    learnt = LearntMetric(metric, holds)
     order, list_end, super_end, n, n_super = _room(bounds, keys.shape[0] * keys.shape[1], rows_per_super)
     found = Clusters(order, list_end, super_end, n, n_super)
     _each_head(
@@ -215,7 +206,8 @@ def seal(
         bounds,
         first_segment,
         how,
-        learnt,
+        in_metric,
+        coded,
         found,
         lists,
         supers,
@@ -223,5 +215,19 @@ def seal(
     )
     _count(found, first_segment, lists, supers, segments)
     _each_head(
-        WRITE, keys, values, positions, codes, start, bounds, first_segment, how, learnt, found, lists, supers, segments
+        WRITE,
+        keys,
+        values,
+        positions,
+        codes,
+        start,
+        bounds,
+        first_segment,
+        how,
+        in_metric,
+        coded,
+        found,
+        lists,
+        supers,
+        segments,
     )

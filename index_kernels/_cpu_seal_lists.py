@@ -120,7 +120,7 @@ def _code(x, code, signs, one, two):
 
 
 @inner
-def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, keys, values, codes, shape, cross):
+def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, keys, values, codes, coded, shape, cross):
     """Write the summaries of one segment's lists, sum residuals into shape and cross; returns the trace of shape."""
     D = x.shape[1]
     Dv = y.shape[1]
@@ -139,9 +139,9 @@ def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, key
         begin[j] = lo + at
         size[j] = end - at
         _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
-        # codes are of what the packed mean leaves
+        # codes, where they are wanted, are of what the packed mean leaves
         unit = row_scale(keys[j], D)
-        for i in range(at, end):
+        for i in range(at, end if coded else at):
             for d in range(D):
                 residual[d] = x[i, d] - to_f32(keys[j, d]) * unit
             _code(residual, codes[lo + i], signs, one, two)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .fork import check_fork
+from .packed import floats
 from .summaries import Array, Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
 
 
@@ -27,6 +28,7 @@ def seal_rows(
     segments: SegmentArrays,
     *,
     start: Tensor,
+    coded: bool = True,
 ) -> None:
     """Make segment ``first_segment + s`` of rows ``bounds[s] .. bounds[s + 1]``, for every batch row and KV head.
 
@@ -37,13 +39,15 @@ def seal_rows(
     Args:
         keys, values: the store's buffers; the rows in position order, packed ones with their scales.
         start: int64 ``[B]``, the first row of each batch row that may stand in a list.
+        coded: whether codes are written; who reads the lists for a prompt alone does without.
     """
     check_fork()
     kernels = import_module("index_kernels._cpu_seal")
+    in_metric = _in_metric(keys, bounds, learnt, start)
     with _on_host(keys, values, bounds[0], bounds[-1]) as (host_keys, host_values):
         kernels.seal(
             host_keys, host_values, positions, codes, start.cpu().numpy(), np.asarray(bounds, np.int64), first_segment,
-            *how, *learnt, *lists, *supers, *segments,
+            *how, in_metric, coded, *lists, *supers, *segments,
         )  # fmt: skip
 
 
@@ -53,6 +57,24 @@ def unseal_rows(keys: Tensor, values: Tensor, positions: Array, bounds: list[int
     kernels = import_module("index_kernels._cpu_unseal")
     with _on_host(keys, values, bounds[0], bounds[-1]) as (host_keys, host_values):
         kernels.unseal(host_keys, host_values, positions, start.cpu().numpy(), np.asarray(bounds, np.int64))
+
+
+def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Tensor) -> Array:
+    """Rows ``bounds[0] .. bounds[-1]`` of the keys around their segment's mean, in its metric: ``[B, Hkv, n, D]``.
+
+    Softmax ignores a shift of all keys; around the mean fewer bits are lost.
+    """
+    found = []
+    for first, stop, metric, holds in zip(bounds, bounds[1:], *learnt, strict=False):
+        rows = floats(keys[:, :, first:stop]).float()
+        counted = (torch.arange(first, stop, device=keys.device) >= start[:, None]).float()[:, None, :, None]
+        rows = rows - (rows * counted).sum(dim=2, keepdim=True) / counted.sum(dim=2, keepdim=True).clamp(min=1)
+        if holds.any():
+            known = torch.from_numpy(holds).to(keys.device)[:, None, None, None]
+            rows = torch.where(known, rows @ torch.from_numpy(metric).to(keys.device), rows)
+        found.append(rows)
+    in_metric: Array = torch.cat(found, dim=2).cpu().numpy()
+    return in_metric
 
 
 @contextmanager

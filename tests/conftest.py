@@ -29,6 +29,7 @@ def _rates(monkeypatch):
         return SCAN if engine is None else engine.built_in
 
     monkeypatch.setattr("dbattn.query.choose.rates", built_in)
+    monkeypatch.setattr("dbattn.query.prompt.rates", built_in)
 
 
 def real_rows(layer):

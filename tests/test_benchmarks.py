@@ -12,7 +12,16 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("numba")
 
 from benchmarks import __main__ as everything
-from benchmarks import _stores, bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, readme
+from benchmarks import (
+    _stores,
+    bench_decode,
+    bench_frontier,
+    bench_insert,
+    bench_model,
+    bench_plan,
+    bench_prefill,
+    readme,
+)
 from benchmarks._common import (
     RESULTS,
     QuietGuard,
@@ -275,12 +284,25 @@ def test_a_record_is_written_whole(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json"]
 
 
-@pytest.mark.parametrize("module", [bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, everything])
+@pytest.mark.parametrize(
+    "module", [bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, bench_prefill, everything]
+)
 def test_help_teaches_with_an_example(module, capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
     assert "  python -m benchmarks" in capsys.readouterr().out
+
+
+def test_a_prompt_through_lists_is_measured_and_stands_on_the_page():
+    rows = [torch.randn(1, heads, 3072, 16) for heads in (2, 1, 1)]
+    size = bench_prefill.bench_layer(rows, 1)
+    assert size["rows"] == 3072
+    assert size["speedup"] == size["sdpa_s"] / size["s"]
+    assert 0 < size["sealing_share"] < 1
+    assert 256 < size["rows_read"] < 3072
+    results = {"threads": 1, "sizes": [size], "exponent": None, "model": None}
+    assert any(line.startswith("| 3,072 |") for line in readme._prefill(results))
 
 
 def test_the_page_of_figures_is_what_the_records_say():

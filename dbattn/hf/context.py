@@ -50,6 +50,8 @@ def save_context(
             )
         if layer.db is None or not len(layer.db):
             raise ValueError(f"layer {number} of the cache has no rows: nothing to save")
+        if layer.db.is_reading:
+            layer.db.sync()
         databases.append((layer.db.store, layer.db.index))
     if token_ids is None:
         token_ids, rows = session.tokens_of(cache), len(databases[0][0])

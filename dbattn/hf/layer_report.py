@@ -21,7 +21,7 @@ LEAST_AUDITS, DRIFT = 8, 2.0
 class LayerReport:
     """One layer. Recall, mass and error are means over its audited calls, None where nothing was audited.
 
-    A call with more positions than ``max_queries`` reads a prompt, densely by design; all others are decode calls.
+    A call with more positions than ``max_queries`` reads a prompt; all others are decode calls.
 
     Attributes:
         layer: index of the layer in the model.
@@ -50,6 +50,9 @@ class LayerReport:
         within: with ``max_error``, share of audited queries (one per head and position) whose error kept the bound.
         heads: per query head, its audited queries and their mean recall, attention mass and relative error.
         index: what the index had built.
+        by_lists: positions of prompts that were read through lists.
+        by_lists_rows: rows that these read, mean per query head.
+        by_lists_error: mean relative error of those of them that were audited; None: none were.
     """
 
     layer: int
@@ -79,6 +82,9 @@ class LayerReport:
     within: float | None
     heads: tuple[dict[str, float], ...]
     index: dict[str, Any]
+    by_lists: int = 0
+    by_lists_rows: float = 0.0
+    by_lists_error: float | None = None
 
     @property
     def drifts(self) -> bool:
@@ -131,6 +137,9 @@ def layer_report(layer: int, stats: RunningStats) -> LayerReport:
         within=stats.heads.share_within if stats.heads and stats.rungs else None,
         heads=stats.heads.means() if stats.heads else (),
         index=dict(stats.index),
+        by_lists=stats.prompt.by_lists,
+        by_lists_rows=stats.prompt.rows_read / max(1, stats.prompt.by_lists),
+        by_lists_error=sum(errors) / len(errors) if (errors := stats.prompt.errors) else None,
     )
 
 

@@ -41,6 +41,7 @@ class Summary:
         retrieving: decode calls that read less than all rows.
         dense: why the other decode calls scanned everything, with how often.
         prompts: calls that read a prompt, by why they were answered densely.
+        prompts_by_lists: what was read of prompts through lists, in words; "" for nothing.
         left: reasons that hold for whole layers, with the number of layers.
         rows_read: rows read per query, mean over all decode calls, those answered densely included; None without any.
         rows_stored: rows in the fullest layer.
@@ -74,6 +75,7 @@ class Summary:
     seconds_dense: float | None
     timed: int
     within: float | None
+    prompts_by_lists: str = ""
 
     @property
     def verdict(self) -> str:
@@ -105,6 +107,8 @@ class Summary:
                 f"everything: {counted(self.dense)}"
             )
         lines += [f"{count} of {self.layers} layers: {reason}" for reason, count in self.left.items()]
+        if self.prompts_by_lists:
+            lines.append(self.prompts_by_lists)
         if self.prompts:
             lines.append(f"{sum(self.prompts.values())} calls read a prompt densely: {counted(self.prompts)}")
         return lines + self._advice()
@@ -220,4 +224,20 @@ def _summary(stats: Sequence[RunningStats], layers: Sequence[LayerReport]) -> Su
         seconds_dense=seconds_dense if told else None,
         timed=timed,
         within=kept / asked if asked else None,
+        prompts_by_lists=_by_lists(layers),
+    )
+
+
+def _by_lists(layers: Sequence[LayerReport]) -> str:
+    """What was read of prompts through lists, in all layers together; "" for nothing."""
+    read = [layer for layer in layers if layer.by_lists]
+    if not read:
+        return ""
+    positions = sum(layer.by_lists for layer in read)
+    rows = sum(layer.by_lists * layer.by_lists_rows for layer in read) / positions
+    errors = [layer.by_lists_error for layer in read if layer.by_lists_error is not None]
+    error = f"error {figure(sum(errors) / len(errors), len(errors))}" if errors else "error not audited"
+    return (
+        f"Prompts: {positions / len(read):,.0f} positions were read through lists in {len(read)} of {len(layers)} "
+        f"layers, {rows:,.0f} rows each, {error}"
     )

@@ -38,6 +38,8 @@ class KeyIndex(ABC):
         learnt: whether what was built last was built by what queries told.
         needs: the budget that ``calibrate`` found.
         searches_all: whether ``search`` scores every row that it may find.
+        block: positions of a prompt that it reads together, see ``block_steps``; 0: it reads none.
+        in_pieces: whether rows were sealed as a prompt was read, and wait to be merged by ``extend``.
         built_in: its rates on two cores of an AMD EPYC (Zen 5), for where nothing can be measured.
         typical: the work of a call over 8K rows: where measured rates make that far slower than the built-in ones,
             other processes disturbed the measurement.
@@ -48,6 +50,8 @@ class KeyIndex(ABC):
     learnt = False
     needs: Needs | None = None
     searches_all = False
+    block: ClassVar[int] = 0
+    in_pieces = False
     built_in: ClassVar[Rates]
     typical: ClassVar[Work]
 
@@ -80,6 +84,28 @@ class KeyIndex(ABC):
     @abstractmethod
     def bytes_for(cls, config: RetrievalConfig, rows: int, dim: int) -> int:
         """Bytes of one KV head's index over ``rows`` rows of keys and values of ``dim`` numbers; see ``nbytes``."""
+
+    @classmethod
+    def sealed_before(cls, position: int, sealed: int) -> int:
+        """Rows in lists when a prompt's block at ``position`` is read, where the first ``sealed`` are so already."""
+        return sealed
+
+    @classmethod
+    def block_steps(cls, config: RetrievalConfig, work: Workload, scan: Rates | None) -> tuple[Step, ...]:
+        """The steps that answer a prompt's block, estimated at a scan's rates; none where the config wants none."""
+        return ()
+
+    def kept_before(self, position: int) -> int:
+        """Rows that stay in lists when a prompt's block at ``position`` is read, before ``seal_before``."""
+        return len(self)
+
+    def seal_before(self, store: KVStore, lo: Tensor, position: int) -> None:
+        """Seal what a prompt's block at ``position`` is to find in lists; nothing is merged before ``extend``."""
+        return  # most indexes read no blocks
+
+    def unseal_after(self, store: KVStore, lo: Tensor, position: int) -> None:
+        """Put back the rows that a prompt's block at ``position`` must find in the order of their positions."""
+        return
 
     @classmethod
     def hot(cls, config: RetrievalConfig, work: Workload) -> int:

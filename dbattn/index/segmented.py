@@ -25,6 +25,7 @@ from ..query.call import Call
 from ..query.plan import Step
 from ..query.usage import Needs, Rates, Work, Workload
 from ..store import KVStore, rows_at
+from ._block_scan import ANEW, BLOCK, NEWEST, PIECE, BlockScan
 from ._calibration import Question, calibrate, question_of
 from ._list_scan import ListScan, budget, list_work, needs_of, rows_scored, rows_wanted
 from ._list_state import code_segment, load_segment, segment_state
@@ -33,6 +34,8 @@ from .base import Arrays, Candidates, KeyIndex
 
 # Upper levels of the clustering are trained on every fourth row.
 CLUSTERING = Clustering(ROWS_PER_SUPER_LIST, ROWS_PER_LIST, iterations=6, training_stride=4)
+# Of the pieces of a prompt, which are sealed again when it has been read.
+OF_PIECES = CLUSTERING._replace(iterations=3)
 # Rows of a segment, large to small; two of one size merge into one of the next, as in an LSM tree.
 SEGMENT_ROWS = tuple(128 << i for i in range(10, -1, -1))
 
@@ -59,6 +62,7 @@ class SegmentedIndex(KeyIndex):
     name = "segmented"
     moves_rows = True
     searches_all = True
+    block = BLOCK
     built_in = Rates(2.6e-4, 5e-8, 3e-11, 1.5e-11)
     typical = Work(1024, 1 << 19, 1 << 18)
 
@@ -119,6 +123,17 @@ class SegmentedIndex(KeyIndex):
         """See KeyIndex; one step answers for all sources."""
         return (ListScan.of(config, work, cls.asked(config, work), own, scan),)
 
+    @classmethod
+    def sealed_before(cls, position: int, sealed: int) -> int:
+        """See KeyIndex; whole pieces of what is not among the newest rows, after those sealed."""
+        return sealed + max(0, position - position % BLOCK - NEWEST - sealed) // PIECE * PIECE
+
+    @classmethod
+    def block_steps(cls, config: RetrievalConfig, work: Workload, scan: Rates | None) -> tuple[Step, ...]:
+        """See KeyIndex."""
+        wanted = config.prefill == "lists" or (config.prefill == "auto" and config.max_error is None)
+        return (BlockScan.of(config, work, scan),) if wanted else ()
+
     def __init__(self, window: int) -> None:
         _require_numba()
         self._window = window
@@ -131,7 +146,7 @@ class SegmentedIndex(KeyIndex):
 
     def is_due(self, rows: int) -> bool:
         """See KeyIndex; where segments end follows from how many rows they hold."""
-        return len(self) != max(rows - self._window, 0) // SEGMENT_ROWS[-1] * SEGMENT_ROWS[-1]
+        return self.in_pieces or len(self) != max(rows - self._window, 0) // SEGMENT_ROWS[-1] * SEGMENT_ROWS[-1]
 
     def extend(self, store: KVStore, lo: Tensor) -> None:
         """See KeyIndex; seals what is due, merging smaller segments into larger ones."""
@@ -139,19 +154,47 @@ class SegmentedIndex(KeyIndex):
         keep = self._shared_segments(target)
         if keep + 1 < len(self._bounds):
             self._unseal(store, lo, keep)
-        if keep + 1 == len(target):
-            return
+        if keep + 1 < len(target):
+            self._seal(store, lo, keep, target)
+        self.in_pieces = False
+
+    def kept_before(self, position: int) -> int:
+        """See KeyIndex; segments that end before its newest rows, but not a few that a prompt's first queries made."""
+        if not self.in_pieces and len(self) <= ANEW:
+            return 0
+        return max(stop for stop in self._bounds if stop <= max(0, position - NEWEST))
+
+    def seal_before(self, store: KVStore, lo: Tensor, position: int) -> None:
+        """See KeyIndex; in pieces of one size, however many there are: ``extend`` seals them again as segments."""
+        last = self._bounds[-1]
+        more = range(last + PIECE, self.sealed_before(position, last) + 1, PIECE)
+        if more:
+            # By the queries just before the block, which is what will be asked: a prompt's first queries mislead.
+            self._seal(store, lo, len(self._bounds) - 1, [*self._bounds, *more], how=OF_PIECES, asked=position)
+            self.in_pieces = True
+
+    def unseal_after(self, store: KVStore, lo: Tensor, position: int) -> None:
+        """See KeyIndex; segments that end among its newest rows, of which sealing will make pieces."""
+        self._unseal(store, lo, self._bounds.index(self.kept_before(position)))
+
+    def _seal(
+        self, store: KVStore, lo: Tensor, keep: int, target: list[int], *, how: Clustering = CLUSTERING, asked: int = 0
+    ) -> None:
+        """Make segments that end at ``target[keep + 1:]`` after the first ``keep``, which stay.
+
+        They learn from the queries before their ends, or before row ``asked`` where that is later.
+        """
         keys, values = store.buffers
         if self._lists is None:
             self._lists = Lists(keys.shape[0], store.num_kv_heads, store.head_dim, store.value_dim)
         lists = self._lists
         lists.reserve(target, keys.shape[2])
         store.touch(target[keep])
-        learnt = _learnt(store, target[keep:])
+        learnt = _learnt(store, [max(stop, asked) for stop in target[keep + 1 :]])
         self.learnt = bool(learnt.holds.any())
         seal_rows(
-            keys, values, lists.positions, lists.codes, target[keep:], keep, CLUSTERING, learnt, lists.lists,
-            lists.supers, lists.segments, start=lo,
+            keys, values, lists.positions, lists.codes, target[keep:], keep, how, learnt, lists.lists,
+            lists.supers, lists.segments, start=lo, coded=how is CLUSTERING,
         )  # fmt: skip
         self._bounds = target
         lists.settle(len(target) - 1)
@@ -199,10 +242,12 @@ class SegmentedIndex(KeyIndex):
     def release(self, store: KVStore, lo: Tensor) -> None:
         """Put all rows back in the order of their positions; the next extend seals them again."""
         self._unseal(store, lo, 0)
+        self.in_pieces = False
 
     def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex; segments that the shorter store would not have become hot again."""
         self._unseal(store, lo, self._shared_segments(segment_bounds(max(length - self._window, 0))))
+        self.in_pieces = False
         if not length:
             self._lists = None  # the next rows may come in another batch size
 
@@ -280,12 +325,12 @@ class SegmentedIndex(KeyIndex):
         return self._lists.summary_bytes
 
 
-def _learnt(store: KVStore, bounds: list[int]) -> LearntMetric:
-    """What each segment of these bounds is clustered by, as far as the store's queries tell."""
-    batch, heads, count = len(store.start), store.num_kv_heads, len(bounds) - 1
+def _learnt(store: KVStore, stops: list[int]) -> LearntMetric:
+    """What each segment is clustered by, as far as the store's queries before its row of ``stops`` tell."""
+    batch, heads, count = len(store.start), store.num_kv_heads, len(stops)
     if store.sample is None:
         return LearntMetric(np.zeros((count, batch, heads, 0, 0), np.float32), np.zeros((count, batch), np.bool_))
-    found = [store.sample.metric(stop, store.start, heads) for stop in bounds[1:]]
+    found = [store.sample.metric(stop, store.start, heads) for stop in stops]
     return LearntMetric(*(torch.stack(parts).numpy() for parts in zip(*found, strict=True)))
 
 

@@ -139,6 +139,27 @@ def audit_dense(call: Call) -> AuditReport:
     return AuditReport(ones, ones, ones - 1.0, 0.0, rows, len(call.store), read, read)
 
 
+def audit_prompt(call: Call, parts: Sequence[Answer]) -> AuditReport:
+    """The report of a prompt, some parts of which were read through lists, as they say how many rows they read.
+
+    Recall is not told: rows are chosen for blocks of positions.
+    """
+    dense = dense_state(call)
+    out, exact = (torch.cat([getattr(part, name) for part in parts], dim=2) for name in ("out", "exact_lse"))
+    seen = dense[1] > float("-inf")
+    found = attention_mass(exact, dense[1]), relative_error(out, dense[0])
+    mass, error = (torch.where(seen, part, torch.nan) for part in found)
+    shares = [part.out.shape[2] / call.query.shape[2] for part in parts]
+    retrieved, read = (
+        sum(share * getattr(part, name) for share, part in zip(shares, parts, strict=True))
+        for name in ("rows_retrieved", "rows_read")
+    )
+    size = sum(part.bytes_read for part in parts)
+    return AuditReport(
+        torch.full_like(mass, torch.nan), mass, error, retrieved, read, len(call.store), size, call.bytes_dense
+    )
+
+
 def dense_state(call: Call) -> tuple[Tensor, Tensor]:
     """The exact ``(out [B, Hq, m, Dv], lse [B, Hq, m])``, float32, with what the call brings along."""
     plan = QueryPlan((DenseScan.of(call.workload, None), *steps_of_call(call)), "the yardstick")

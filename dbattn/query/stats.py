@@ -13,6 +13,7 @@ from .audit import AuditReport
 from .ladder import AUDITS_TO_LEARN, Ladder
 from .plan import Counted, QueryPlan
 
+GAVE_UP = "audits of a prompt's blocks found lists too far off: the rest was read densely"
 # A long generation audits without end; reports are for the present state of affairs.
 AUDITS_KEPT = 1000
 
@@ -62,6 +63,22 @@ class HeadStats:
 
 
 @dataclass
+class PromptStats:
+    """Positions of prompts of which parts were read through lists; sums over positions.
+
+    Attributes:
+        positions: those in such prompts; by_lists: those of them that were read through lists.
+        rows_read: rows that these read.
+        errors: mean relative error of each audited position.
+    """
+
+    positions: int = 0
+    by_lists: int = 0
+    rows_read: float = 0.0
+    errors: list[float] = field(default_factory=list)
+
+
+@dataclass
 class RunningStats:
     """What the calls of one store did; audits join when they happen.
 
@@ -89,6 +106,7 @@ class RunningStats:
         expected_error: what audits of a sample of queries said of the latest retrieving call; None: there were none.
         counted: rows counted on a device since the last ``settle``.
         stream_errors: relative errors of the residual stream after the layer, where they were followed.
+        prompt: prompts that were read through lists.
 
     Copies of a store go on counting in the same place.
     """
@@ -112,6 +130,7 @@ class RunningStats:
     expected_error: float | None = None
     stream_errors: list[float] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
+    prompt: PromptStats = field(default_factory=PromptStats)
 
     def audit_is_due(self, config: RetrievalConfig) -> bool:
         """The first retrieving call, then evenly spread ones; a ladder has errors to learn first."""
@@ -158,6 +177,17 @@ class RunningStats:
         self.rows_dense += rows
         self.bytes_read += size
         self.bytes_dense += size
+
+    def add_prompt(self, plan: QueryPlan, positions: int, rows_read: float) -> None:
+        """Count a part of a prompt that was read through lists, at least from some position on."""
+        self.prompt.positions += positions
+        if plan.is_dense:
+            if plan.reason == GAVE_UP:
+                self.dense_reasons[plan.reason] += 1
+                self.prompt_reasons[plan.reason] += 1
+            return
+        self.prompt.by_lists += positions
+        self.prompt.rows_read += positions * rows_read
 
     def restart(self) -> None:
         """Count from here on; what was learnt and what the index had built stay."""

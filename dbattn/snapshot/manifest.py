@@ -177,6 +177,8 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     body = {name: value for name, value in data.items() if name != "sha256"}
     if hashlib.sha256(_dump(body).encode()).hexdigest() != data["sha256"]:
         raise ValueError("it is damaged: its SHA-256 is not the one it names")
+    if isinstance(data["config"], dict):
+        data["config"].setdefault("prefill", "dense")  # snapshots of before there was a choice
     config = _Fields(data["config"], "config", " ".join(RetrievalConfig().to_dict()))
     return {
         "rows": fields.integer("rows"),

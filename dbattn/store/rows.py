@@ -1,5 +1,7 @@
 """KVStore: the rows of one layer, kept once, in buffers that grow by an eighth."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -190,6 +192,14 @@ class KVStore:
         if not length:
             # As if no row had ever come: the next ones may have another batch size, dtype or padding.
             self._clear()
+
+    def at_length(self, length: int) -> "KVStore":
+        """The first ``length`` rows as a store of their own, to be read only: it shares the buffers."""
+        if length == self._length:
+            return self
+        view = copy.copy(self)
+        view._length, view._settled = length, min(self._settled, length)
+        return view
 
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']`` (an index may repeat): beam search and batch edits."""

@@ -1,0 +1,259 @@
+"""Prompts that are read through lists: what is exact, what is told, what is left as it would have been."""
+
+import copy
+
+import pytest
+import torch
+from conftest import random_rows
+
+import dbattn
+from dbattn import dense_attention
+from dbattn.metrics import relative_error
+from index_kernels import BlockReading, attend_block, blocks
+
+OPTIONS = {"audit_rate": 0.0, "prefill": "lists"}
+
+
+def topical(rows, heads=2, dim=16, batch=1):
+    """Queries ``[batch, 2 * heads, rows, dim]``, keys, values: a text of a few topics, of which queries ask."""
+    topics = 3 * torch.randn(12, dim)
+    of_row = torch.randint(12, (batch, heads, rows))
+    keys = topics[of_row] + 0.3 * torch.randn(batch, heads, rows, dim)
+    values = topics.roll(1, 0)[of_row] + 0.3 * torch.randn(batch, heads, rows, dim)
+    query = (topics[torch.randint(12, (batch, 2 * heads, rows))] + 0.3 * torch.randn(batch, 2 * heads, rows, dim)) / 2
+    return query, keys, values
+
+
+def reader(keys, values, start=None, **options):
+    """A database whose rows came as a cache's do: stored, and not sealed before the prompt's queries ask."""
+    config = dbattn.RetrievalConfig(**OPTIONS | options)
+    db = dbattn.AttentionDB(keys.shape[1], keys.shape[3], value_dim=values.shape[3], config=config)
+    append(db, keys, values, start)
+    return db
+
+
+def append(db, keys, values, start=None):
+    db.store.append(keys, values)
+    db.store.set_start(db.store.start if start is None else start)
+
+
+def test_with_every_list_read_a_prompt_is_answered_as_by_a_dense_scan():
+    query, keys, values = topical(3000)
+    db = reader(keys, values, k=3000)
+    out, lse = db.attend(query, return_lse=True)
+    dense, dense_lse = dense_attention(query, keys, values, return_lse=True)
+    assert db.stats.prompt.by_lists >= 1000
+    assert relative_error(out, dense).max() < 1e-4
+    torch.testing.assert_close(lse, dense_lse, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_through_lists_reads_a_part_of_the_rows_and_is_close_to_dense():
+    query, keys, values = topical(6000)
+    db = reader(keys, values)
+    error = relative_error(db.attend(query), dense_attention(query, keys, values))
+    assert error.mean() < 0.02
+    assert error[:, :, :1024].max() < 1e-4
+    prompt = db.stats.prompt
+    assert prompt.positions == 6000
+    assert 0.6 * 6000 < prompt.by_lists < 6000
+    assert prompt.rows_read / prompt.by_lists < 1600
+
+
+def test_no_row_after_a_block_changes_its_answers():
+    query, keys, values = topical(4000)
+    later = keys.clone(), values.clone()
+    for rows in later:
+        rows[:, :, 3584:] = 50 * torch.randn_like(rows[:, :, 3584:])
+    one, other = (reader(*rows).attend(query) for rows in ((keys, values), later))
+    torch.testing.assert_close(one[:, :, :3584], other[:, :, :3584], atol=1e-5, rtol=1e-4)
+
+
+def test_chunks_of_whole_blocks_give_the_answers_of_the_prompt_at_once():
+    query, keys, values = topical(4608)
+    whole = reader(keys, values).attend(query)
+    db, parts = reader(keys[:, :, :512], values[:, :, :512]), []
+    for at in range(0, 4608, 512):
+        if at:
+            append(db, keys[:, :, at : at + 512], values[:, :, at : at + 512])
+        parts.append(db.attend(query[:, :, at : at + 512]))
+        db.store.note_queries(query[:, :, at : at + 512], at)
+        db.sync(reading=True)
+    assert db.stats.prompt.by_lists == 4608 - 1536
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_prompt_left_in_pieces_becomes_what_it_would_have_been():
+    query, keys, values = topical(4000)
+    read, plain = reader(keys, values), reader(keys, values, prefill="dense")
+    for db in (read, plain):
+        db.store.note_queries(query, 0)
+        db.attend(query)
+        db.sync(reading=True)
+    assert read.is_reading
+    assert not plain.is_reading
+    assert read.index.in_pieces
+    for db in (read, plain):
+        append(db, keys[:, :, :1], values[:, :, :1])
+    token = query[:, :, :1]
+    assert torch.equal(read.attend(token), plain.attend(token))
+    assert read.index.bounds == plain.index.bounds
+    assert torch.equal(read.keys, plain.keys)
+
+
+def test_a_follow_up_prompt_goes_on_from_rows_that_were_sealed_before_it():
+    query, keys, values = topical(5000)
+    db = reader(keys[:, :, :3000], values[:, :, :3000])
+    db.attend(query[:, :, :3000])
+    db.sync()
+    db.attend(query[:, :, 2999:3000])
+    append(db, keys[:, :, 3000:], values[:, :, 3000:])
+    out = db.attend(query[:, :, 3000:])
+    db.sync()
+    assert db.stats.prompt.by_lists > 3400
+    assert relative_error(out, dense_attention(query[:, :, 3000:], keys, values)).mean() < 0.03
+    assert torch.equal(db.keys, keys)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_left_padding_softcap_and_a_sink_are_honoured(softcap):
+    start = torch.tensor([0, 900])
+    query, keys, values = topical(3500, batch=2)
+    sink = torch.randn(4)
+    db = reader(keys, values, start, k=4000)
+    out, lse = db.attend(query, softcap=softcap, sink_logits=sink, return_lse=True)
+    state = dense_attention(query, keys, values, start=start, softcap=softcap, return_lse=True)
+    dense, dense_lse = dbattn.dense.merge_sink(*state, sink)
+    assert db.stats.prompt.by_lists >= 1000
+    torch.testing.assert_close(lse[0], dense_lse[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out[0], dense[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(out[1, :, 900:], dense[1, :, 900:], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (24, 8)])
+def test_the_flash_kernel_answers_as_the_specification(dims, monkeypatch):
+    dim, value_dim = dims
+    query, keys, values = topical(3000, dim=dim)
+    values = values[..., :value_dim]
+    db = reader(keys, values)
+    db.index.seal_before(db.store, db.store.start + 4, 2560)
+    sealed = len(db.index)
+    how = BlockReading(sealed, 4, 2 * 256, dim**-0.5, None, 0.38, 0.7, True)
+
+    def answer():
+        return attend_block(query[:, :, 2560:], *db.store.rows, db.index.table, how, start=db.store.start)
+
+    fast = answer()
+    monkeypatch.setattr(blocks, "_FLASH", None)
+    slow = answer()
+    assert fast.rows_read == slow.rows_read > 300
+    torch.testing.assert_close(fast.out, slow.out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast.lse_by_source, slow.lse_by_source, atol=1e-5, rtol=1e-4)
+
+
+def test_a_block_whose_rows_stand_in_lists_is_refused():
+    query, keys, values = topical(3000)
+    db = reader(keys, values)
+    db.sync()
+    how = BlockReading(len(db.index), 4, 100, 0.25, None, 0.38, 0.7, True)
+    with pytest.raises(ValueError, match=r"a block at rows 2500 to 3000 with 2\d\d\d rows in lists"):
+        attend_block(query[:, :, 2500:], *db.store.rows, db.index.table, how, start=db.store.start)
+
+
+def test_explain_and_audit_say_what_a_prompt_read_and_change_nothing():
+    query, keys, values = topical(4000)
+    db = reader(keys, values)
+    twin = copy.deepcopy(db)
+    plan = db.explain(query)
+    assert [source.kind for source in plan.sources] == ["sinks + hot rows", "list scan", "summary scan"]
+    assert "a prompt's positions 3584 to 3999" in plan.reason
+    assert "the newest of" in plan.reason
+    assert sum(source.mass for source in plan.sources) == pytest.approx(1.0, abs=1e-3)
+    assert all(source.actual is not None for source in plan.sources)
+    report = db.audit(query)
+    assert 0 < report.relative_error < 0.02
+    assert 0.3 < report.attention_mass < 1
+    assert report.rows_read < 1500
+    assert torch.equal(db.attend(query), twin.attend(query))
+
+
+def test_auto_reads_short_prompts_few_positions_and_bounded_answers_densely(monkeypatch):
+    monkeypatch.setattr("dbattn.query.prompt.LEAST_ROWS", 2048)
+    query, keys, values = topical(4000)
+    for length, asked, options in ((2048, 2048, {}), (4000, 40, {}), (4000, 4000, {"max_error": 0.05})):
+        db = reader(keys[:, :, :length], values[:, :, :length], prefill="auto", **options)
+        db.attend(query[:, :, length - asked : length])
+        assert db.stats.prompt.positions == 0
+        assert db.stats.prompt_reasons == {"more queries in one call than max_queries=1": 1}
+    db = reader(keys, values, prefill="auto")
+    db.attend(query)
+    assert db.stats.prompt.by_lists > 1000
+
+
+def test_auto_goes_on_densely_where_audits_find_lists_too_far_off(monkeypatch):
+    monkeypatch.setattr("dbattn.query.prompt.LEAST_ROWS", 2048)
+    keys, values = random_rows(6000)
+    query = torch.randn(1, 4, 6000, 16)
+    db = reader(keys, values, prefill="auto", audit_rate=0.02)
+    out = db.attend(query)
+    assert max(db.stats.prompt.errors) > 0.06
+    assert db.stats.prompt.by_lists < 2000
+    assert any("too far off" in reason for reason in db.stats.prompt_reasons)
+    assert relative_error(out[:, :, -512:], dense_attention(query[:, :, -512:], keys, values)).max() < 1e-4
+    insistent = reader(keys, values, audit_rate=0.02)
+    insistent.attend(query)
+    assert insistent.stats.prompt.by_lists > 4000
+
+
+def test_a_config_that_contradicts_itself_is_refused():
+    with pytest.raises(ValueError, match="prefill is 'fast', expected one of auto, dense, lists"):
+        dbattn.RetrievalConfig(prefill="fast")
+    with pytest.raises(ValueError, match="not with index='flat'"):
+        dbattn.RetrievalConfig(prefill="lists", index="flat")
+    with pytest.raises(ValueError, match="max_error"):
+        dbattn.RetrievalConfig(prefill="lists", max_error=0.1)
+
+
+def test_a_wrapped_model_reads_a_long_prompt_through_lists_says_so_and_goes_on(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from test_hf import assert_close, prompt, tiny
+
+    from dbattn.hf import wrap
+
+    model, inputs = tiny(max_position_embeddings=4096), prompt(length=3000, padding=(300, 0))
+    ids = inputs["input_ids"]
+    config = dbattn.RetrievalConfig(prefill="lists", k=10**6, dense_below=0, audit_rate=0.02)
+    with torch.inference_mode():
+        plain = transformers.DynamicCache(config=model.config)
+        expected = model(**inputs, past_key_values=plain).logits
+        token = expected[:, -1:].argmax(dim=-1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        following = model(token, attention_mask=mask, past_key_values=plain).logits
+        with wrap(model, config) as handle:
+            cache = handle.new_cache()
+            logits = [
+                model(ids[:, at : at + 1500], attention_mask=inputs["attention_mask"][:, : at + 1500],
+                      past_key_values=cache).logits
+                for at in (0, 1500)
+            ]  # fmt: skip
+            logits = torch.cat(logits, dim=1)
+            assert_close(logits[1], expected[1])
+            assert_close(logits[0, 300:], expected[0, 300:])
+            layers = handle.report().layers
+            assert all(layer.by_lists >= 1000 for layer in layers)
+            assert all(layer.by_lists_error < 1e-3 for layer in layers)
+            assert "positions were read through lists in 2 of 2 layers" in str(handle.report())
+            handle.save(tmp_path / "book", cache, token_ids=ids)
+            assert_close(model(token, attention_mask=mask, past_key_values=cache).logits, following)
+        with wrap(model, context=tmp_path / "book") as handle:
+            reopened = model(token, attention_mask=mask, past_key_values=handle.new_cache()).logits
+            assert_close(reopened, following)
+
+
+def test_auto_waits_for_more_rows_than_8192():
+    query, keys, values = topical(8704, heads=1)
+    db = reader(keys[:, :, :8192], values[:, :, :8192], prefill="auto")
+    db.attend(query[:, :, :8192])
+    assert db.stats.prompt.positions == 0
+    append(db, keys[:, :, 8192:], values[:, :, 8192:])
+    db.attend(query[:, :, 8192:])
+    assert db.stats.prompt.by_lists == 512
