@@ -231,9 +231,10 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
         "num_warps": 4,
         "num_stages": 1 if wide or large else 2 if (dim, value_dim) != (block_d, block_dv) else 3,
     }
+    if wide and not narrow:
+        attending |= {"num_warps": 8}
     if wide and large:
         scoring |= {"BLOCK": 16, "num_warps": 8}
-        attending |= {"num_warps": 8}
     return shapes, scoring, attending
 
 

@@ -315,7 +315,7 @@ def test_growing_one_row_at_a_time_copies_seldom(index):
         db.insert(*rows(1))
         buffers.add(db.store.keys.data_ptr())
     assert len(db) == 601
-    assert len(buffers) <= 5  # 64, 128, ... 1024 rows
+    assert len(buffers) <= 10  # 64, 128, 192, ... 576, 648 rows: an eighth more, 64 at least
 
 
 def test_dense_attention_matches_plain_attention():

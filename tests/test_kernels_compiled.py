@@ -115,7 +115,11 @@ CASES = {
     "attend_rows": (launch_attend_rows, FLOATS, {"_attend_kernel", "_merge_kernel"}),  # merges what it has split
     "top_k": (launch_top_k, FLOATS, {"_score_kernel", "_unpack_kernel"}),
     "merge_states": (launch_merge_states, (torch.float32,), {"_merge_kernel"}),
-    "segmented": (launch_segmented, FLOATS, {"score_kernel", "rank_kernel", "attend_kernel", "merge_kernel"}),
+    "segmented": (
+        launch_segmented,
+        (torch.float32, torch.bfloat16),
+        {"score_kernel", "rank_kernel", "attend_kernel", "merge_kernel"},
+    ),
     "sizes_of_one": (
         launch_sizes_of_one,
         (torch.float32,),
