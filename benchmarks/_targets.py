@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._common import SIZES, print_table, show
+from .arena._report import CLAIMED, SLACK, ours_at, rivals
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _any_model(results: dict[str, Any]) -> list[Target]:
         ):  # fmt: skip
             found.append(Target(f"{what}: {where}", must, aim, one[key], more))
     for size in results.get("arena", []):
-        for budget in (0.02, 0.05, 0.1):
+        for budget in CLAIMED:
             lead, note = _lead(size["operators"], budget)
             what = f"arena, {size['model']}, {budget:.0%}: the best other's error over dbattn's"
             found.append(Target(what, 1, 2, lead, True, "x", note))
@@ -109,20 +110,12 @@ def _times_off(expected: float | None, audited: float) -> float | None:
 
 def _lead(operators: Sequence[dict[str, Any]], budget: float) -> tuple[float | None, str]:
     """Error of the best other operator that keeps a budget without training, over dbattn's; and who that is."""
-    pairs = [(o, p) for o in operators for p in o["points"] if p["budget"] == budget]
-    ours = next((point for operator, point in pairs if operator["name"] == "dbattn"), None)
-    fair = [
-        (point["error"], operator["name"])
-        for operator, point in pairs
-        if operator["family"] not in ("exact", "dbattn")
-        and not operator["needs_training"]
-        and point["share"] <= 1.05 * budget
-    ]
+    ours, fair = ours_at(operators, budget), rivals(operators, budget)
     if ours is None or not fair:
         return None, ""
     error, name = min(fair)
     note = f"{name} {error:.3f}, dbattn {ours['error']:.3f}"
-    if ours["share"] > 1.05 * budget:
+    if ours["share"] > SLACK * budget:
         note += f" at {ours['share']:.1%}, the least it can read"
     return error / ours["error"], note
 

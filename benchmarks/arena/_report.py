@@ -99,6 +99,24 @@ def table(result: dict[str, Any], budgets: Sequence[float], shown: float) -> lis
     return rows
 
 
+def ours_at(operators: Sequence[dict[str, Any]], budget: float) -> dict[str, Any] | None:
+    """The point of dbattn's default at a budget."""
+    return next((point_at(operator, budget) for operator in operators if operator["name"] == DEFAULT), None)
+
+
+def rivals(operators: Sequence[dict[str, Any]], budget: float) -> list[tuple[float, str]]:
+    """Error and name of the others' operators that keep a budget with all they read, and need no training."""
+    points = [(operator, point_at(operator, budget)) for operator in operators]
+    return [
+        (point["error"], operator["name"])
+        for operator, point in points
+        if point is not None
+        and operator["family"] not in ("exact", "dbattn")
+        and not operator["needs_training"]
+        and point["share"] <= SLACK * budget
+    ]
+
+
 def verdicts(result: dict[str, Any]) -> list[str]:
     """For each claimed budget: whether dbattn's default has the lowest error of all training-free operators of others.
 
@@ -106,16 +124,9 @@ def verdicts(result: dict[str, Any]) -> list[str]:
     """
     notes = []
     for budget in CLAIMED:
-        points = {o["name"]: (o, point_at(o, budget)) for o in result["operators"]}
-        ours = points.get(DEFAULT, (None, None))[1]
-        fair = [
-            (point["error"], name)
-            for name, (operator, point) in points.items()
-            if point is not None
-            and (name == DEFAULT or operator["family"] not in ("exact", "dbattn"))
-            and not operator["needs_training"]
-            and point["share"] <= SLACK * budget
-        ]
+        ours, fair = ours_at(result["operators"], budget), rivals(result["operators"], budget)
+        if ours is not None and ours["share"] <= SLACK * budget:
+            fair.append((ours["error"], DEFAULT))
         if ours is None or not fair:
             continue
         notes.append(f"{budget:.0%}: {_verdict(budget, ours, sorted(fair))}")

@@ -101,7 +101,7 @@ def choose_plan(
     steps = index.steps(config, work, rates_of(index), scan_rates)
     seconds = seconds_dense = None
     if scan_rates is not None:
-        seconds = _seconds(steps)
+        seconds = seconds_of(steps)
         seconds_dense = DenseScan.of(work, scan_rates).sources[0].estimated.seconds
     if auto:
         if seconds is None or seconds_dense is None:
@@ -124,7 +124,7 @@ def recurring(hot_of: Callable[[RetrievalConfig, Workload], int], config: Retrie
     return near if same else work
 
 
-def _seconds(steps: tuple[Step, ...]) -> float:
+def seconds_of(steps: tuple[Step, ...]) -> float:
     """What steps are estimated to take, where it is known."""
     parts = (source.estimated.seconds for step in steps for source in step.sources)
     return sum(part for part in parts if part is not None)
@@ -136,4 +136,4 @@ def _is_clear(index: type[PlannedIndex], config: RetrievalConfig, work: Workload
     By four times there, with two threads; more threads may speed up a scan, but not the choosing of rows.
     """
     dense = DenseScan.of(work, SCAN).sources[0].estimated.seconds or 0.0
-    return dense > 2 * max(2, threads) * _seconds(index.steps(config, work, index.built_in, SCAN))
+    return dense > 2 * max(2, threads) * seconds_of(index.steps(config, work, index.built_in, SCAN))

@@ -13,18 +13,16 @@ from ..metrics import relative_error
 from ..store import KVStore
 from .audit import dense_state
 from .call import Call
-from .choose import PlannedIndex
+from .choose import PlannedIndex, seconds_of
 from .execute import Answer, run_plan
 from .plan import QueryPlan, Step
 from .rates import rates
 from .stats import GAVE_UP
 from .steps import DenseScan, steps_of_call
-from .usage import Rates, Workload
+from .usage import FAR, Rates, Workload
 
 # Of the newest position of so many blocks one is answered densely as well, and of the first two.
 BLOCKS_PER_AUDIT, FIRST_AUDITS = 2, 2
-# Where blocks are audited to err by more than so many times ``target_error``, "auto" reads the rest densely.
-TOLERANCE = 2.0
 # Audits looked back at.
 RECENT = 8
 # A call with fewer positions is not worth choosing lists for: "auto" reads it densely.
@@ -94,8 +92,9 @@ class PromptLog:
 
 def error_allowed(config: RetrievalConfig) -> float | None:
     """The mean error of audited positions above which "auto" goes on densely; None: no limit."""
-    asks = config.prefill == "auto" and config.target_error is not None
-    return TOLERANCE * config.target_error if asks and config.target_error is not None else None
+    if config.prefill != "auto" or config.target_error is None:
+        return None
+    return FAR * config.target_error
 
 
 def block_plans(call: Call, *, backend: str, threads: int | None) -> list[BlockPlan]:
@@ -197,7 +196,7 @@ def _block_plan(
         return None
     seconds = seconds_dense = None
     if scan is not None:
-        seconds = sum(source.estimated.seconds or 0.0 for step in steps for source in step.sources)
+        seconds = seconds_of(steps)
         seconds_dense = DenseScan.of(work, scan).sources[0].estimated.seconds
     if config.prefill == "auto" and (seconds is None or seconds_dense is None or seconds_dense <= seconds):
         return None

@@ -32,7 +32,7 @@ class Work(NamedTuple):
     operations: float
 
 
-# Rows that no budget brings nearer to the target than so many times are scanned.
+# Rows whose audits find errors above so many times the target are scanned.
 FAR = 2.0
 
 
