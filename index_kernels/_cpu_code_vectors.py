@@ -2,7 +2,7 @@
 # (These functions build LLVM instructions; Numba types them itself.)
 """Explicit vector loops for codes (see packed.py), as _cpu_vectors.py has them for rows."""
 
-from functools import reduce
+from functools import partial, reduce
 from math import gcd
 
 from llvmlite import binding as llvm
@@ -66,7 +66,8 @@ def score_codes(
     """out[g, out_at + i] = mean[g, mean_at] + scales[g, 0] * (q[g] . codes[codes_at + i * stride :]), i < n, g < G.
 
     The half bytes of codes count from 0 to 15, so scales[g, 1] is 8 times the sum of q[g]; that holds int8 numbers,
-    rotated as codes are, one for every half byte. Integers until the scales; chunks and width are those of code_lanes.
+    rotated as codes are, one for every half byte. scales[g, 2] is noise_of_unit, see codes.score_codes. Integers until
+    the scales; chunks and width are those of code_lanes.
     """
 
     def gen(context, builder, sig, args):
@@ -80,7 +81,7 @@ def score_codes(
             return builder.load(builder.bitcast(p, byte.as_pointer()), align=1)
 
         qs = [[bytes_at(builder.gep(qp, [I64(g * 2 * C * W)]), c) for c in range(2 * C)] for g in range(G)]
-        unit, shift = ([builder.load(builder.gep(sp, [I64(2 * g + k)])) for g in range(G)] for k in range(2))
+        unit, shift, noise = ([builder.load(builder.gep(sp, [I64(3 * g + k)])) for g in range(G)] for k in range(3))
         means = [builder.load(builder.gep(mp, [builder.mul(args[8], I64(g))])) for g in range(G)]
         low, four = (ir.Constant(byte, [number] * W) for number in (15, 4))
 
@@ -89,6 +90,15 @@ def score_codes(
 
         def scale_at(i):
             return load_scale(builder, builder.gep(row_at(i), [I64(C * W)]))
+
+        def less_noise(v, scale, noise):
+            """v less half the variance of its noise, as far as that is over 1; numbers or vectors of them."""
+            constant = partial(ir.Constant, scale.type)
+            half, none = ([x] * scale.type.count if isinstance(scale.type, ir.VectorType) else x for x in (0.5, 0.0))
+            over = builder.fsub(builder.fmul(noise, builder.fmul(scale, scale)), constant(half))
+            return builder.fsub(
+                v, builder.select(builder.fcmp_ordered(">", over, constant(none)), over, constant(none))
+            )
 
         def dots(i):
             both = [bytes_at(row_at(i), c) for c in range(C)]
@@ -103,13 +113,15 @@ def score_codes(
                 for g, (v, p) in enumerate(sums_of_four(builder, products, i, op, args[11])):
                     v = builder.fsub(builder.sitofp(v, real4), splat(builder, shift[g], 4))
                     v = builder.fmul(v, builder.fmul(scales, splat(builder, unit[g], 4)))
-                    builder.store(builder.fadd(v, splat(builder, means[g], 4)), p, align=4)
+                    v = builder.fadd(v, splat(builder, means[g], 4))
+                    builder.store(less_noise(v, scales, splat(builder, noise[g], 4)), p, align=4)
         with loop(builder, n4, args[5], 1) as (i, _):
             for g, total in enumerate(dots(i)):
                 dot = builder.fsub(builder.sitofp(sum_lanes(builder, total), F32), shift[g])
-                dot = builder.fmul(dot, builder.fmul(scale_at(i), unit[g]))
+                scale = scale_at(i)
+                dot = builder.fadd(builder.fmul(dot, builder.fmul(scale, unit[g])), means[g])
                 p = builder.gep(op, [builder.add(builder.mul(args[11], I64(g)), i)])
-                builder.store(builder.fadd(dot, means[g]), p)
+                builder.store(less_noise(dot, scale, noise[g]), p)
         return context.get_dummy_value()
 
     i = types.int64

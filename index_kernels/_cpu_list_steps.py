@@ -12,6 +12,9 @@ from numba.extending import intrinsic
 
 from ._cpu_common import I32, NEG, F, exp32, inner, softcapped
 from ._cpu_vectors import add_rows
+from .lists import FREEZES, LOG_ROWS
+
+_FREEZES, _LOG_ROWS = F(FREEZES), F(LOG_ROWS)
 
 
 @intrinsic
@@ -109,23 +112,30 @@ def rank_entries(weight, var, spread, mass, count, rank):
         rank[i] *= np.sqrt(var[i])
 
 
+@njit(inline="always")
+def _held(variance):
+    """See lists.held."""
+    return variance if variance < _FREEZES else F(2.0) * (np.sqrt(_FREEZES * variance) - _LOG_ROWS)
+
+
 @inner
 def correct(logit, var, spread, lo, hi, alpha, softcap):
-    """Add alpha * variance of the row logits to the centroid logits [G, lo..hi] (after the softcap, with its slope).
+    """Add alpha * variance of the row logits, as far as it is held, to the centroid logits [G, lo..hi] (after the
+    softcap, with its slope).
 
     The logits of a list's rows scatter around their centroid's; by Jensen their mean weight is larger than the
     centroid's. spread [G] is q' S q (S: shape of the residuals, trace 1), var [.] the list's summed variance.
     """
     for g in range(logit.shape[0]):
-        f = alpha * spread[g]
+        f = spread[g]
         if softcap > F(0.0):
             for i in range(lo, hi):
                 t = softcapped(logit[g, i], softcap)
                 slope = F(1.0) - (t / softcap) * (t / softcap)
-                logit[g, i] = t + f * var[i] * slope * slope
+                logit[g, i] = t + alpha * _held(f * var[i] * slope * slope)
         else:
             for i in range(lo, hi):
-                logit[g, i] += f * var[i]
+                logit[g, i] += alpha * _held(f * var[i])
 
 
 @inner

@@ -120,7 +120,7 @@ def _attend_segmented(
         CODE, asked, keys, values, lists, supers, codes, how, masses, scratch, states, cross, lanes_, code_lanes_
     )
     began = cycles()
-    choose_rows(how, scratch, stats)
+    choose_rows(how, masses, scratch, stats)
     chose += cycles() - began
     _each_part(
         ANSWER, asked, keys, values, lists, supers, codes, how, masses, scratch, states, cross, lanes_, code_lanes_

@@ -25,7 +25,7 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
     G = Hq // H
     scaled = np.empty((B, H, G, D), F)
     turned = np.zeros((B, H, G, D + D % 2), np.int8)
-    steps = np.empty((B, H, G, 2), F)
+    steps = np.empty((B, H, G, 3), F)
     spread = np.empty((B, Hq), F)
     two_level = np.empty(B, np.bool_)
     any_two = False
@@ -37,8 +37,11 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
             q = scaled[b, h]
             load_query(query, b, h, scale, q)
             for g in range(G):
+                square = F(0.0)
                 for d in range(D):
                     copy[d] = q[g, d]
+                    square += q[g, d] * q[g, d]
+                steps[b, h, g, 2] = square / F(24.0)
                 turn_for_codes(copy, signs, one, two)
                 unit = round_to_int8(copy, turned[b, h, g])
                 count = np.int32(0)
@@ -298,9 +301,23 @@ def code_part(w, asked, lists, codes, how, masses, scratch, heads, ck, width, co
 
 
 @inner
-def choose_rows(how, scratch, stats):
-    """Choose the rows to read under the budget, over the KV heads of a batch row together."""
+def choose_rows(how, masses, scratch, stats):
+    """Choose the rows to read under the budget, over the KV heads of a batch row together. From here on the weight of
+    opened lists is what their codes say, no more what their summaries did."""
+    H, G = scratch.sum.shape[1:3]
     for b in range(stats.shape[0]):
+        for h in range(H):
+            size, chosen = scratch.size[b, h], scratch.chosen[b, h]
+            for g in range(G):
+                weight, sums = scratch.logit[b, h, g], scratch.sum[b, h, g]
+                opened = F(0.0)
+                coded = F(0.0)
+                for j in range(scratch.count[b, h]):
+                    opened += weight[chosen[j]] * F(size[chosen[j]])
+                    coded += sums[j]
+                i = h * G + g
+                rest = max(masses.whole[b, i] - masses.hot[b, i] - opened, F(0.0))
+                masses.whole[b, i] = masses.hot[b, i] + coded + rest
         stats[b, ROWS_READ] = choose(
             scratch.row_rank, scratch.row_one, b, scratch.row_count, how.read, scratch.row_taken, scratch.row_chosen,
             scratch.row_read,

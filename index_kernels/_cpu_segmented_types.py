@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The query, scaled ``[B, Hkv, G, D]``, and turned as codes are, in int8 with ``steps`` ``[B, Hkv, G, 2]`` (see
+    """The query, scaled ``[B, Hkv, G, D]``, and turned as codes are, in int8 with ``steps`` ``[B, Hkv, G, 3]`` (see
     score_codes); the spread ``[B, Hq]`` of its logits, whether super-lists are opened."""
 
     query: Any

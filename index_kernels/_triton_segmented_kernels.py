@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._triton_common import softcapped
+from .lists import FREEZES, LOG_ROWS
 
 # Costs are ranked by the exponent and 7 more bits of their float32: 128 bins an octave, from 2**-26 to 2**6.
 BINS = 4096
@@ -25,6 +26,7 @@ MOST_TAILS = 32
 STATES = 256
 _FIRST_BIN = tl.constexpr((127 + LEAST_EXPONENT) << 7)
 _NEG = tl.constexpr(float("-inf"))
+_FREEZES, _LOG_ROWS = tl.constexpr(FREEZES), tl.constexpr(LOG_ROWS)
 
 
 @triton.jit
@@ -64,6 +66,12 @@ def _add_rows(peak, mass, acc, x, row, used, keys, values, kt, vt, scale, softca
     return peak, mass * decay + tl.sum(w, axis=1), acc * decay[:, None] + _times(w, v, DOT)
 
 
+@triton.jit
+def _held(variance):
+    """See lists.held."""
+    return tl.where(variance < _FREEZES, variance, (tl.sqrt(variance * _FREEZES) - _LOG_ROWS) * 2)
+
+
 @triton.jit(do_not_specialize=["parts", "hot_state", "sealed", "length", "n_sink"])
 def score_kernel(
     query, keys, values, kb, kh, kt, vb, vh, vt, start,
@@ -101,12 +109,12 @@ def score_kernel(
             rows = tl.load(size + at)
             k = tl.load(key + at[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0)
             s = _times(x, tl.trans(k), DOT) * scale * tl.load(key_scale + at)[None, :]
-            lift = alpha * varies[:, None] * tl.load(variance + at)[None, :]
+            scatter = varies[:, None] * tl.load(variance + at)[None, :]
             if softcap is not None:
                 s = softcapped(s, softcap)
                 slope = 1 - (s / softcap) * (s / softcap)
-                lift *= slope * slope
-            s = tl.where((rows > 0)[None, :], s + lift, _NEG)
+                scatter *= slope * slope
+            s = tl.where((rows > 0)[None, :], s + alpha * _held(scatter), _NEG)
             column = first + tl.arange(0, BLOCK)
             tl.store(logits + head[:, None] * L + column[None, :], s, mask=live[:, None])
             peak, decay, w = _weigh(peak, s)

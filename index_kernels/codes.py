@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from .lists import choose, row_places
-from .packed import decoded, floats, pack_rows, turned_for_codes
+from .packed import decoded, floats, pack_rows, scales, turned_for_codes
 from .reference import softcapped
 from .summaries import Summaries
 
@@ -34,7 +34,9 @@ def score_codes(
 ) -> CodedRows:
     """Logits of all rows of the opened lists (bool ``[B, Hkv, L]``) from their codes; query ``[B, Hq, 1, D]``.
 
-    The query is rounded to int8 once it is turned, so that its products with codes are integers.
+    The query is rounded to int8 once it is turned, so that its products with codes are integers. Rounding of a code is
+    noise in a logit, of variance |q|^2 scale^2 / 12, by which weights come out too large: half of what is over 1 is
+    taken off. (Less is let be: on real rows it makes up for the weight that their summaries lack.)
     """
     sizes, numbers = lists.size * opened, torch.arange(opened.shape[2], device=opened.device)
     places = [
@@ -50,11 +52,18 @@ def score_codes(
     place, owner = padded(places, -1), padded(owners, 0)
     q = lists.grouped(query, scale)
     at = place.clamp(min=0)[..., None].expand(-1, -1, -1, codes.shape[3])
-    told = floats(pack_rows(turned_for_codes(q))) @ decoded(codes.gather(2, at), query.shape[3]).transpose(2, 3)
+    coded = codes.gather(2, at)
+    told = floats(pack_rows(turned_for_codes(q))) @ decoded(coded, query.shape[3]).transpose(2, 3)
+    told = told - (noise_of_unit(q)[..., None] * scales(coded)[:, :, None] ** 2 - 0.5).clamp(min=0)
     mean = (q @ lists.key.transpose(2, 3)).gather(3, owner[:, :, None].expand(-1, -1, q.shape[2], -1))
     logits = softcapped(mean + told, softcap)
     residual = logits - softcapped(mean, softcap)
     return CodedRows(place, owner, logits.masked_fill(place[:, :, None] < 0, float("-inf")), residual)
+
+
+def noise_of_unit(query: Tensor) -> Tensor:
+    """Half the variance of a logit whose code was rounded to whole numbers, of queries ``[..., D]``."""
+    return query.square().sum(dim=-1) / 24
 
 
 def choose_rows(rows: CodedRows, total: Tensor, budget: int) -> Tensor:

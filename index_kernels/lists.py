@@ -1,5 +1,7 @@
 """Operators on summaries of lists, in torch: the specification; attend_segmented has kernels for them together."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,19 @@ from .packed import row_dim
 from .reference import empty_state, softcapped
 from .summaries import Summaries
 
+# Log of the rows of a list, and the variance of their logits from which the largest of them is all of their weight.
+LOG_ROWS = math.log(32)
+FREEZES = 2 * LOG_ROWS
+
+
+def held(variance: Tensor) -> Tensor:
+    """Twice the log of the mean weight of a list's rows over that of their mean, for a variance of their logits.
+
+    Of n Gaussian logits that is the variance itself, as long as many of them count; from 2 ln n on the largest stands
+    for all, ``2 (sqrt(2 ln n variance) - ln n)``, and a summary must not weigh more (Derrida's random energy model).
+    """
+    return torch.where(variance < FREEZES, variance, 2 * ((FREEZES * variance).sqrt() - LOG_ROWS))
+
 
 def summary_logits(
     query: Tensor, lists: Summaries, *, scale: float, softcap: float | None, alpha: float
@@ -15,13 +30,13 @@ def summary_logits(
     """Log of the mean weight of each list's rows, ``[B, Hq, L]``, and ``spread [B, Hq]`` (variance of logits per unit).
 
     The rows' logits scatter around their mean's, so that by Jensen their mean weight is larger than the mean key's
-    weight; ``alpha`` times their variance is added. query ``[B, Hq, 1, D]``.
+    weight; ``alpha`` times their variance is added, as far as it is ``held``. query ``[B, Hq, 1, D]``.
     """
     q = lists.grouped(query, scale)
     spread = lists.spread(q)
     logits = softcapped(q @ lists.key.transpose(2, 3), softcap)
     slope = torch.ones_like(logits) if softcap is None else 1 - (logits / softcap) ** 2
-    logits = logits + alpha * spread[..., None] * lists.variance[:, :, None] * slope**2
+    logits = logits + alpha * held(spread[..., None] * lists.variance[:, :, None] * slope**2)
     logits = logits.masked_fill(lists.size[:, :, None] == 0, float("-inf"))
     return logits.flatten(1, 2), spread.flatten(1)
 

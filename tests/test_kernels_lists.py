@@ -7,6 +7,8 @@ import torch
 from test_kernels import assert_close, assert_same_state, rng, rows_of
 
 from index_kernels import Summaries, attend_rows, lists
+from index_kernels.codes import score_codes
+from index_kernels.packed import code_rows
 
 NEG_INF = float("-inf")
 
@@ -64,6 +66,31 @@ def test_a_summary_knows_the_moments_of_its_rows():
     out, lse = lists.attend_summaries(query, summaries, nothing, logits, scale=0.3, beta=1.0)
     covariance = (row_logits - row_logits.mean(dim=3, keepdim=True)) @ (values - means[1]) / 30
     assert_same_state((out, lse), (means[1] + covariance, logits + torch.tensor(30.0).log()))
+
+
+def test_a_summary_weighs_no_more_than_the_largest_of_its_rows_may():
+    """Of 32 Gaussian logits, however far they scatter, the mean weight is about that of the largest over 32."""
+    draws = torch.randn(2000, 32, generator=rng(3), dtype=torch.float64)
+    for deviation in (0.5, 1.0, 8.0, 30.0):
+        typical = (torch.logsumexp(deviation * draws, dim=1) - torch.tensor(32.0).log()).mean()
+        lift = 0.5 * lists.held(torch.tensor(deviation**2))
+        assert abs(float(lift - typical)) < 0.1 + 0.35 * float(typical)
+    around = torch.tensor([lists.FREEZES - 1e-4, lists.FREEZES + 1e-4])
+    assert abs(float(lists.held(around).diff())) < 1e-3
+
+
+def test_large_queries_do_not_make_the_rounding_of_codes_into_weight():
+    """One list around 0 of rows that matter little: their coded weight is theirs, not that of what was rounded."""
+    keys = 0.1 * rows_of(1, 500, 16, batch=1)
+    keys[..., 0] = torch.where(rows_of(1, 500, 1, batch=1, seed=1)[..., 0] > 0, 7.0, -7.0)
+    query = 9 * torch.randn(1, 4, 1, 16, generator=rng(2))
+    query[..., 0] = 0
+    one = torch.ones(1, 1, 1, dtype=torch.int64)
+    zeros = torch.zeros(1, 1, 1, 16)
+    summaries = Summaries(0 * one, 500 * one, zeros, zeros, zeros[..., 0], zeros.mT * zeros, zeros.mT * zeros)
+    found = score_codes(query, summaries, one > 0, code_rows(keys), scale=1.0, softcap=None)
+    wanted = torch.logsumexp(query @ keys.mT, dim=-1)
+    assert float((torch.logsumexp(found.logits, dim=-1).view_as(wanted) - wanted).abs().max()) < 1.5
 
 
 @pytest.mark.parametrize(("count", "unused"), [(0, 0.0), (5, 1.1)], ids=["no lists", "all unused"])

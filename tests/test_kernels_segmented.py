@@ -28,6 +28,7 @@ CASES = {
     "two levels": (torch.float32, 2, 2, 16, 16, None, 100, 700, (0, 300)),
     "bfloat16, two levels": (torch.bfloat16, 2, 1, 24, 8, None, 300, 600, (0, 0)),
     "int8, two levels": (torch.int8, 1, 2, 16, 16, 6.0, 64, 600, (0,)),
+    "large queries": (torch.float32, 2, 2, 16, 16, None, 60, SEALED, (0, 700)),
     "nothing read": (torch.float32, 2, 2, 16, 16, None, 0, SEALED, (0, 900)),
     "all read": (torch.float32, 1, 2, 16, 16, None, SEALED, SEALED, (0,)),
     "a batch row of padding": (torch.float32, 1, 2, 16, 16, None, 100, SEALED, (0, LENGTH - 20)),
@@ -62,7 +63,7 @@ def sealed_store(case):
     lists.settle(3)
     budgets = (rows * kv_heads for rows in (read, min(3 * read, SEALED), opened))
     how = ListReading(SEALED, LENGTH, N_SINK, *budgets, 0.3, softcap, 0.38, 0.7, True)
-    query = torch.randn(batch, kv_heads * group, 1, dim, generator=noise)
+    query = torch.randn(batch, kv_heads * group, 1, dim, generator=noise) * (20 if case == "large queries" else 1)
     return query, keys, values, lists, how, start, came
 
 
@@ -82,13 +83,16 @@ def test_the_cpu_kernel_equals_the_specification(case, tail):
     how = how._replace(tail=tail)
     wanted = run("reference", query, keys, values, lists.table, how, start=start)
     got = run("numba", query, keys, values, lists.table, how, start=start)
+    # Logits of a hundred have the seventh digit of a float32 behind the fifth of their weight.
+    tolerance = 2e-4 if case == "large queries" else 1e-5
     # Of two rows with nearly the same share either may be read.
     assert (got.taken != wanted.taken).sum() <= 2 + 0.01 * wanted.taken.sum()
     same = torch.equal(got.taken, wanted.taken)
-    assert_near(got.lse.exp(), wanted.lse.exp(), 1e-5 if same else 2e-3)
-    assert_near(got.lse_by_source.exp(), wanted.lse_by_source.exp(), 1e-5 if same else 2e-2)
+    whole = wanted.lse.where(wanted.lse.isfinite(), 0.0)
+    assert_near((got.lse - whole).exp(), (wanted.lse - whole).exp(), tolerance if same else 2e-3)
+    assert_near((got.lse_by_source - whole).exp(), (wanted.lse_by_source - whole).exp(), tolerance if same else 2e-2)
     # The fused kernel does not fetch mean values of negligible weight.
-    assert_near(got.out, wanted.out, 1e-5 if same and not tail else 5e-3)
+    assert_near(got.out, wanted.out, tolerance if same and not tail else 5e-3)
     counts = ("rows_read", "rows_coded", "lists_opened", "summaries_read")
     assert [getattr(got, name) for name in counts] == [getattr(wanted, name) for name in counts]
     assert got.values_read <= wanted.summaries_read + wanted.lists_opened
