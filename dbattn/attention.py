@@ -26,6 +26,7 @@ from .query.plan import QueryPlan
 from .query.prompt import BlockPlan, PromptLog, block_plans, newest_part, read_prompt, whole
 from .query.stats import RunningStats
 from .query.steps import steps_of_call
+from .query.usage import Needs
 from .query.weights import Weights, dense_weights, weights_of
 from .store import KVStore, RowSource, StateSource, on_device, rows_at
 
@@ -189,7 +190,7 @@ class AttentionDB:
         stats = self.stats
         if retrieve and (plans := self._block_plans(call)):
             return self._read(call, plans, query, return_lse=return_lse)
-        audit = audit or stats.audit_is_due(self.config)
+        audit = audit or stats.audit_is_due(self.config, learning=self._is_drift_unknown)
         plan = self._plan(call, retrieve=retrieve, exact=audit)
         stats.rows_stored = len(self)
         if plan.is_dense:
@@ -203,14 +204,16 @@ class AttentionDB:
             stats.add_answer(
                 answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense, answer.counted
             )
-            if (needs := self.index.needs) is not None and self.config.finds_budget:
+            if (needs := self._needs) is not None:
                 stats.expected_error = needs.error
             if stats.index.get("rows") != len(self.index):
                 stats.index = self.index.describe() | ({"rows kept as": kept} if (kept := self.store.kept) else {})
             if audit:
                 self.store.look_at_rows()
-                stats.add_audit(compare(call, answer, stats.ladder), self.config.max_error)
+                report = compare(call, answer, stats.ladder)
+                stats.add_audit(report, self.config.max_error)
                 stats.plan = answer.plan
+                self._learn_drift(report.relative_error)
         out = self.store.turn(answer.out)
         out = out if out.dtype == query.dtype else out.to(query.dtype)
         return (out, answer.state[1]) if return_lse else out
@@ -467,7 +470,7 @@ class AttentionDB:
         index, config, backend = type(self.index), config or self.config, resolve_backend(call.query)
 
         def chosen() -> QueryPlan:
-            work = call.workload
+            work = call.workload._replace(needs=self._needs)
             return choose_plan(
                 index,
                 config,
@@ -532,6 +535,26 @@ class AttentionDB:
             stats.ladder = ladder
             stats.rungs[climb.name] += 1
         return finish_climb(climb, call)
+
+    @property
+    def _needs(self) -> Needs | None:
+        """What audits of sampled queries, and of answers since, say of the budget; None: it is not found by them."""
+        found, sample = self.index.needs, self.store.sample
+        if found is None or sample is None or not self.config.finds_budget:
+            return None
+        return found.at(sample.drift.times(found))
+
+    @property
+    def _is_drift_unknown(self) -> bool:
+        found, sample = self.index.needs, self.store.sample
+        known = found is None or sample is None or sample.drift.is_known(found)
+        return not known and self.config.finds_budget and self.config.max_error is None
+
+    def _learn_drift(self, error: float) -> None:
+        """Take in the audited error of an answer under ``_needs``."""
+        found, used, sample = self.index.needs, self._needs, self.store.sample
+        if used is not None and found is not None and sample is not None and self.config.max_error is None:
+            sample.drift.learn(found, error / used.error * sample.drift.times(found))
 
     @property
     def _may_retrieve(self) -> bool:

@@ -50,7 +50,8 @@ class RetrievalConfig:
         k: rows retrieved per query and KV head; k >= the rows in the store reads all of them. Default: 128, and for
             "segmented" what ``target_error`` needs (heads share it by need).
         target_error: mean relative error of a layer's output for which it gets a budget of its own, found by audits of
-            some of the queries that came with the rows ("segmented" without k). None, or no queries: a budget by size.
+            some of the queries that came with the rows and of answers ("segmented" without k). None, or no queries: a
+            budget by size.
         tail: what answers for rows that were not retrieved. "centroid": their codes, and the summaries of lists that
             were not opened ("segmented", its default). "sample": retrieval becomes a weighted sample of the rows,
             unbiased (the others). "none".
@@ -67,7 +68,8 @@ class RetrievalConfig:
             each value rotated by Hadamard's matrix and rounded with one scale (on the CPU only: no GPU kernel reads
             it). Audits compare with a dense scan of the rows as they are kept; what a narrower type itself adds to the
             error comes on top. Default: as they come.
-        audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1.
+        audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1; the first eight are
+            where there is a ``target_error`` or ``max_error`` to keep, unless it is 0.
         nprobe: lists probed per query ("ivf" only, default 128).
         ef_search: candidates kept while walking the graph ("hnsw" only, default 256).
         neighbors: links per node of the graph ("hnsw" only, default 32).

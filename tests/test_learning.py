@@ -357,6 +357,46 @@ def test_a_layer_whose_audits_find_no_budget_is_scanned_and_says_so():
     assert not db.explain(query).is_dense
 
 
+def drifting():
+    """Decode asks what the prompt did not: its queries look where keys differ most."""
+    keys, values, queries = rows_and_queries(3000)
+    db = AttentionDB(2, 16, config=replace(SEGMENTED, k=None, target_error=0.2, audit_rate=0.01))
+    db.insert(keys, values, queries)
+    looks = torch.tensor([1.0] * 4 + [0.12] * 12)
+    return db, [looks * torch.randn(1, 4, 1, 16) for _ in range(30)]
+
+
+def test_audits_of_answers_raise_a_budget_that_sampled_queries_told_too_small():
+    db, asked = drifting()
+    first = db.explain(asked[0])
+    before = [db.audit(query).relative_error for query in asked]
+    assert sum(before) / 30 > 1.5 * db.index.needs.error
+    for query in asked[:8]:
+        db.attend(query)
+    assert len(db.stats.audits) == 8
+    db.attend(asked[8])
+    assert len(db.stats.audits) == 8
+    after = [db.audit(query).relative_error for query in asked]
+    assert sum(after) < 0.9 * sum(before)
+    assert db.explain(asked[0]).sources[1].estimated.rows > 1.5 * first.sources[1].estimated.rows
+
+
+def test_a_snapshot_keeps_what_audits_of_answers_told(tmp_path):
+    db, asked = drifting()
+    for query in asked[:9]:
+        db.attend(query)
+    db.save(tmp_path / "rows")
+    again = AttentionDB.open(tmp_path / "rows")
+    assert torch.equal(again.attend(asked[-1]), db.attend(asked[-1]))
+    assert len(again.stats.audits) == 1
+    state = db.store.sample.state()
+    for forged in (torch.full((3,), -1.0), torch.ones(65), torch.full((3,), float("nan"))):
+        with pytest.raises(ValueError, match="drift_ratios"):
+            QuerySample.of_state(state | {"drift_ratios": forged.double()}, 3000, 1, 2, 16, torch.device("cpu"))
+    older = {name: part for name, part in state.items() if "drift" not in name}
+    assert QuerySample.of_state(older, 3000, 1, 2, 16, torch.device("cpu")).drift.times(db.index.needs) == 1
+
+
 @pytest.mark.parametrize("power", [0.8, 1.0, 1.7])
 @pytest.mark.parametrize("target", [0.01, 0.03, 0.2])
 def test_a_search_for_a_budget_finds_where_a_power_law_meets_the_target(power, target):

@@ -48,7 +48,8 @@ class Summary:
         bytes_share: bytes that decode calls read over those that dense scans would have read; None without any.
         error, error_p95: relative error of the attention output, mean and 95th percentile over the audited queries (one
             per head and position); None where nothing was audited.
-        expected_error: what audits of sampled queries let expect, mean over the layers that have such budgets.
+        expected_error: what audits of sampled queries and of answers let expect, mean over the layers that have such
+            budgets.
         drifting: layers whose audits find far more than that.
         audited: audited calls behind them.
         seconds, seconds_dense: see LayerReport, over all layers; None with fewer than 5 timed calls.
@@ -150,8 +151,8 @@ class Summary:
         lines = []
         if self.drifting:
             lines.append(
-                f"{self.drifting} of {self.layers} layers are more than twice as far from dense as the queries of the "
-                "prompt let expect: consider a smaller target_error, or max_error=0.05"
+                f"{self.drifting} of {self.layers} layers are more than twice as far from dense as audits let expect: "
+                "consider a smaller target_error, or max_error=0.05"
             )
         if self.error is None:
             lines.append("To know the error: audit_rate above 0, or decode inside `with handle.audit():`")

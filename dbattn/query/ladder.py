@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import RetrievalConfig
+from ..store.drift import AUDITS_TO_LEARN, REMEMBERED
 from .call import Call
 from .execute import Answer, merged, run_plan
 from .plan import QueryPlan, Source
@@ -26,10 +27,8 @@ from .usage import Usage
 # Error over estimate until enough audits have been heard, per tail. "centroid": in the worst of eight layers of three
 # models, one query in ten exceeds it; the others from SmolLM2's rows.
 PRIOR = {"centroid": 1.0, "none": 1.0, "sample": 2.0}
-# Retrieving calls that are all audited before audit_rate takes over.
-AUDITS_TO_LEARN = 8
-# Audits remembered, and the share of them that the estimate must cover.
-REMEMBERED, COVERED = 64, 0.6
+# The share of the audits remembered that the estimate must cover.
+COVERED = 0.6
 # Twice the budget lowers the error by two to the power of this.
 DECAY = 0.8
 # The rung of a first try is what this share of the latest queries needed, of so many.

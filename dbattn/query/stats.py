@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..config import RetrievalConfig
+from ..store.drift import AUDITS_TO_LEARN
 from .audit import AuditReport
-from .ladder import AUDITS_TO_LEARN, Ladder
+from .ladder import Ladder
 from .plan import Counted, QueryPlan
 
 GAVE_UP = "audits of a prompt's blocks found lists too far off: the rest was read densely"
@@ -103,7 +104,7 @@ class RunningStats:
         rungs: how often each rung of the ladder gave the answer (with ``max_error`` only).
         ladder: what was learnt about errors (with ``max_error`` only).
         plan: the plan of the latest audited call, with what it read.
-        expected_error: what audits of a sample of queries said of the latest retrieving call; None: there were none.
+        expected_error: what audits of sampled queries and of answers said of the latest retrieving call; None: none did.
         counted: rows counted on a device since the last ``settle``.
         stream_errors: relative errors of the residual stream after the layer, where they were followed.
         prompt: prompts that were read through lists.
@@ -132,10 +133,10 @@ class RunningStats:
     counted: list[Counted] = field(default_factory=list)
     prompt: PromptStats = field(default_factory=PromptStats)
 
-    def audit_is_due(self, config: RetrievalConfig) -> bool:
-        """The first retrieving call, then evenly spread ones; a ladder has errors to learn first."""
+    def audit_is_due(self, config: RetrievalConfig, *, learning: bool = False) -> bool:
+        """The first retrieving call, then evenly spread ones; all while something is to be learnt, as by a ladder."""
         rate, calls = config.audit_rate, self.retrieving
-        learning = config.max_error is not None and calls < AUDITS_TO_LEARN
+        learning = learning or (config.max_error is not None and calls < AUDITS_TO_LEARN)
         return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(calls * rate))
 
     def add_answer(

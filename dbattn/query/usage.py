@@ -34,6 +34,8 @@ class Work(NamedTuple):
 
 # Rows whose audits find errors above so many times the target are scanned.
 FAR = 2.0
+# A budget is raised to at most so many times what sampled queries needed: error falls with rows to about power 1.
+MOST_MORE = 4.0
 
 
 class Needs(NamedTuple):
@@ -55,6 +57,12 @@ class Needs(NamedTuple):
     def scan(self) -> bool:
         """Whether no budget will do: lists say too little of these rows."""
         return self.error > FAR * self.target
+
+    def at(self, times: float) -> "Needs":
+        """What they are where answers are ``times`` as far off as the sampled queries' were."""
+        error = self.error * times
+        more = min(max(error / self.target, 1.0), MOST_MORE)
+        return self._replace(read=round(self.read * more), error=error / more)
 
 
 class Workload(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 from index_kernels import floats, pack_rows
 from index_kernels.packed import SCALE_BYTES, rotated
 
+from .drift import Drift
 from .storage import check_range
 
 # Every STRIDE-th query is kept; a metric is made of those of the WINDOW rows before it.
@@ -42,6 +43,7 @@ class QuerySample:
             self.given = self.queries
             self.given_known = torch.zeros(batch, 0, dtype=torch.bool)
         self.given_rows = 0
+        self.drift = Drift()
         # Whether the rows that the metric is for are kept rotated; what is kept of the queries is not.
         self._rotated = False
         self._metrics: dict[int, tuple[Tensor, Tensor]] = {}
@@ -76,6 +78,7 @@ class QuerySample:
             self.given = pack_rows(queries[:, :, at.to(queries.device)])
             self.given_known = first + at >= start.cpu()[:, None]
         self.given_rows = first + m
+        self.drift = Drift()
         self._metrics = {}
 
     def for_rows(self, *, rotated: bool) -> None:
@@ -146,7 +149,10 @@ class QuerySample:
     def state(self) -> dict[str, Tensor]:
         """What a snapshot keeps of it."""
         used = int(self.present.nonzero().max()) + 1 if bool(self.present.any()) else 0
+        about, ratios = self.drift.state()
         return {
+            "drift_about": about,
+            "drift_ratios": ratios,
             "queries": self.queries[:, :, :used],
             "present": self.present[:used].to(torch.uint8),
             "given": self.given,
@@ -181,7 +187,12 @@ class QuerySample:
         present = take("present", torch.uint8, count)
         known = take("given_known", torch.uint8, batch, given.shape[2])
         stop = take("given_rows", torch.int64, 1)
-        if unknown := sorted(state.keys() - {"queries", "present", "given", "given_known", "given_rows"}):
+        # Snapshots of older versions have none.
+        drift = Drift()
+        if {"drift_about", "drift_ratios"} & state.keys():
+            drift = Drift.of_state(*(take(name, torch.float64, None) for name in ("drift_about", "drift_ratios")))
+        names = {"queries", "present", "given", "given_known", "given_rows", "drift_about", "drift_ratios"}
+        if unknown := sorted(state.keys() - names):
             raise ValueError(f"{unknown[0]} is not part of it")
         if given.shape[2] > GIVEN or not 0 <= int(stop) < 1 << 48 or (int(stop) > 0) != (given.shape[2] > 0):
             raise ValueError(
@@ -193,6 +204,7 @@ class QuerySample:
         for name, part in (("queries", queries), ("given", given)):
             check_range(name, part)
         sample = cls(batch, heads, dim, device)
+        sample.drift = drift
         with torch.inference_mode(False):
             sample.queries, sample.present = queries.clone().to(device), present.bool()
             sample.given, sample.given_known, sample.given_rows = given.clone().to(device), known.bool(), int(stop)
