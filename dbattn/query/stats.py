@@ -104,7 +104,7 @@ class RunningStats:
         rungs: how often each rung of the ladder gave the answer (with ``max_error`` only).
         ladder: what was learnt about errors (with ``max_error`` only).
         plan: the plan of the latest audited call, with what it read.
-        expected_error: what audits of sampled queries and of answers said of the latest retrieving call; None: none did.
+        expected_error: what audits of sampled queries and of answers said of the latest retrieving call, or None.
         counted: rows counted on a device since the last ``settle``.
         stream_errors: relative errors of the residual stream after the layer, where they were followed.
         prompt: prompts that were read through lists.
