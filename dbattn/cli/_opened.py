@@ -53,11 +53,15 @@ class Opened:
             raise ValueError(f"--max-tokens is {max_tokens}, expected at least 1")
         asked = question_ids(question, self.tokenizer)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        needed = len(self.ids) + asked.shape[1] + max_tokens
+        # Where a context was read by windows, the question stands where the newest one ends.
+        windows = self.handle.windows
+        before = len(self.ids) + (0 if windows is None else windows.shift)
+        needed = before + asked.shape[1] + max_tokens
         if limit is not None and needed > limit:
+            end = f"the context {'has' if windows is None else 'was read by windows that end at'} {before} tokens"
             raise ValueError(
-                f"the context has {len(self.ids)} tokens, the question {asked.shape[1]} and the answer up to "
-                f"{max_tokens}: {needed}, and the model reads at most {limit}"
+                f"{end}, the question has {asked.shape[1]} and the answer up to {max_tokens}: {needed}, and the model "
+                f"reads at most {limit}"
             )
         return asked
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .. import __version__
-from ..config import INDEX_TRAITS, WEIGHTS
+from ..config import INDEX_TRAITS, STORAGES, WEIGHTS
 
 _EXIT_CODES = "exit codes: 0 done, 1 it failed (a full disk, say), 2 wrong usage or input, 130 interrupted"
 _EPILOG = f"""examples:
@@ -80,11 +80,17 @@ def _add_ingest(commands: Any) -> None:
         "let a model read a long text once, and keep what it read on disk",
         "Reads a UTF-8 text in chunks and saves its rows to a snapshot folder as it goes. Killed at any point and run\n"
         "again, it goes on from the last save and ends with the same rows, bit for bit. Ctrl-C finishes the present\n"
-        "chunk and saves; a second Ctrl-C ends at once. A text that has grown at its end is read on.",
+        "chunk and saves; a second Ctrl-C ends at once. A text that has grown at its end is read on.\n"
+        "\n"
+        "A text that is longer than what the model reads at once is read in windows, each alone (after the first\n"
+        "tokens of the text and the end of the window before), in time linear in its length; a question then sees all\n"
+        "of them, each as if it stood right before it. So the model finds what is said in one place of a book; it does\n"
+        "not follow a plot: what must be put together from different windows it has never read together.",
         "  dbattn ingest book.txt --out book.dbattn\n"
         "  dbattn ingest book.txt --out book.dbattn --model ./my-model --save-every 8192\n"
         "  dbattn ingest - --out book.dbattn                            what a pipe brings\n"
-        "  dbattn ingest book.txt --out book.dbattn --tokens 7936       only its beginning",
+        "  dbattn ingest book.txt --out book.dbattn --tokens 7936       only its beginning\n"
+        "  dbattn ingest book.txt --out book.dbattn --window-tokens 2048 --storage int8",
     )
     ingest.add_argument("file", type=_input, metavar="FILE", help="UTF-8 text; - is standard input")
     ingest.add_argument("--out", type=Path, required=True, metavar="CONTEXT", help="snapshot folder, made or resumed")
@@ -93,8 +99,17 @@ def _add_ingest(commands: Any) -> None:
     ingest.add_argument(
         "--index", choices=_INDEXES, help="index over the keys (default auto, or what the folder began with)"
     )
+    ingest.add_argument("--tokens", type=int, metavar="N", help="read no more than the first N tokens (default: all)")
     ingest.add_argument(
-        "--tokens", type=int, metavar="N", help="read no more than the first N tokens (default: all, if they fit)"
+        "--window-tokens",
+        type=int,
+        metavar="N",
+        help="read by windows of N new tokens (default: only a text too long for the model, of 4096 or half its range)",
+    )
+    ingest.add_argument(
+        "--storage",
+        choices=STORAGES,
+        help="keep rows as this type; int8 is a quarter of float32 (default: as they come)",
     )
     ingest.add_argument(
         "--save-every", type=int, default=2048, metavar="N", help="tokens between two saves (default 2048)"

@@ -17,9 +17,14 @@ from ..config import RetrievalConfig
 from ..files import name_of
 from ..hf import Handle
 from ..snapshot import SnapshotError, SnapshotWriter, describe
-from ..text.prompt import CHUNK, QUESTION_TOKENS, context_ids, context_limit, read_text
+from ..text.prompt import CHUNK, QUESTION_TOKENS, context_ids, context_limit, read_text, windows_for
+from ..windows import Windows
 from ._console import line_console, long_work
 from ._opened import load, serving
+
+
+class StopAsked(Exception):
+    """Ctrl-C was heard inside a window."""
 
 
 def run_ingest(
@@ -29,19 +34,23 @@ def run_ingest(
     model: Path | None,
     weights: str,
     index: str | None,
+    storage: str | None,
     tokens: int | None,
+    window_tokens: int | None,
     save_every: int,
     quiet: bool,
 ) -> None:
     """Read what ``out`` does not hold yet of a text, saving every ``save_every`` tokens; nothing to do is no error.
 
+    A text that is longer than what the model reads at once is read by windows.
+
     Raises:
-        ValueError: a text that does not fit the model, a folder that holds another text, another model's rows or
+        ValueError: options that do not fit the model, a folder that holds another text, another model's rows or
             something else, or that another ingest is writing to.
         OSError: a file or folder that is missing, or cannot be written.
-        KeyboardInterrupt: Ctrl-C; what was read by then is saved.
+        KeyboardInterrupt: Ctrl-C; what was read by then is saved, of windows those that were read to their end.
     """
-    for name, value in (("--save-every", save_every), ("--tokens", tokens)):
+    for name, value in (("--save-every", save_every), ("--tokens", tokens), ("--window-tokens", window_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
     text = read_text(file)
@@ -50,20 +59,28 @@ def run_ingest(
     if os.path.lexists(out):
         # What can be wrong with it is said before the model is loaded.
         with SnapshotWriter(out) as writer:
-            if writer.exists and index is not None:
-                _check_index(out, index)
+            if writer.exists:
+                _check_begun_with(out, index, storage)
     elif not os.access(out.absolute().parent, os.W_OK):
         raise PermissionError(f"--out {out}: the folder {out.parent} cannot be written")
     console, name = line_console(stderr=True, quiet=quiet), name_of(file)
     lm, tokenizer = load(model, weights, console)
-    ids = _cut(context_ids(text, tokenizer), tokens, context_limit(lm), name)
+    ids, limit = context_ids(text, tokenizer)[:, :tokens], context_limit(lm)
+    by_windows = window_tokens is not None or (limit is not None and ids.shape[1] > limit)
+    windows = windows_for(lm, tokenizer, window_tokens) if by_windows else None
     with SnapshotWriter(out) as writer:
-        config = None if writer.exists else RetrievalConfig(index=index or "auto", max_queries=QUESTION_TOKENS)
+        config = None
+        if writer.exists:
+            windows = _windows(out, windows, window_tokens, name)
+        else:
+            config = RetrievalConfig(index=index or "auto", storage=storage, max_queries=QUESTION_TOKENS)
         with serving(lm, config, out if writer.exists else None) as handle:
             held = _held(handle, ids, out, name) if writer.exists else 0
             began = time.perf_counter()
             if held < ids.shape[1]:
-                _read(lm, handle, writer, ids, held, save_every, console)
+                if windows is not None:
+                    console.print(_how(ids.shape[1], windows, lm, name))
+                _read(lm, handle, writer, ids, held, windows, save_every, console)
     info = describe(out)
     size = f"{info.nbytes / 1e6:,.1f} MB on disk, {info.nbytes / info.rows:,.0f} bytes a token"
     if held == ids.shape[1]:
@@ -73,22 +90,41 @@ def run_ingest(
     line_console(quiet=quiet).print(f"{out}: {info.rows} tokens of {name}, {done}; {size}", markup=False)
 
 
-def _cut(ids: Tensor, tokens: int | None, limit: int | None, file: str) -> Tensor:
-    """The first ``tokens`` ids; too many for the model are refused, not cut silently."""
-    asked = ids.shape[1] if tokens is None else min(tokens, ids.shape[1])
-    if limit is not None and asked > limit:
-        given = f"--tokens is {tokens}" if tokens is not None else f"{file} has {asked} tokens"
+def _windows(out: Path, wanted: Windows | None, tokens: int | None, file: str) -> Windows | None:
+    """How the folder ``out`` was begun to be read.
+
+    Raises:
+        ValueError: another way than is wanted now.
+    """
+    begun = describe(out).windows
+    if begun is None and wanted is not None:
         raise ValueError(
-            f"{given}, the model reads at most {limit} ({limit + QUESTION_TOKENS} less {QUESTION_TOKENS} for a "
-            f"question and its answer): read the beginning with --tokens {limit}"
+            f"{out} was read in one piece, {file} must be read by windows (--window-tokens, or it is longer than what "
+            "the model reads at once): give another --out"
         )
-    return ids[:, :asked]
+    if begun is not None and tokens is not None and tokens != begun.tokens:
+        raise ValueError(f"--window-tokens is {tokens}, but {out} was begun with {begun.tokens}: give another --out")
+    return begun
 
 
-def _check_index(out: Path, index: str) -> None:
-    began_with = describe(out).config.index_name
-    if RetrievalConfig(index=index).index_name != began_with:
-        raise ValueError(f"--index is {index}, but {out} was begun with {began_with}: give another --out")
+def _how(total: int, windows: Windows, lm: Any, file: str) -> str:
+    """How a long text is read, and what that is good for."""
+    limit = context_limit(lm)
+    at_once = "" if limit is None else f" (the model reads {limit} at once)"
+    return (
+        f"{file} has {total} tokens{at_once}: read in {len(windows.of(total))} windows of {windows.tokens}, each "
+        "alone. Questions about something that is said in one place can be answered; what follows from places in different "
+        "windows (a plot, a count, a summary) cannot be expected"
+    )
+
+
+def _check_begun_with(out: Path, index: str | None, storage: str | None) -> None:
+    config = describe(out).config
+    if index is not None and RetrievalConfig(index=index).index_name != config.index_name:
+        raise ValueError(f"--index is {index}, but {out} was begun with {config.index_name}: give another --out")
+    if storage is not None and storage != config.storage:
+        kept = config.storage or "rows as they come"
+        raise ValueError(f"--storage is {storage}, but {out} was begun with {kept}: give another --out")
 
 
 def _held(handle: Handle, ids: Tensor, out: Path, file: str) -> int:
@@ -116,33 +152,72 @@ def _held(handle: Handle, ids: Tensor, out: Path, file: str) -> int:
 
 
 def _read(
-    lm: Any, handle: Handle, writer: SnapshotWriter, ids: Tensor, held: int, save_every: int, console: Console
+    lm: Any,
+    handle: Handle,
+    writer: SnapshotWriter,
+    ids: Tensor,
+    held: int,
+    windows: Windows | None,
+    save_every: int,
+    console: Console,
 ) -> None:
-    """Prefill ``ids`` from ``held`` on, and save."""
+    """Read ``ids`` from ``held`` on, and save."""
     total, cache = ids.shape[1], handle.new_cache()
-    # A text that has grown since may have ended inside a chunk: that chunk is read again, whole.
-    durable = held - held % CHUNK
+    # A text that has grown since may have ended inside a chunk or a window: that one is read again, whole.
+    durable = held - held % CHUNK if windows is None else windows.full(held)
     if durable < held:
         cache.crop(durable - held)
     if durable:
         console.print(f"{writer.path} holds {durable} of {total} tokens, going on from there")
     began = time.perf_counter()
     with _stop_asked() as stop_asked, long_work(console, "reading", total, "tokens", durable) as advance:
-        for at, chunk in zip(range(durable, total, CHUNK), torch.split(ids[:, durable:], CHUNK, dim=1), strict=True):
-            with handle.dense():
-                lm(chunk, past_key_values=cache, logits_to_keep=1)
-            read = at + chunk.shape[1]
-            advance(chunk.shape[1])
-            if read < total and read - durable < save_every and not stop_asked():
-                continue
-            handle.save(writer, cache)
-            durable = read
-            if not console.is_terminal:
-                console.print(_line(durable, total, held, time.perf_counter() - began))
+        parts = _chunks(lm, handle, cache, ids, advance)
+        if windows is not None:
+            parts = _each_window(handle, cache, ids, windows, advance, stop_asked)
+        for read in parts:
+            if read > durable and (read == total or read - durable >= save_every or stop_asked()):
+                handle.save(writer, cache)
+                durable = read
+                if not console.is_terminal:
+                    console.print(_line(durable, total, held, time.perf_counter() - began))
             if durable < total and stop_asked():
                 raise KeyboardInterrupt(
                     f"{writer.path} holds {durable} of {total} tokens; the same command goes on from there"
                 )
+
+
+def _chunks(lm: Any, handle: Handle, cache: Any, ids: Tensor, advance: Callable[[int], None]) -> Iterator[int]:
+    """Prefill what the cache lacks of ``ids``; yields the tokens read by then."""
+    held = cache.get_seq_length()
+    for chunk in torch.split(ids[:, held:], CHUNK, dim=1):
+        with handle.dense():
+            lm(chunk, past_key_values=cache, logits_to_keep=1)
+        advance(chunk.shape[1])
+        held += chunk.shape[1]
+        yield held
+
+
+def _each_window(
+    handle: Handle,
+    cache: Any,
+    ids: Tensor,
+    windows: Windows,
+    advance: Callable[[int], None],
+    stop_asked: Callable[[], bool],
+) -> Iterator[int]:
+    """Read the windows that the cache lacks of ``ids``; yields the tokens read by then. A window is left when asked."""
+
+    def go_on(tokens: int) -> None:
+        if stop_asked():
+            raise StopAsked
+        advance(tokens)
+
+    try:
+        while cache.get_seq_length() < ids.shape[1]:
+            handle.read_window(ids, cache, windows, go_on)
+            yield cache.get_seq_length()
+    except StopAsked:
+        yield cache.get_seq_length()
 
 
 def _line(durable: int, total: int, held: int, seconds: float) -> str:

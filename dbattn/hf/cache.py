@@ -12,6 +12,7 @@ from index_kernels.inference import refuse_gradients
 from ..attention import AttentionDB
 from ..config import RetrievalConfig
 from ..query.stats import RunningStats
+from ..windows import Windows
 from .adapters import Adapters
 from .stored_rows import rows_as
 from .switches import Switches
@@ -56,6 +57,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.token_ids: Tensor | None = None
         # The adapters that rows were written under, each with the first of its rows; kept by the first layer.
         self.adapters: list[tuple[int, Adapters]] = []
+        # How the first rows were read, where that was by windows; kept by the first layer.
+        self.windows: Windows | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -135,11 +138,14 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}) is not supported: pass a negative count of tokens to remove")
         if self.db is not None and tokens_to_remove:
-            self.db.truncate(max(0, len(self.db) + tokens_to_remove))
+            length = max(0, len(self.db) + tokens_to_remove)
+            if self.windows is not None:
+                self.windows = self.windows.cut(length)
+            self.db.truncate(length)
 
     def reset(self) -> None:
         """Forget everything."""
-        self.db = self.token_ids = None
+        self.db = self.token_ids = self.windows = None
         self.adapters = []
         self.is_initialized = False
 

@@ -59,4 +59,11 @@ def save_context(
             raise ValueError(f"the token ids of the cache's {rows} rows are not known: pass token_ids")
         token_ids = token_ids[:, :rows]
     session.check_adapters(cache)
-    return save(target, databases, session.config, model=fingerprint(decoder), token_ids=token_ids)
+    return save(
+        target,
+        databases,
+        session.config,
+        model=fingerprint(decoder),
+        token_ids=token_ids,
+        windows=session.windows_of(cache),
+    )

@@ -18,9 +18,11 @@ from index_kernels.integer import is_integer
 from ..attention import AttentionDB
 from ..config import RetrievalConfig
 from ..query.stats import RunningStats
+from ..windows import Windows
 from .adapters import Adapters, in_words
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
 from .switches import Switches
+from .window_cache import WindowCache, WindowLayer
 
 WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
 
@@ -35,6 +37,8 @@ class Session:
         # The layers of the context that every new cache begins with, by layer number; and its token ids.
         self.context: dict[int, AttentionDB] = {}
         self.token_ids: Tensor | None = None
+        # How the context was read, where that was by windows.
+        self.windows: Windows | None = None
         # The adapters that act in the model now; and those that the context was saved with.
         self.adapters: Callable[[], Adapters] = tuple
         self.context_adapters: Adapters = ()
@@ -130,6 +134,24 @@ class Session:
         first = self._first(cache)
         return None if first is None else first.token_ids
 
+    def windows_of(self, cache: Cache | None) -> Windows | None:
+        """How a cache's first rows were read, where that was by windows."""
+        first = self._first(cache) if isinstance(cache, DynamicCache) else None
+        return None if first is None else first.windows
+
+    def add_window(self, cache: DynamicCache, read: WindowCache, token_ids: Tensor, windows: Windows) -> None:
+        """Append the newest rows of a window that was read, those of ``token_ids [B, n]``, to a cache of ours."""
+        self.note_call(cache, token_ids)
+        newest = read.get_seq_length() - token_ids.shape[1]
+        for layer, window in zip(cache.layers, read.layers, strict=True):
+            keys, values, queries = window.rows(newest)
+            if layer.db is None:
+                layer.lazy_initialization(keys, values)
+            layer.db.insert(keys, values, queries)
+        first = self._first(cache)
+        assert first is not None
+        first.windows = windows
+
     def fill(self, cache: DynamicCache) -> None:
         """Give an empty cache of ours the context's rows, a copy of them.
 
@@ -146,7 +168,7 @@ class Session:
         if self.token_ids is not None and (first := self._first(cache)) is not None:
             first.token_ids = self.token_ids
         if self.context and (first := self._first(cache)) is not None:
-            first.adapters = [(0, self.context_adapters)]
+            first.adapters, first.windows = [(0, self.context_adapters)], self.windows
 
     def _first(self, cache: DynamicCache) -> DatabaseLayer | None:
         return next((layer for layer in cache.layers if isinstance(layer, DatabaseLayer)), None)
@@ -158,7 +180,7 @@ class Session:
             return ours
         ours.update(layer.keys, layer.values)
         if isinstance(layer, DatabaseLayer):
-            ours.token_ids, ours.adapters = layer.token_ids, layer.adapters
+            ours.token_ids, ours.adapters, ours.windows = layer.token_ids, layer.adapters, layer.windows
             assert ours.db is not None
             assert layer.db is not None
             if layer.db.store.has_padding:
@@ -184,6 +206,9 @@ class ForwardPass:
             return
         layers = getattr(self.cache, "layers", ())
         holder = layers[number] if number < len(layers) else self.cache
+        if isinstance(holder, WindowLayer):
+            holder.queries.append(query.detach())
+            return
         if holder is None:
             reason = "no cache (use_cache=False)"
         elif isinstance(holder, DatabaseLayer):

@@ -2,8 +2,9 @@
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +19,7 @@ from ..query.audit import AuditReport
 from ..query.plan import QueryPlan, sum_plans
 from ..query.stats import RunningStats
 from ..snapshot import SaveReport, SnapshotWriter
+from ..windows import Windows
 from .adapters import active_adapters
 from .cache import SERVED
 from .context import open_context, save_context
@@ -30,6 +32,7 @@ from .session import ForwardPass, Session, forward_pass, left_to_transformers
 from .switches import Watcher
 from .trace import Trace
 from .travel import residual_stream, stream_errors
+from .window_cache import CHUNK, WindowCache
 
 
 def wrap(
@@ -90,7 +93,7 @@ class Handle:
         self._session.adapters = partial(active_adapters, self._decoder)
         if snapshot is not None:
             self._session.context_adapters = self._session.adapters()
-            self._session.token_ids = snapshot.token_ids
+            self._session.token_ids, self._session.windows = snapshot.token_ids, snapshot.info.windows
             for number in range(len(layers)):
                 db = AttentionDB.of_snapshot(snapshot, number, self.config, device_of(model))
                 self._session.context[number] = db
@@ -128,6 +131,11 @@ class Handle:
         ids = self._session.token_ids
         return None if ids is None else ids.to(device_of(self.model))
 
+    @property
+    def windows(self) -> Windows | None:
+        """How the context was read, where that was by windows."""
+        return self._session.windows
+
     def new_cache(self) -> DynamicCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
 
@@ -138,6 +146,57 @@ class Handle:
         self._session.adopt(cache)
         self._session.fill(cache)
         return cache
+
+    def read_window(
+        self,
+        token_ids: Tensor,
+        cache: DynamicCache,
+        windows: Windows,
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
+        """Read the next window of a text that may be longer than what the model was trained to see at once.
+
+        Which one is next is told by the cache's rows; a text is read when the cache has as many as it has tokens. Each
+        window is read alone (see ``Windows``) and its rows appended when it has been read to its end: until then the
+        cache is as it was. The rows' own positions stay in their window; whatever is read after them stands where the
+        newest window ends, also in ``generate``: position ids, given or not, count rows, and are moved.
+
+        Args:
+            token_ids: int64 ``[B, n]``, the whole text.
+            cache: of this wrapped model, empty or with windows of this text in it.
+            windows: how to cut it.
+            advance: called with numbers of new tokens read, several times.
+
+        Raises:
+            ValueError: a model that takes no positions, windows beyond its range, a cache with rows that were not read
+                so, or all of the text in it.
+        """
+        held, total = cache.get_seq_length(), token_ids.shape[1]
+        before = self._session.windows_of(cache)
+        limit = getattr(self._text_config, "max_position_embeddings", None)
+        if "position_ids" not in self._signature.parameters:
+            raise ValueError(f"{type(self.model).__name__} takes no position_ids: it cannot read by windows")
+        if limit is not None and windows.span > limit:
+            raise ValueError(f"windows have {windows.span} positions, the model was made for {limit}")
+        if (held and before is None) or (before is not None and replace(before, rows=0) != replace(windows, rows=0)):
+            raise ValueError(f"the cache holds {held} rows read otherwise: {before or 'in one piece'}")
+        window = next((each for each in windows.of(total) if each.first == held < total), None)
+        if window is None:
+            raise ValueError(
+                f"no window of {total} tokens begins at row {held}: crop the cache to {windows.full(held)}"
+            )
+        text = token_ids[:, window.since : window.stop]
+        if window.first:
+            text = torch.cat([token_ids[:, : windows.prefix], text], dim=1)
+        new, reading = window.stop - window.first, WindowCache(self.model.config)
+        for chunk in text.split(CHUNK, dim=1):
+            at = reading.get_seq_length() + new - text.shape[1]
+            self.model(chunk, past_key_values=reading, logits_to_keep=1)
+            if advance is not None:
+                advance(max(0, at + chunk.shape[1]) - max(0, at))
+        self._session.add_window(
+            cache, reading, token_ids[:, window.first : window.stop], replace(windows, rows=window.stop)
+        )
 
     def save(
         self,
@@ -284,9 +343,14 @@ class Handle:
             reason = f"attention was set to {self._text_config._attn_implementation!r} while the model was wrapped"
             for stats in self._session.stats:
                 stats.dense_reasons[reason] += 1
+        if isinstance(cache, WindowCache):
+            forward_pass.set(ForwardPass(self._session, cache, served))
+            return args, kwargs
         self._session.note_missing_context(cache, given.get("input_ids"))
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
+            if (windows := self._session.windows_of(cache)) is not None:
+                args, kwargs = (), given | {"position_ids": _positions(given, cache, windows)}
             self._session.note_call(cache, given.get("input_ids"))
         forward_pass.set(ForwardPass(self._session, cache, served))
         return args, kwargs
@@ -294,3 +358,12 @@ class Handle:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         forward_pass.set(None)
+
+
+def _positions(given: dict[str, Any], cache: DynamicCache, windows: Windows) -> Tensor:
+    """Position ids of a call whose cache begins with windows; those given count rows, and are moved."""
+    if (positions := given.get("position_ids")) is None:
+        held, ids = cache.get_seq_length(), given.get("input_ids")
+        new = given["inputs_embeds"] if ids is None else ids
+        positions = torch.arange(held, held + new.shape[1], device=new.device)[None]
+    return positions + windows.shift

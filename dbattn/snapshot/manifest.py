@@ -11,6 +11,7 @@ from typing import Any
 from index_kernels.integer import is_integer
 
 from ..config import RetrievalConfig
+from ..windows import Windows
 from .folder import MANIFEST, SnapshotError
 
 FORMAT, VERSION = "dbattn snapshot", 2
@@ -102,7 +103,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """What a manifest says. ``digest`` (SHA-256 of its content) tells one state of a snapshot from every other."""
+    """What a manifest says. ``digest`` (SHA-256 of its content) tells one state of a snapshot from every other.
+
+    ``windows``: how the first rows were read, where that was by windows; named in the manifest where it was, so that a
+    library that knows no windows refuses it.
+    """
 
     path: Path
     rows: int
@@ -110,6 +115,7 @@ class SnapshotInfo:
     layers: tuple[LayerInfo, ...]
     model: ModelInfo | None
     files: tuple[FileInfo, ...]
+    windows: Windows | None = None
     format_version: int = VERSION
     digest: str = field(init=False)
 
@@ -137,6 +143,7 @@ class SnapshotInfo:
             "rows": self.rows,
             "config": self.config.to_dict(),
             "model": None if self.model is None else self.model.to_dict(),
+            **({} if self.windows is None else {"windows": asdict(self.windows)}),
             "layers": [layer.to_dict() for layer in self.layers],
             "files": [{"name": file.name, **asdict(file)} for file in self.files],
         }
@@ -173,7 +180,8 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         raise ValueError(f'it has no "format": "{FORMAT}"')
     if data.get("format_version") != VERSION:
         raise ValueError(f"format_version is {data.get('format_version')!r}, expected {VERSION}")
-    fields = _Fields(data, "", "format format_version rows config model layers files sha256")
+    windows = "windows " * ("windows" in data)
+    fields = _Fields(data, "", f"format format_version rows config model {windows}layers files sha256")
     body = {name: value for name, value in data.items() if name != "sha256"}
     if hashlib.sha256(_dump(body).encode()).hexdigest() != data["sha256"]:
         raise ValueError("it is damaged: its SHA-256 is not the one it names")
@@ -186,6 +194,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         "model": None if data["model"] is None else _model(data["model"]),
         "layers": tuple(_layer(item, f"layers[{i}]") for i, item in enumerate(fields.items("layers"))),
         "files": tuple(_file(item, f"files[{i}]") for i, item in enumerate(fields.items("files"))),
+        "windows": _windows(data["windows"]) if windows else None,
     }
 
 
@@ -238,6 +247,13 @@ def _model(data: Any) -> ModelInfo:
     return ModelInfo(name, data["settings"], weights, data.get("state"))
 
 
+def _windows(data: Any) -> Windows:
+    fields = _Fields(data, "windows", "prefix overlap tokens rows")
+    return Windows(
+        fields.integer("prefix"), fields.integer("overlap"), fields.integer("tokens", 1), fields.integer("rows", 1)
+    )
+
+
 def _layer(data: Any, where: str) -> LayerInfo:
     rotated = isinstance(data, dict) and "rotated" in data
     fields = _Fields(data, where, "num_kv_heads head_dim value_dim dtype start settled indexed" + " rotated" * rotated)
@@ -275,6 +291,8 @@ def _check_cover(info: SnapshotInfo) -> None:
     """The files tile the rows of every layer, each row once, sealed segments first."""
     if not info.layers:
         raise ValueError("layers is empty, expected at least one")
+    if info.windows is not None and info.windows.rows > info.rows:
+        raise ValueError(f"windows.rows is {info.windows.rows}, more than the {info.rows} rows there are")
     owned: list[list[FileInfo]] = [[] for _ in info.layers]
     indexes, sampled = [0] * len(info.layers), [0] * len(info.layers)
     tokens = 0

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import RetrievalConfig
 from ..index import KeyIndex
 from ..store import KVStore
+from ..windows import Windows
 from .folder import (
     ASIDE,
     DATA_FILE,
@@ -84,6 +85,7 @@ class SnapshotWriter:
         *,
         model: ModelInfo | None = None,
         token_ids: Tensor | None = None,
+        windows: Windows | None = None,
     ) -> SaveReport:
         """Make the folder hold these layers; a crash at any instant leaves what it held before, or them.
 
@@ -92,6 +94,7 @@ class SnapshotWriter:
             config: of all indexes.
             model: whose rows they are.
             token_ids: int64 ``[B, n]``, one for each row.
+            windows: how the first rows were read, where that was by windows.
 
         Raises:
             ValueError: layers of different length, or token ids of another shape. Nothing is written then.
@@ -121,7 +124,7 @@ class SnapshotWriter:
             queries = FileInfo("queries", 0, rows, sampled, 0, "")
             files.append(self._write(queries, _tensors(queries, layers)))
         facts = tuple(_facts(store, index) for store, index in layers)
-        info = SnapshotInfo(self.path, rows, config, facts, model, tuple(files))
+        info = SnapshotInfo(self.path, rows, config, facts, model, tuple(files), windows)
         before = {file.name for file in self._saved.files} if self._saved else set()
         if self._saved is None or info.digest != self._saved.digest:
             # The data must be there before the manifest that names it is.
@@ -197,12 +200,13 @@ def save(
     *,
     model: ModelInfo | None = None,
     token_ids: Tensor | None = None,
+    windows: Windows | None = None,
 ) -> SaveReport:
     """``SnapshotWriter.save`` to a path, locked meanwhile, or to a writer."""
     if isinstance(target, SnapshotWriter):
-        return target.save(layers, config, model=model, token_ids=token_ids)
+        return target.save(layers, config, model=model, token_ids=token_ids, windows=windows)
     with SnapshotWriter(target) as writer:
-        return writer.save(layers, config, model=model, token_ids=token_ids)
+        return writer.save(layers, config, model=model, token_ids=token_ids, windows=windows)
 
 
 def _runs(layers: Sequence[Layer]) -> list[FileInfo]:

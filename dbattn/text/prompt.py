@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..files import name_of
+from ..windows import Windows
 
 INSTRUCTION = "There is important information hidden inside the following text. Find it and memorize it.\n\n"
 # Room that a context must leave for a question and its answer.
@@ -18,6 +19,9 @@ QUESTION_TOKENS = 256
 # Tokens of one forward pass over a text. Always the same, from the text's first token on: rows then do not depend on
 # where a run was interrupted.
 CHUNK = 512
+# New tokens of a window of a text that is longer than the model's own, and tokens of the window before that are read
+# again. A window shorter than LEAST_WINDOW is more overlap than text.
+WINDOW, OVERLAP, LEAST_WINDOW = 4096, 256, 64
 # A passage ends with a sentence if it can, else where it is this long.
 PASSAGE, LONGEST_PASSAGE = 64, 100
 
@@ -76,6 +80,27 @@ def context_limit(model: Any) -> int | None:
     """Tokens that a context may have in all, for a question to fit behind it; None where the model names no limit."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else limit - QUESTION_TOKENS
+
+
+def windows_for(model: Any, tokenizer: Any, tokens: int | None = None) -> Windows:
+    """How a model reads a text that is too long for it: after the instruction, in windows of ``tokens`` new tokens.
+
+    Raises:
+        ValueError: no room for such windows and a question.
+    """
+    limit = context_limit(model)
+    if tokens is None:
+        tokens = WINDOW if limit is None else min(WINDOW, (limit + QUESTION_TOKENS) // 2)
+    if tokens < LEAST_WINDOW:
+        raise ValueError(f"--window-tokens is {tokens}, expected at least {LEAST_WINDOW}")
+    windows = Windows(_ids(INSTRUCTION, tokenizer).shape[1], min(OVERLAP, tokens // 4), tokens)
+    if limit is not None and windows.span > limit:
+        most = limit - windows.prefix - windows.overlap
+        raise ValueError(
+            f"--window-tokens is {tokens}, expected at most {most}: the model reads {limit + QUESTION_TOKENS}, of which "
+            f"{windows.prefix} are for the instruction, {windows.overlap} for overlap, {QUESTION_TOKENS} for a question"
+        )
+    return windows
 
 
 def answer_tokens(model: Any, asked: Tensor, cache: Any, eos: Any, most: int) -> Iterator[int]:
