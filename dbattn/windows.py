@@ -94,6 +94,6 @@ class Windows:
     def __str__(self) -> str:
         return (
             f"{self.rows} tokens read in {len(self.of(self.rows))} windows of {self.tokens}, each after the first "
-            f"{self.prefix} of the text and at least {self.overlap} of the window before; what follows stands at position "
-            f"{self.rows + self.shift}"
+            f"{self.prefix} of the text and {self.overlap} or more of the window before; what follows stands at "
+            f"position {self.rows + self.shift}"
         )

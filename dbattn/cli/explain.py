@@ -44,5 +44,7 @@ def run_explain(
         with about.handle.watch(explain):
             next(step)
     plan = sum_plans(list(plans.values())) if layer is None else plans[layer]
+    if about.handle.windows is not None:
+        print(f"rows: {about.handle.windows}")
     print(plan)
     write_json(json_path, plan.to_dict())

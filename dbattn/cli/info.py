@@ -1,5 +1,6 @@
 """dbattn info: what a context holds."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,8 +22,8 @@ def run_info(*, context: Path, json_path: Path | TextIO | None, quiet: bool) -> 
     facts = _facts(info)
     console = table_console()
     names = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in facts.items():
-        if name not in ("files", "config"):
+    for name, value in {**facts, "windows": info.windows}.items():
+        if name not in ("files", "config") and (name != "windows" or value):
             names.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     changed = {name: value for name, value in facts["config"].items() if value is not None}
     names.add_row("config", ", ".join(f"{name}={value}" for name, value in changed.items()))
@@ -49,6 +50,7 @@ def _facts(info: SnapshotInfo) -> dict[str, Any]:
         "model": None if model is None else f"{model.name} (fingerprint {model.fingerprint})",
         "weights": None if model is None else (model.state or {}).get("weights"),
         "rows": info.rows,
+        "windows": None if info.windows is None else asdict(info.windows),
         "texts": info.batch,
         "layers": len(info.layers),
         "kv_heads": layer.num_kv_heads,

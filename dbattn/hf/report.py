@@ -3,13 +3,14 @@
 from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from ..query.audit import figure, percentile95
 from ..query.stats import RunningStats
+from ..windows import Windows
 from .layer_report import (
     CLOSE,
     FAR,
@@ -55,6 +56,7 @@ class Summary:
         seconds, seconds_dense: see LayerReport, over all layers; None with fewer than 5 timed calls.
         timed: audited calls behind them.
         within: with ``max_error``, share of audited queries whose error kept the bound.
+        windows: how the rows were read, in words, where that was by windows; else "".
     """
 
     layers: int
@@ -77,6 +79,7 @@ class Summary:
     timed: int
     within: float | None
     prompts_by_lists: str = ""
+    windows: str = ""
 
     @property
     def verdict(self) -> str:
@@ -108,6 +111,8 @@ class Summary:
                 f"everything: {counted(self.dense)}"
             )
         lines += [f"{count} of {self.layers} layers: {reason}" for reason, count in self.left.items()]
+        if self.windows:
+            lines.append(f"Rows: {self.windows}")
         if self.prompts_by_lists:
             lines.append(self.prompts_by_lists)
         if self.prompts:
@@ -176,10 +181,10 @@ class Report:
     summary: Summary
 
     @classmethod
-    def of(cls, stats: Sequence[RunningStats]) -> "Report":
-        """Summarise the statistics of each layer."""
+    def of(cls, stats: Sequence[RunningStats], windows: Windows | None = None) -> "Report":
+        """Summarise the statistics of each layer; ``windows``: how the rows of the newest cache were read."""
         layers = tuple(layer_report(i, s) for i, s in enumerate(stats))
-        return cls(layers, _summary(stats, layers))
+        return cls(layers, replace(_summary(stats, layers), windows="" if windows is None else str(windows)))
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data: the summary, and every layer whole."""

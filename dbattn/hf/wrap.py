@@ -227,7 +227,7 @@ class Handle:
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
-        return Report.of(self._session.stats)
+        return Report.of(self._session.stats, self._session.windows_of(self._session.newest))
 
     def restart_report(self) -> None:
         """Let ``report`` count from here on."""

@@ -97,7 +97,7 @@ def windows_for(model: Any, tokenizer: Any, tokens: int | None = None) -> Window
     if limit is not None and windows.span > limit:
         most = limit - windows.prefix - windows.overlap
         raise ValueError(
-            f"--window-tokens is {tokens}, expected at most {most}: the model reads {limit + QUESTION_TOKENS}, of which "
+            f"--window-tokens is {tokens}, expected at most {most}: of {limit + QUESTION_TOKENS} that the model reads, "
             f"{windows.prefix} are for the instruction, {windows.overlap} for overlap, {QUESTION_TOKENS} for a question"
         )
     return windows
