@@ -5,8 +5,9 @@ try:
 except ImportError as error:
     raise ImportError('wrapping a model needs transformers: pip install "dbattn[hf]"') from error
 
+from ..windows import Windows
 from .decoder import UnsupportedModelError
 from .load import load_model
 from .wrap import Handle, wrap
 
-__all__ = ["Handle", "UnsupportedModelError", "load_model", "wrap"]
+__all__ = ["Handle", "UnsupportedModelError", "Windows", "load_model", "wrap"]
