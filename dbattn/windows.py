@@ -3,9 +3,11 @@
 The text is cut into windows. Each is read alone, from position 0 on: the text's first tokens (the prefix), the last
 tokens of the window before (the overlap), then its own; only the rows of its own are kept. So the work is linear in the
 text, no position is beyond the trained range, and a question, which follows the newest window, sees the rows of all
-windows as if each stood right before it. After parallel context windows (Ratner et al. 2023).
+windows as if each stood right before it. After parallel context windows (Ratner et al. 2023); that many of them need a
+sharper softmax is from adaptive parallel encoding (Yang et al. 2025).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from index_kernels.integer import is_integer
@@ -59,6 +61,15 @@ class Windows:
         """What a row after those of the windows is moved by: row r stands at position ``r + shift``."""
         return min(0, self.span - self.rows)
 
+    @property
+    def sharpening(self) -> float:
+        """Factor of the logits of what follows: so many windows at once would drown what one of them says.
+
+        The log of the rows that are seen over that of the rows of a window, as for positions beyond a trained range
+        (log-n scaling): a softmax over more rows keeps the entropy that the model knows. 1 for a single window.
+        """
+        return math.log(self.rows) / math.log(self.span) if self.rows > self.span > 1 else 1.0
+
     def full(self, rows: int) -> int:
         """Of so many rows, those of full windows: they stay as they are when the text goes on."""
         return 0 if rows < self.span else rows - (rows - self.span) % self.tokens
@@ -95,5 +106,5 @@ class Windows:
         return (
             f"{self.rows} tokens read in {len(self.of(self.rows))} windows of {self.tokens}, each after the first "
             f"{self.prefix} of the text and {self.overlap} or more of the window before; what follows stands at "
-            f"position {self.rows + self.shift}"
+            f"position {self.rows + self.shift}, with logits times {self.sharpening:.3g}"
         )

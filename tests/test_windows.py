@@ -1,9 +1,11 @@
 """Texts longer than a model's own window: how they are cut and read, where a question stands, what a kill leaves."""
 
 import json
+import math
 import os
 import re
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,8 +74,9 @@ def test_windows_tile_a_text_and_all_end_at_one_position(prefix, overlap, tokens
         assert window.stop + window.shift == windows.span
         assert window.since + window.shift == prefix
         assert prefix <= window.since <= window.first - overlap
-    if rows >= windows.span:
-        assert replace(windows, rows=rows).shift + rows == windows.span
+    whole = replace(windows, rows=rows)
+    assert rows + whole.shift == min(rows, windows.span)
+    assert (whole.sharpening > 1) == (rows > windows.span > 1)
     # A text that goes on keeps the windows that were full.
     full = windows.full(rows)
     assert 0 <= rows - full < windows.span
@@ -108,7 +111,18 @@ def test_a_text_of_one_window_is_what_it_is_without_windows(model, ids):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_question_stands_where_the_newest_window_ends_and_sees_every_row(model, ids, folder):
+@contextmanager
+def sharpened(model):
+    """The plain model with the logits that ``ROWS`` rows in windows are given."""
+    factor = math.log(ROWS) / math.log(WINDOWS.span)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= factor
+    yield
+    for layer in model.model.layers:
+        layer.self_attn.scaling /= factor
+
+
+def test_a_question_stands_where_the_newest_window_ends_and_sees_every_row_with_sharper_logits(model, ids, folder):
     with torch.inference_mode():
         with wrap(model, context=folder) as handle, handle.dense():
             assert handle.windows == replace(WINDOWS, rows=ROWS)
@@ -120,15 +134,16 @@ def test_a_question_stands_where_the_newest_window_ends_and_sees_every_row(model
             )
             cache.crop(ROWS - cache.get_seq_length())
             logits = model(QUESTION, past_key_values=cache).logits
-        at = torch.arange(WINDOWS.span, WINDOWS.span + QUESTION.shape[1])[None]
-        expected = model(QUESTION, past_key_values=plain, position_ids=at).logits
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-        # Each token of ``generate`` stands one further.
-        token, tokens = expected[:, -1:].argmax(dim=-1), []
-        for step in range(6):
-            tokens.append(int(token))
-            at = torch.tensor([[WINDOWS.span + QUESTION.shape[1] + step]])
-            token = model(token, past_key_values=plain, position_ids=at).logits[:, -1:].argmax(dim=-1)
+        with sharpened(model):
+            at = torch.arange(WINDOWS.span, WINDOWS.span + QUESTION.shape[1])[None]
+            expected = model(QUESTION, past_key_values=plain, position_ids=at).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+            # Each token of ``generate`` stands one further.
+            token, tokens = expected[:, -1:].argmax(dim=-1), []
+            for step in range(6):
+                tokens.append(int(token))
+                at = torch.tensor([[WINDOWS.span + QUESTION.shape[1] + step]])
+                token = model(token, past_key_values=plain, position_ids=at).logits[:, -1:].argmax(dim=-1)
     assert generated[0, text.shape[1] :].tolist() == tokens
 
 

@@ -40,6 +40,9 @@ def attention_function(
         what = ", ".join(given) or f"dropout={dropout}"
         raise NotImplementedError(f"{type(module).__name__} asks for {what}, which dbattn does not serve")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    under_way = forward_pass.get()
+    if under_way is not None:
+        scale *= under_way.sharpening
     layer: DatabaseLayer | None = getattr(key, "_dbattn", None)
     padding: Tensor | None = getattr(attention_mask, "_dbattn_start", None)
     causal = kwargs.get("is_causal")
@@ -79,7 +82,7 @@ def attention_function(
     elif layer is not None:
         reason = "the model changed the values after its cache"
         layer.session.note_dense(layer.layer_index, reason, query, key, value)
-    elif (under_way := forward_pass.get()) is not None:
+    elif under_way is not None:
         under_way.note_bypass(getattr(module, "layer_idx", None), query, key, value)
     out = _foreign(query, plain(key), plain(value), attention_mask, scale, softcap, s_aux, causal)
     return _as_sdpa_returns(out), None

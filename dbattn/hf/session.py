@@ -193,12 +193,13 @@ class Session:
 class ForwardPass:
     """A wrapped model's forward pass that is under way: its session, the cache it was given, and who attends.
 
-    ``served``: attention goes through dbattn's function.
+    ``served``: attention goes through dbattn's function. ``sharpening``: a factor of its logits.
     """
 
     session: Session
     cache: Cache | None
     served: bool
+    sharpening: float = 1.0
 
     def note_bypass(self, number: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Count a call of layer ``number`` whose keys came from no database, with the reason."""

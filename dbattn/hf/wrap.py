@@ -347,12 +347,14 @@ class Handle:
             forward_pass.set(ForwardPass(self._session, cache, served))
             return args, kwargs
         self._session.note_missing_context(cache, given.get("input_ids"))
+        sharpening = 1.0
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
             if (windows := self._session.windows_of(cache)) is not None:
                 args, kwargs = (), given | {"position_ids": _positions(given, cache, windows)}
+                sharpening = windows.sharpening
             self._session.note_call(cache, given.get("input_ids"))
-        forward_pass.set(ForwardPass(self._session, cache, served))
+        forward_pass.set(ForwardPass(self._session, cache, served, sharpening))
         return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
