@@ -325,3 +325,21 @@ def test_a_book_of_one_line_is_one_window(model_folder, tmp_path):
     info = describe(tmp_path / "a")
     assert info.rows == info.windows.rows < info.windows.span
     assert main(["ask", str(tmp_path / "a"), "Who?", "--model", str(model_folder), "--max-tokens", "2"]) == 0
+
+
+def test_the_benchmark_looks_for_needles_each_way(model_folder, tmp_path):
+    from benchmarks import bench_windows
+
+    (tmp_path / "text.txt").write_text(read_haystack()[:8000])
+    words = ["--tokens", "1500", "--text", str(tmp_path / "text.txt"), "--model", str(model_folder)]
+    words += ["--window-tokens", "600", "--overlap", "100", "--json", str(tmp_path / "w.json")]
+    bench_windows.main(["--ways", "one", "windows", "yarn", *words])
+    one, windows, yarn = json.loads((tmp_path / "w.json").read_text())["results"]
+    assert one["tokens"] == windows["tokens"] == yarn["tokens"] > 1500
+    assert (one["windows"], windows["windows"], yarn["windows"]) == (None, 3, None)
+    # Where the model's own range is enough, YaRN changes nothing.
+    assert yarn["nll"] == pytest.approx(one["nll"], rel=1e-4)
+    assert windows["nll"] != one["nll"]
+    assert windows["passages_alone"] == pytest.approx(one["passages_alone"], rel=1e-4)
+    assert windows["bytes_per_token"] > 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, numbers, bytes
+    assert windows["retrieved"]["ms_per_token"] > 0

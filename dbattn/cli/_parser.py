@@ -90,7 +90,7 @@ def _add_ingest(commands: Any) -> None:
         "  dbattn ingest book.txt --out book.dbattn --model ./my-model --save-every 8192\n"
         "  dbattn ingest - --out book.dbattn                            what a pipe brings\n"
         "  dbattn ingest book.txt --out book.dbattn --tokens 7936       only its beginning\n"
-        "  dbattn ingest book.txt --out book.dbattn --window-tokens 2048 --storage int8",
+        "  dbattn ingest book.txt --out book.dbattn --window-tokens 4096 --storage int8",
     )
     ingest.add_argument("file", type=_input, metavar="FILE", help="UTF-8 text; - is standard input")
     ingest.add_argument("--out", type=Path, required=True, metavar="CONTEXT", help="snapshot folder, made or resumed")
@@ -104,7 +104,7 @@ def _add_ingest(commands: Any) -> None:
         "--window-tokens",
         type=int,
         metavar="N",
-        help="read by windows of N new tokens (default: only a text too long for the model, of 4096 or half its range)",
+        help="read by windows of N new tokens (default: only a text too long for the model, of 2048)",
     )
     ingest.add_argument(
         "--storage",

@@ -21,7 +21,7 @@ QUESTION_TOKENS = 256
 CHUNK = 512
 # New tokens of a window of a text that is longer than the model's own, and tokens of the window before that are read
 # again. A window shorter than LEAST_WINDOW is more overlap than text.
-WINDOW, OVERLAP, LEAST_WINDOW = 4096, 256, 64
+WINDOW, OVERLAP, LEAST_WINDOW = 2048, 256, 64
 # A passage ends with a sentence if it can, else where it is this long.
 PASSAGE, LONGEST_PASSAGE = 64, 100
 
