@@ -2,7 +2,8 @@
 
 The leading segments are read as if they were all there is, by queries of the sample that asked shortly before they end;
 their answers are compared with a dense scan of the same rows. So what is found is a function of these rows and queries
-alone. The newest rows, which a call reads exactly, are read as rows of lists here: the budget is larger by a window.
+alone. The newest rows, which a call reads besides, compete for the budget here. (With a budget larger by a window,
+errors of answers were up to 1.9 times what was expected, in twelve layers of three models; 1.6 times without.)
 
 Audits may raise the budget by size and not lower it: what is asked next is not always like what was asked before.
 (Where they could halve it, layers of Qwen2.5-Coder were four times as far off as was expected.)
@@ -83,7 +84,7 @@ def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:
     counted = known.to(device)[:, None].expand(-1, queries.shape[1], -1)
 
     def error(read: int) -> float:
-        how = budget(asked.rows, read + asked.window).reading(call, asked.rows, asked.rows, tail=asked.tail)
+        how = budget(asked.rows, read).reading(call, asked.rows, asked.rows, tail=asked.tail)
         outs = [
             attend_segmented(queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start).out
             for i in range(queries.shape[2])
