@@ -9,9 +9,10 @@ half: every query is audited under the default config, with int8 rows, and answe
 Files hold ``{layer}.key``, ``{layer}.value`` [Hkv, T, D] and ``{layer}.query`` [Hq, m, D] of the last m positions, with
 or without a batch dimension, as benchmarks/capture.py writes them; ``--rows`` keeps the first 8 rows and the newest.
 
-JSON: results[] = {model, layer, rows, error, p95, expected, bytes_of_dense, error_int8, learning_ms, within,
-bound_error, bound_bytes}; learning_ms is of clustering all rows anew, sampling and audits; expected is None where
-nothing was audited.
+JSON: results[] = {model, layer, rows, error, p95, expected, bytes_of_dense, error_int8, learning_ms, few_error,
+few_bytes, kept_int8, within, bound_error, bound_bytes}; learning_ms is of clustering all rows anew, sampling and
+audits; expected is None where nothing was audited. few_error and few_bytes: with int8 rows and a budget k of about 4 %
+of float32 bytes; kept_int8: bytes of a row, its code and its part of the index, of those of a float32 row.
 """
 
 import argparse
@@ -29,11 +30,13 @@ from dbattn.query.audit import AuditReport
 
 from . import readme
 from ._common import RESULTS, SMOLLM2, print_table, progress, write_json
-from ._stores import Quality
+from ._stores import Quality, with_config
 from .capture import Rows, load_rows, rows_of_file
 
 LAYERS = (8, 22)
 AUDITED, BOUNDED, BOUND = 24, 60, 0.05
+# Share of float32 bytes that int8 rows are also read with.
+FEW = 0.04
 
 
 def layers_of(paths: Sequence[Path], rows: int) -> Iterator[tuple[str, int, Rows]]:
@@ -59,8 +62,17 @@ def measure(rows: Rows) -> dict[str, Any]:
         "bytes_of_dense": quality.bytes_read / quality.bytes_dense,
     }  # fmt: skip
     small, _ = _learnt(rows, half, RetrievalConfig(dense_below=0, audit_rate=0.0, storage="int8"))
-    errors = [_error(small, query, rows, stop) for query, stop in _decode(small, rows, half, AUDITED)]
-    found["error_int8"] = float(torch.cat(errors).mean())
+    whole = sum(part[:, :, 0].numel() for part in (rows.keys, rows.values)) * torch.float32.itemsize
+    few = with_config(small, k=_budget_of(small, rows.query[:, :, half - 1 : half], FEW * whole * len(small)))
+    errors, few_errors = [], []
+    for query, stop in _decode(small, rows, half, AUDITED):
+        errors.append(_error(small, query, rows, stop))
+        few_errors.append(_error(few, query, rows, stop))
+    found |= {
+        "error_int8": float(torch.cat(errors).mean()), "few_error": float(torch.cat(few_errors).mean()),
+        "few_bytes": few.audit(query).bytes_read / (whole * len(small)),
+        "kept_int8": (small.store.row_bytes * small.store.num_kv_heads + small.index.nbytes / len(small)) / whole,
+    }  # fmt: skip
     bound, _ = _learnt(rows, half, RetrievalConfig(dense_below=0, max_error=BOUND))
     errors = [_error(bound, query, rows, stop) for query, stop in _decode(bound, rows, half, BOUNDED)]
     kept = torch.cat(errors)
@@ -68,6 +80,12 @@ def measure(rows: Rows) -> dict[str, Any]:
         "within": float((kept <= BOUND).float().mean()), "bound_error": float(kept.mean()),
         "bound_bytes": bound.stats.bytes_read / bound.stats.bytes_dense,
     }  # fmt: skip
+
+
+def _budget_of(db: AttentionDB, query: Tensor, size: float) -> int:
+    """The budget k with which ``query`` reads about ``size`` bytes: they grow with it by the same for each row."""
+    low, high = (with_config(db, k=k).audit(query).bytes_read for k in (64, 192))
+    return max(1, round(64 + 128 * (size - low) / max(1, high - low)))
 
 
 def _learnt(rows: Rows, half: int, config: RetrievalConfig) -> tuple[AttentionDB, float]:
