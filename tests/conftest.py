@@ -83,10 +83,10 @@ def tiny_llama(**changes):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=1000,
-        hidden_size=48,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=6,
+        num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
         **changes,

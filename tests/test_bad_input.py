@@ -104,16 +104,16 @@ def test_queries_that_do_not_fit(query, message):
 
 
 def test_an_empty_store_says_so_and_inserting_nothing_is_fine():
-    db = AttentionDB(2, 8)
+    db = AttentionDB(2, 16)
     with pytest.raises(ValueError, match="the store is empty"):
-        db.attend(rows(1, 4, 1, 8))
-    db.insert(rows(1, 2, 0, 8), rows(1, 2, 0, 8))
+        db.attend(rows(1, 4, 1, 16))
+    db.insert(rows(1, 2, 0, 16), rows(1, 2, 0, 16))
     assert len(db) == 0
     with pytest.raises(ValueError, match=r"expected 1 to 0"):
-        db.attend(rows(1, 4, 1, 8))
+        db.attend(rows(1, 4, 1, 16))
     db.truncate(0)
-    db.insert(rows(1, 2, 3, 8), rows(1, 2, 3, 8))
-    assert db.attend(rows(1, 4, 1, 8)).shape == (1, 4, 1, 8)
+    db.insert(rows(1, 2, 3, 16), rows(1, 2, 3, 16))
+    assert db.attend(rows(1, 4, 1, 16)).shape == (1, 4, 1, 16)
 
 
 @pytest.mark.parametrize("k", [0, -3, 2.5, True, "8"])
@@ -212,13 +212,13 @@ def test_start_is_checked_and_a_refused_insert_leaves_no_rows():
 
 
 def test_a_row_that_was_all_padding_may_start_later():
-    db = AttentionDB(1, 4)
-    db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 5]))
-    assert db.attend(rows(2, 1, 1, 4))[1].eq(0).all()
-    db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 8]))
+    db = AttentionDB(1, 16)
+    db.insert(rows(2, 1, 5, 16), rows(2, 1, 5, 16), start=torch.tensor([0, 5]))
+    assert db.attend(rows(2, 2, 1, 16))[1].eq(0).all()
+    db.insert(rows(2, 1, 5, 16), rows(2, 1, 5, 16), start=torch.tensor([0, 8]))
     assert db.store.start.tolist() == [0, 8]
     with pytest.raises(ValueError, match="differs"):
-        db.insert(rows(2, 1, 5, 4), rows(2, 1, 5, 4), start=torch.tensor([0, 9]))
+        db.insert(rows(2, 1, 5, 16), rows(2, 1, 5, 16), start=torch.tensor([0, 9]))
 
 
 @pytest.mark.parametrize("m", [1, 2])

@@ -16,7 +16,7 @@ REFUSED = "dbattn serves inference"
 
 def deepseek():
     torch.manual_seed(0)
-    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "first_k_dense_replace": 2, "n_group": 1}
     sizes = {**SIZES, "num_key_value_heads": 4, "moe_intermediate_size": 16, "topk_group": 1}
     return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes, **latent, **experts)).eval()
@@ -88,8 +88,8 @@ def test_rows_handed_to_other_attention_refuse_gradients_too(family, storage):
 
 
 def test_a_databases_answers_refuse_gradients():
-    query, keys = torch.randn(1, 2, 1, 8, requires_grad=True), torch.randn(1, 1, 200, 8, requires_grad=True)
-    db, of_graph = (AttentionDB(1, 8, config=RetrievalConfig(index="flat", k=8, dense_below=0)) for _ in range(2))
+    query, keys = torch.randn(1, 2, 1, 16, requires_grad=True), torch.randn(1, 1, 200, 16, requires_grad=True)
+    db, of_graph = (AttentionDB(1, 16, config=RetrievalConfig(index="flat", k=8, dense_below=0)) for _ in range(2))
     db.insert(keys.detach(), keys.detach())
     of_graph.insert(keys, keys)
     depth = RowSource(keys[:, :, :4], keys[:, :, :4])

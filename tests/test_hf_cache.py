@@ -46,8 +46,8 @@ def test_rows_read_from_outside_come_by_position():
 
 
 def test_packed_rows_come_by_position_too():
-    db = AttentionDB(2, 8, config=RetrievalConfig(**SEALING, storage="int8"))
-    keys, values = torch.randn(1, 2, 400, 8), torch.randn(1, 2, 400, 8)
+    db = AttentionDB(2, 16, value_dim=8, config=RetrievalConfig(**SEALING, storage="int8"))
+    keys, values = torch.randn(1, 2, 400, 16), torch.randn(1, 2, 400, 8)
     db.insert(keys, values)
     assert len(db.index) > 128
     for got, given in ((db.keys, keys), (db.values, values)):
@@ -121,8 +121,7 @@ def test_a_config_of_another_type_is_refused_at_the_door(config):
         AttentionDB(1, 8, config=config)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.bfloat16), ("gpt2", torch.float16)])
 def test_autocast_is_served_in_the_type_that_transformers_uses(family, dtype):
     model, inputs = tiny(family), prompt()
     with torch.inference_mode():

@@ -159,7 +159,7 @@ def test_settings_changed_at_runtime_are_another_model(change, match):
 def test_a_model_is_the_same_after_reading_and_after_a_round_trip_to_disk(rope, tmp_path):
     parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0}
     if rope == "longrope":
-        parameters |= {"short_factor": [1.0] * 6, "long_factor": [3.0] * 6, "original_max_position_embeddings": 64}
+        parameters |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 64}
     elif rope == "default":
         del parameters["factor"]
     model = tiny(max_position_embeddings=64, rope_parameters=parameters)
