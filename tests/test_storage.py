@@ -326,7 +326,7 @@ def test_a_few_large_channels_do_not_cost_the_others_their_precision(index):
     keys, values = conftest.random_rows(1200, dim=64)
     keys[..., 5] += 40
     values[..., 7] += 20
-    query = torch.randn(1, 4, 1, 64)
+    query = torch.randn(1, 6, 1, 64)
     query[..., 5] = 0
     exact = dense_attention(query, keys, values)
     errors = [
@@ -372,13 +372,13 @@ def test_search_and_weights_are_those_of_the_rows_as_kept(index):
 
 @pytest.mark.parametrize("index", ["segmented", "ivf", "hnsw"])
 def test_what_queries_teach_is_the_same_whatever_rows_are_kept_as(index):
-    keys, values = conftest.random_rows(2400)
+    keys, values = rows(2400)
     # Along four numbers queries are large: only there must lists tell keys apart.
     queries = torch.randn(1, 4, 2400, 16) * torch.tensor([4.0] * 4 + [0.2] * 12)
     metrics, masses = [], []
     for storage in ("float32", "int8"):
         config = RetrievalConfig(index=index, k=64, dense_below=0, n_sink=2, window=8, storage=storage)
-        db = AttentionDB(2, 16, config=config)
+        db = AttentionDB(2, 16, value_dim=8, config=config)
         db.insert(keys, values, queries)
         metrics.append(db.store.sample.metric(1024, db.store.start, 2)[0])
         masses.append(sum(db.audit(queries[:, :, i : i + 1]).attention_mass for i in range(8)) / 8)
