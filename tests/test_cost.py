@@ -230,11 +230,11 @@ def test_half_precision_rows_are_never_dearer_than_scoring_every_key_in_float32(
 @pytest.mark.parametrize("rows", [1500, 4096, 16384])
 @pytest.mark.parametrize("index", INDEXES)
 def test_index_memory_and_bytes_are_those_of_a_real_index(index, rows):
-    db, query = database(*random_rows(rows, dim=32), index=index, k=100), torch.randn(1, 4, 1, 32)
-    cost = model_cost(one_layer(), rows, config=db.config)
+    db, query = database(*random_rows(rows), index=index, k=100), torch.randn(1, 4, 1, 16)
+    cost = model_cost(one_layer(dim=16), rows, config=db.config)
     assert cost.memory.index == pytest.approx(db.index.nbytes, rel=0.03)
     plan, report = db.explain(query), db.audit(query)
-    vectors = 2 * 4 * 4 * 32
+    vectors = 2 * 4 * 4 * 16
     read = size_of(cost, "scores", "values", "index", "tail") - vectors
     # One estimate in the library: the planner's.
     assert read == pytest.approx(sum(source.estimated.bytes for source in plan.sources), abs=2)
@@ -242,7 +242,7 @@ def test_index_memory_and_bytes_are_those_of_a_real_index(index, rows):
     # How far a graph is walked, or how full the probed cells are, depends on the keys.
     low, high = (0.4, 2.5) if index in ("ivf", "hnsw") else (0.9, 1.1)
     assert low < read / report.bytes_read < high
-    assert size_of(model_cost(one_layer(), rows), "scores", "values") - vectors == report.bytes_dense
+    assert size_of(model_cost(one_layer(dim=16), rows), "scores", "values") - vectors == report.bytes_dense
 
 
 def test_flops_under_an_index_follow_the_rows_it_reads():

@@ -110,8 +110,9 @@ def test_opened_lists_are_read_exactly_and_the_others_answer_by_summary(run, dev
 @pytest.mark.parametrize("name", MORE)
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_width_and_type_is_served(run, device, name):
-    if device == "interpreter" and "80" not in name and "256" not in name:
-        pytest.skip("the interpreter multiplies in float32 whatever the type")
+    dtype, _, _, dim, *_ = MORE[name]
+    if device == "interpreter" and (dtype != torch.bfloat16 or dim in (64, 128)):
+        pytest.skip("the interpreter multiplies in float32 whatever the type, and other tests have powers of two")
     check(run, device, name, MORE[name], True)
 
 

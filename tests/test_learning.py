@@ -235,7 +235,7 @@ def test_a_wrapped_model_learns_from_its_prompt():
         samples = [layer.db.store.sample for layer in cache.layers]
         metrics = [layer.db.store.sample.metric(1024, layer.db.store.start, 2)[0] for layer in cache.layers]
         assert all(layer.db.index.learnt for layer in cache.layers)
-    assert all(sample.present[: 1300 // STRIDE].all() and sample.heads == 6 for sample in samples)
+    assert all(sample.present[: 1300 // STRIDE].all() and sample.heads == 4 for sample in samples)
     assert not torch.equal(metrics[0], metrics[1])
 
 

@@ -21,7 +21,7 @@ INDEXES = sorted(INDEX_TRAITS)
 def filled(n=4096, **options):
     """A database of random rows that reads as the planner chooses, and a query: the same for an ``n``."""
     torch.manual_seed(0)
-    return database(*random_rows(n, dim=32), **{"dense_below": None, **options}), torch.randn(1, 4, 1, 32)
+    return database(*random_rows(n), **{"dense_below": None, **options}), torch.randn(1, 4, 1, 16)
 
 
 def captured(layer, **options):
@@ -75,7 +75,7 @@ def test_a_dense_plan_says_what_it_reads_and_why():
     plan = db.explain(query)
     assert plan.is_dense
     assert plan.sources[0].actual.rows == plan.sources[0].estimated.rows == 600
-    assert plan.sources[0].actual.bytes == plan.sources[0].estimated.bytes == 600 * 2 * 64 * 4
+    assert plan.sources[0].actual.bytes == plan.sources[0].estimated.bytes == 600 * 2 * 32 * 4
     assert plan.seconds_estimated == plan.seconds_dense
 
 
@@ -98,7 +98,7 @@ def choose_anew(db, query):
 
 def test_a_decode_call_is_planned_for_once_in_many_rows_and_explained_row_by_row():
     db, query = filled(index="segmented", k=64, dense_below=0, audit_rate=0.0)
-    keys, values = random_rows(1, dim=32)
+    keys, values = random_rows(1)
     planned = choose_plan.cache_info().misses
     for _ in range(ROWS_PER_PLAN):
         db.insert(keys, values)
@@ -273,7 +273,7 @@ def test_heads_whose_rows_all_matter_are_answered_densely(index):
 def test_the_ladder_steps_down_when_it_can():
     torch.manual_seed(0)
     keys, values = torch.randn(1, 1, 4096, 16), torch.randn(1, 1, 4096, 16)
-    hard, easy = 2 * torch.randn(1, 1, 1, 16), 8 * keys[:, :, 2000:2001]
+    hard, easy = (q.repeat(1, 2, 1, 1) for q in (2 * torch.randn(1, 1, 1, 16), 8 * keys[:, :, 2000:2001]))
     db = database(keys, values, index="segmented", max_error=0.03, audit_rate=0.1)
     for _ in range(10):
         db.attend(hard)
