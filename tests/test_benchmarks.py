@@ -61,7 +61,7 @@ def _never_wait(monkeypatch):
     monkeypatch.setattr(QuietGuard, "wait", lambda self, seconds=0.0: None)
 
 
-def synthetic(rows=1536, heads=1, group=1, dim=16):
+def synthetic(rows=1536, heads=1, group=2, dim=16):
     return Rows(
         torch.randn(1, heads, rows, dim), torch.randn(1, heads, rows, dim), 2 * torch.randn(1, heads * group, 512, dim)
     )
@@ -74,7 +74,7 @@ def test_the_exponent_of_known_times_is_found():
 
 
 def test_exact_sides_pass_and_a_wrong_kernel_is_refused():
-    rows = synthetic(300, heads=2, group=3)
+    rows = synthetic(300, heads=2, group=2)
     db = build(rows, config_of("flat", 10), 300)
     query = query_at(rows, 299)
     right = [contender.side for contender in bench_decode.dense_contenders([db])]
@@ -194,7 +194,7 @@ def test_the_planner_is_charged_for_the_plan_it_chooses(monkeypatch):
     for dense, index, regret in ((1.0, 2.0, {"dense": 1.0, "index": 2.0}), (3.0, 1.5, {"dense": 2.0, "index": 1.0})):
         timings = {"dense": Timing([dense], 1.0), "index": Timing([index], 1.0)}
         monkeypatch.setattr(bench_plan, "time_sides", lambda *args, timings=timings, **options: timings)
-        found = bench_plan._choice(stores, 2, 64)
+        found = bench_plan._choice(stores, 3, 64)
         assert found["regret"] == pytest.approx(regret[found["chosen"]])
         assert found["ms_dense"] == 1000 * dense
         assert found["ms_index_estimated"] > 0
@@ -203,7 +203,7 @@ def test_the_planner_is_charged_for_the_plan_it_chooses(monkeypatch):
 def test_bounds_are_audited_beside_the_answers(monkeypatch):
     monkeypatch.setattr(bench_plan, "load_rows", lambda tokens, layer: synthetic(1536))
     found = bench_plan.bounds(1536, 0.3, steps=6)
-    assert found["queries"] == 2 * 6
+    assert found["queries"] == 2 * 6 * 2
     assert sum(found["rungs"].values()) == 12
     assert 0 <= found["within"] <= 1
     assert found["bytes_of_dense"] > 0

@@ -34,7 +34,7 @@ from dbattn.text.prompt import CHUNK, INSTRUCTION, context_ids, passages
 
 COMMANDS = ("demo", "ingest", "ask", "info", "explain", "compare", "cost")
 QUESTION = "What is a module?"
-KILLS = 20
+KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -493,7 +493,7 @@ def test_killed_anywhere_an_ingest_resumes_and_ends_bit_for_bit_the_same(long_mo
         found = files_of(out)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
-    assert in_the_middle >= 5
+    assert in_the_middle >= 3
 
     # One more, beyond the bytes: it answers alike.
     answers = []
