@@ -97,7 +97,7 @@ SHAPES = [
     (1, 4, 1, 2, 300, 13, 64, torch.float16),
     (2, 4, 4, 1, 200, 80, 48, torch.bfloat16),
     (1, 6, 2, 3, 200, 128, 128, torch.float32),
-    (1, 1, 1, 1, 1100, 64, 80, torch.bfloat16),
+    (1, 1, 1, 1, 1100, 12, 20, torch.bfloat16),
 ]
 
 
@@ -161,7 +161,7 @@ def test_expanded_arguments_are_read_with_their_strides(run, backend):
     ("heads", "kv_heads", "m", "length", "dim", "k", "start", "stop"),
     [
         (1, 1, 1, 1, 13, 1, None, None),
-        (3, 1, 2, 7, 64, 10, [4, 0], [3, 7]),
+        (2, 1, 2, 7, 64, 10, [4, 0], [3, 7]),
         (4, 2, 1, 300, 13, 600, [250, 0], [299]),
         (2, 2, 1, 200, 80, 7, [190, 20], [195]),
         (1, 1, 1, 1100, 16, 40, None, None),
@@ -247,7 +247,7 @@ def test_the_reference_top_k_is_a_sort_of_the_visible_rows():
 @settings(deadline=None, max_examples=50)
 @given(parts=st.lists(st.integers(0, 5), min_size=1, max_size=24), seed=st.integers(0, 2**16))
 def test_merging_any_partition_gives_the_whole(parts, seed):
-    query, rows = (torch.randn(1, 2, n, 8, generator=rng(seed + n)) * 2 for n in (1, len(parts)))
+    query, rows = (torch.randn(1, 2, n, 16, generator=rng(seed + n)) * 2 for n in (1, len(parts)))
     ids = torch.arange(len(parts)).expand(1, 2, 1, -1)
     states = [attend_rows(query, rows, rows, ids=ids.masked_fill(torch.tensor(parts) != p, -1)) for p in range(6)]
     merged = merge_states(torch.stack([s[0] for s in states]), torch.stack([s[1] for s in states]))
@@ -336,9 +336,17 @@ def test_a_backend_that_has_no_such_operator_raises():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim", "length"), [(3, 1, 64, 64, 700), (2, 2, 20, 7, 33)])
-def test_dense_decode_equals_the_reference(run, backend, softcap, dtype, heads, kv_heads, dim, value_dim, length):
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "length", "dim", "value_dim", "dtype"),
+    [
+        (3, 1, 700, 64, 64, torch.float32),
+        (7, 1, 300, 12, 20, torch.float32),
+        (4, 2, 33, 13, 5, torch.float32),
+        (4, 2, 33, 16, 8, torch.float16),
+        (4, 2, 300, 16, 8, torch.bfloat16),
+    ],
+)
+def test_dense_decode_equals_the_reference(run, backend, softcap, heads, kv_heads, length, dim, value_dim, dtype):
     query = torch.randn(2, heads, 1, dim, generator=rng(5)).to(dtype)
     keys, values = rows_of(kv_heads, length, dim, dtype), rows_of(kv_heads, length, value_dim, dtype, seed=1)
     for start in (None, torch.tensor([0, length - 1]), torch.tensor([length, 3])):
