@@ -167,6 +167,8 @@ def _engine(results: dict[str, Any]) -> list[Target]:
     insert = results.get("insert", {})
     share = insert.get("prefill", {}).get("share")
     found.append(Target("sealing and merging, share of the model's prefill at 8K", 0.10, 0.03, share, False))
+    share = insert.get("prefill", {}).get("learning_share")
+    found.append(Target("learning from queries, share of the model's prefill at 8K", 0.04, 0.02, share, False))
     overheads = [size["overhead"] for size in insert.get("sizes", [])]
     found.append(Target("memory above one copy of K and V", 0.20, 0.10, max(overheads, default=None), False))
 

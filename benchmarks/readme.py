@@ -161,7 +161,8 @@ def _insert(results: Record) -> list[str]:
     head = ("rows", "chunk", "µs per token", "of it sealing", "longest call, ms", "index / rows, bytes")
     return [
         f"Sealing and merging in all layers take {p['sealing_s']:.2f} s of a prefill of {p['tokens']:,} tokens in "
-        f"{p['s']:.1f} s: {_percent(p['share'])}.",
+        f"{p['s']:.1f} s: {_percent(p['share'])}; learning from its queries takes {p['learning_s']:.2f} s: "
+        f"{_percent(p['learning_share'])}.",
         "",
         *_table(head, rows),
     ]
