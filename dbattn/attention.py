@@ -412,6 +412,24 @@ class AttentionDB:
         self.store.select(batch)
         self.index.select(batch)
 
+    def fork(self) -> "AttentionDB":
+        """A database with the same rows; neither ever sees what comes to the other later, or what is cut there.
+
+        Time and memory do not depend on the number of rows, but for the first fork, which moves them (and lists of
+        "segmented", and sampled queries) into pages that all forks share: one copy. A page is copied by the system when
+        one of them writes to it, so a fork costs what is done to it: its new rows, and rows that it seals anew. What
+        was added or sealed since those pages were made is copied at each fork, up to a 32nd of the rows; then all is
+        moved again. Indexes of FAISS are shared as by ``copy.deepcopy``. On a GPU, and where there are no such pages
+        (Windows), a fork is a copy.
+
+        What calls did is counted (``stats``), and what audits taught is learnt, in one place for all.
+        """
+        twin = copy.copy(self)
+        twin.store = self.store.fork()
+        twin.index = self.index.fork(twin.store.capacity)
+        twin._prompt_log = copy.deepcopy(self._prompt_log)
+        return twin
+
     def __len__(self) -> int:
         """Rows stored per batch row, padding included."""
         return len(self.store)
@@ -437,7 +455,10 @@ class AttentionDB:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the rows' buffers (spare capacity included), the index, and sampled queries."""
+        """Bytes held: the rows' buffers (spare capacity included), the index, and sampled queries.
+
+        What forks share is counted in each of them.
+        """
         sample = self.store.sample
         return self.store.nbytes + self.index.nbytes + (0 if sample is None else sample.nbytes)
 

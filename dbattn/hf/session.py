@@ -153,7 +153,7 @@ class Session:
         first.windows = windows
 
     def fill(self, cache: DynamicCache) -> None:
-        """Give an empty cache of ours the context's rows, a copy of them.
+        """Give an empty cache of ours the context's rows; all caches share them, see ``AttentionDB.fork``.
 
         Raises:
             ValueError: the model's adapters have changed since the context was opened.
@@ -164,7 +164,7 @@ class Session:
                 f"{in_words(now)}: make that active again, or wrap the model anew with another context"
             )
         for number, db in self.context.items():
-            cache.layers[number].hold(copy.deepcopy(db))
+            cache.layers[number].hold(db.fork())
         if self.token_ids is not None and (first := self._first(cache)) is not None:
             first.token_ids = self.token_ids
         if self.context and (first := self._first(cache)) is not None:

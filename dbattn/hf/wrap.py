@@ -139,8 +139,9 @@ class Handle:
     def new_cache(self) -> DynamicCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
 
-        It holds the context's rows, if there is a context: a copy of its own, which costs one pass over memory. Crop it
-        back after a question, or take a new one.
+        It begins with the context's rows, if there is a context. All such caches share them, and own what comes after
+        (``AttentionDB.fork``): the first one reads the context into memory, the next ones take next to no time and
+        memory. Crop it back after a question, or take a new one.
         """
         cache = DynamicCache(config=self.model.config)
         self._session.adopt(cache)

@@ -1,5 +1,7 @@
 """Lists: the arrays behind SegmentedIndex, one row of summaries per list and super-list."""
 
+import copy
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -8,8 +10,12 @@ from index_kernels import ListArrays, ListTable, SegmentArrays, SuperListArrays
 from index_kernels.packed import SCALE_BYTES, code_bytes
 from index_kernels.summaries import Array
 
+from ..store import Pages, Spread
+
 ROWS_PER_LIST = 32
 ROWS_PER_SUPER_LIST = 512
+# Room for more segments in arrays that forks share.
+SPARE_SEGMENTS = 8
 # Size, first row and variance of a list.
 NUMBERS_BYTES = 12
 
@@ -52,6 +58,8 @@ class Lists:
         self.shape = zeros(np.uint16, dim, dim)
         self.cross = zeros(np.uint16, dim, value_dim)
         self._table: ListTable | None = None
+        # What all forks share until one of them writes; None where nothing is, or where ours are others by now.
+        self._pages: Pages | None = None
 
     @property
     def table(self) -> ListTable:
@@ -76,7 +84,7 @@ class Lists:
         self.lists = self.lists._replace(**_room(self.lists, lists))
         self.supers = self.supers._replace(**_room(self.supers, supers))
         self.segments = self.segments._replace(**_room(self.segments, segments))
-        self._table = None
+        self._table = self._pages = None
 
     def settle(self, segments: int) -> None:
         """Take in that the first ``segments`` segments have been written: their moments count from now on."""
@@ -96,12 +104,60 @@ class Lists:
         """Forget the lists after the first ``segments`` segments."""
         self.lists.used[:] = self.segments.lists[:, :, segments]
         self.supers.used[:] = self.segments.supers[:, :, segments]
+        self._pages = None
         self.settle(segments)
+
+    def fork(self, segments: int, sealed: int, rows: int) -> "Lists":
+        """The same lists, of ``segments`` segments and ``sealed`` rows, in a store with room for ``rows`` rows.
+
+        Neither sees what is done to the other. They share memory as the rows do, see ``KVStore.fork``.
+        """
+        if self._pages is None:
+            pages = Pages.of(self._spread(segments, sealed, rows))
+            if pages is None:
+                return copy.deepcopy(self)
+            self._take(pages)
+        pages = self._pages
+        assert pages is not None
+        twin = copy.copy(self)
+        twin._take(pages)
+        return twin
+
+    def _spread(self, segments: int, sealed: int, rows: int) -> list[Spread]:
+        """The arrays that may be large, and room for as many lists as ``rows`` rows may make."""
+        rows, more = max(rows, self.positions.shape[2]), segments + SPARE_SEGMENTS
+        most, most_supers = most_lists(rows, more)
+        used, used_supers = int(self.lists.used.max()), int(self.supers.used.max())
+
+        def spread(array: Array, used: int, room: int) -> Spread:
+            return Spread([torch.from_numpy(array[:, :, :used])], max(room, array.shape[2]))
+
+        positions = np.broadcast_to(np.arange(sealed, rows, dtype=np.int32), (*self.positions.shape[:2], rows - sealed))
+        found = [
+            Spread([torch.from_numpy(part) for part in (self.positions[:, :, :sealed], positions.copy())], rows),
+            spread(self.codes, sealed, rows),
+        ]
+        found += [spread(array, used, most) for array in self.lists[:-1]]
+        # Where the last one ends is kept behind the begins of all: one place more.
+        found += [spread(self.supers.first, used_supers + 1, most_supers + 1)]
+        found += [spread(array, used_supers, most_supers) for array in self.supers[1:-1]]
+        found += [spread(array, segments + 1, more + 1) for array in self.segments[:2]]
+        found += [spread(array, segments, more) for array in self.segments[2:]]
+        return found
+
+    def _take(self, pages: Pages) -> None:
+        """Use a view of the pages that were made of ``_spread`` in place of our arrays."""
+        self.positions, self.codes, *arrays = [tensor.numpy() for tensor in pages.view()]
+        lists, supers = len(self.lists) - 1, len(self.supers) - 1
+        self.lists = ListArrays(*arrays[:lists], self.lists.used.copy())
+        self.supers = SuperListArrays(*arrays[lists : lists + supers], self.supers.used.copy())
+        self.segments = SegmentArrays(*arrays[lists + supers :])
+        self._table, self._pages = None, pages
 
     def select(self, batch: Array) -> "Lists":
         """The lists of the given batch rows."""
         chosen: Lists = object.__new__(Lists)
-        chosen.summary_bytes, chosen._table = self.summary_bytes, None
+        chosen.summary_bytes, chosen._table, chosen._pages = self.summary_bytes, None, None
         for name in ("positions", "codes", "shape", "cross"):
             setattr(chosen, name, getattr(self, name)[batch])
         chosen.lists = ListArrays(*(array[batch] for array in self.lists))

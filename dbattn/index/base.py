@@ -1,5 +1,6 @@
 """KeyIndex: what every index over the keys of one store can do."""
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -160,6 +161,10 @@ class KeyIndex(ABC):
     @abstractmethod
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']``; an index may repeat."""
+
+    def fork(self, rows: int) -> Self:
+        """The same index for a fork of its store, with room for ``rows`` rows; neither sees the other's later ones."""
+        return copy.deepcopy(self)  # most indexes hold little beside the rows, or share it among copies
 
     def positions(self, slots: Tensor) -> Tensor:
         """Row positions of places in the store, ``[B, Hq, m, n]``: the same, unless the index moves rows."""

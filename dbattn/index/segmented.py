@@ -9,6 +9,7 @@ of their code, all other lists by summary. Follows RetroInfer's wave index (segm
 the codes as weights, the metric learnt from queries and the second-moment corrections are our own.
 """
 
+import copy
 from importlib.util import find_spec
 from typing import Any, Self
 
@@ -250,6 +251,14 @@ class SegmentedIndex(KeyIndex):
         self.in_pieces = False
         if not length:
             self._lists = None  # the next rows may come in another batch size
+
+    def fork(self, rows: int) -> Self:
+        """See KeyIndex; the lists are shared as the rows are."""
+        twin = copy.copy(self)
+        twin._audited = dict(self._audited)
+        if self._lists is not None:
+            twin._lists = self._lists.fork(len(self._bounds) - 1, len(self), rows)
+        return twin
 
     def select(self, batch: Tensor) -> None:
         """See KeyIndex."""

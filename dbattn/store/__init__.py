@@ -2,6 +2,7 @@
 
 from .mapped import MappedRows, new_buffer
 from .noise import exponential_noise
+from .pages import Pages, Spread
 from .queries import QuerySample
 from .rows import KVStore, rows_at
 from .source import RowSource, StateSource
@@ -10,8 +11,10 @@ from .storage import check_finite, check_queries, check_range, on_device
 __all__ = [
     "KVStore",
     "MappedRows",
+    "Pages",
     "QuerySample",
     "RowSource",
+    "Spread",
     "StateSource",
     "check_finite",
     "check_queries",

@@ -6,6 +6,7 @@ queries just before the rows that are clustered end: those of a text's beginning
 far, mislead (measured: worse than none at all).
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from index_kernels import floats, pack_rows
 from index_kernels.packed import SCALE_BYTES, rotated
 
 from .drift import Drift
+from .pages import Shared, Spread
 from .storage import check_range
 
 # Every STRIDE-th query is kept; a metric is made of those of the WINDOW rows before it.
@@ -24,6 +26,8 @@ STEP, LEAST_KNOWN = 512, 16
 GIVEN = WINDOW // STRIDE
 # Swept on rows of SmolLM2, Qwen2.5-Coder and Gemma 3: power 1 does as well on most layers and fails on some.
 POWER, RIDGE = 0.75, 1e-3
+# Room for more of them in shared pages; and how many new ones are copied at each fork.
+FEW_PLACES = 128
 # Metrics kept at hand.
 METRICS = 8
 
@@ -46,6 +50,8 @@ class QuerySample:
         self.drift = Drift()
         # Whether the rows that the metric is for are kept rotated; what is kept of the queries is not.
         self._rotated = False
+        # What of ``queries`` is shared with forks; its places count as rows.
+        self._shared: Shared | None = None
         self._metrics: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -67,6 +73,9 @@ class QuerySample:
                 room = max(count, 2 * len(self.present)) - len(self.present)
                 self.queries = torch.nn.functional.pad(self.queries, (0, 0, 0, room))
                 self.present = torch.nn.functional.pad(self.present, (0, room))
+                self._shared = None
+            if self._shared is not None:
+                self._shared = self._shared.before(at)
             self.queries[:, :, at:count] = pack_rows(chosen)
             self.present[at:count] = True
 
@@ -95,6 +104,7 @@ class QuerySample:
         with torch.inference_mode(False), torch.no_grad():
             self.queries, self.given = self.queries[batch], self.given[batch]
             self.given_known = self.given_known[batch.cpu()]
+        self._shared = None
         self._metrics = {}
 
     def latest(self, stop: int, start: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -146,9 +156,14 @@ class QuerySample:
         at = torch.arange(first, first + packed.shape[2])
         return packed, self.present[first:last] & (STRIDE * at >= start[:, None])
 
+    @property
+    def _used(self) -> int:
+        """Places up to the last one whose query came."""
+        return int(self.present.nonzero().max()) + 1 if bool(self.present.any()) else 0
+
     def state(self) -> dict[str, Tensor]:
         """What a snapshot keeps of it."""
-        used = int(self.present.nonzero().max()) + 1 if bool(self.present.any()) else 0
+        used = self._used
         about, ratios = self.drift.state()
         return {
             "drift_about": about,
@@ -210,14 +225,34 @@ class QuerySample:
             sample.given, sample.given_known, sample.given_rows = given.clone().to(device), known.bool(), int(stop)
         return sample
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "QuerySample":
-        copy = object.__new__(type(self))
-        memo[id(self)] = copy
-        copy.__dict__.update(self.__dict__)
+    def fork(self) -> "QuerySample":
+        """A sample of the same queries; what it takes in later is its own. See ``KVStore.fork``."""
+        used, shared = self._used, self._shared
+        if shared is None or used - shared.rows > FEW_PLACES:
+            room = max(len(self.present), used + max(used // 8, FEW_PLACES))
+            shared = Shared.of([Spread([self.queries[:, :, :used]], room)], used)
+            if shared is None:
+                return copy.deepcopy(self)
+            with torch.inference_mode(False):
+                self.present = torch.nn.functional.pad(self.present, (0, room - len(self.present)))
+            (self.queries,) = shared.pages.view()
+            self._shared = shared
+        (queries,) = shared.view([self.queries], used)
+        return self._with(queries, shared)
+
+    def _with(self, queries: Tensor, shared: Shared | None) -> "QuerySample":
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
         # Written in place by ``note``; everything else is replaced whole.
         with torch.inference_mode(False):
-            copy.queries, copy.present, copy._metrics = self.queries.clone(), self.present.clone(), dict(self._metrics)
-        return copy
+            made.queries, made._shared = queries, shared
+            made.present, made._metrics = self.present.clone(), dict(self._metrics)
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuerySample":
+        with torch.inference_mode(False):
+            memo[id(self)] = made = self._with(self.queries.clone(), None)
+        return made
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,7 @@
 """KVStore: the rows of one layer, kept once, in buffers that grow by an eighth."""
 
 import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,8 +12,14 @@ from index_kernels.ops import FLOATS
 from index_kernels.reference import softcapped
 
 from .mapped import MappedRows, new_buffer
+from .pages import Shared, Spread
 from .queries import STRIDE, QuerySample
 from .storage import LOOKED_AT, check_queries, check_range, on_device, stored
+
+# Room for more rows in shared pages, an eighth of them but no less: it takes no memory before it is used.
+SPARE_ROWS = 4096
+# Rows added to a store, or moved in it, since its pages were made: so many, or a 32nd, are copied at each fork.
+FEW_ROWS = 256
 
 
 class KVStore:
@@ -48,6 +55,7 @@ class KVStore:
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._mapped: MappedRows | None = None
         self._saved: tuple[str, int] = "", 0
+        self._shared: Shared | None = None
         self._row_bytes = 0
         self._looked_at = 0
         self.requires_grad = False
@@ -215,8 +223,62 @@ class KVStore:
         self.touch(0)
 
     def touch(self, first: int) -> None:
-        """Say that rows from ``first`` on were moved or replaced, so that a snapshot's files no longer hold them."""
+        """Say that rows from ``first`` on were moved or replaced: snapshots and shared pages no longer hold them."""
         self._saved = self._saved[0], min(self._saved[1], first)
+        if self._shared is not None:
+            self._shared = self._shared.before(first)
+
+    def fork(self) -> "KVStore":
+        """A store with the same rows; neither sees what is done to the other.
+
+        The first one moves the rows into pages that all share until they write (see pages.py); the next ones copy what
+        was added or moved since, until that is a larger part. On a device, and where a system has no such pages, each
+        has a copy.
+        """
+        twin = copy.copy(self)
+        if self._has_buffers:
+            twin._buffers, twin._shared = self._forked()
+            twin._mapped = None
+        twin.sample = None if self.sample is None else self.sample.fork()
+        return twin
+
+    def _forked(self) -> tuple[tuple[Tensor, Tensor], Shared | None]:
+        shared = self._shared
+        if shared is None or self._length - shared.rows > max(FEW_ROWS, self._length // 32):
+            shared = self._moved_to_pages()
+        if shared is None:
+            return self._copied(), None
+        keys, values = shared.view(self.buffers, self._length)
+        return (keys, values), shared
+
+    def _moved_to_pages(self) -> Shared | None:
+        mapped, rows = self._mapped, self._length
+        if mapped is None:
+            keys, values = self.rows
+            mapped = MappedRows([(keys, values)], keys.device)
+        if mapped.device.type != "cpu":
+            return None
+        room = rows + max(rows // 8, SPARE_ROWS)
+        shared = Shared.of([Spread(parts, room) for parts in zip(*mapped.parts, strict=True)], rows)
+        if shared is not None:
+            # In this order: another thread may fork the same store.
+            keys, values = shared.pages.view()
+            self._buffers, self._mapped = (keys, values), None
+            self._shared = shared
+        return shared
+
+    def _copied(self) -> tuple[Tensor, Tensor]:
+        keys, values = (self._grown(buffer, buffer, buffer.shape[2]) for buffer in self.buffers)
+        return keys, values
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = copy.copy(self)
+        memo[id(self)] = made
+        if self._buffers is not None:
+            # Buffers in pages are views of one larger tensor, all of which copy.deepcopy would copy.
+            made._buffers, made._shared = self._copied(), None
+        made.sample = copy.deepcopy(self.sample, memo)
+        return made
 
     def mark_saved(self, digest: str) -> None:
         """Say that a snapshot's state ``digest`` holds all rows as they are."""
@@ -270,6 +332,11 @@ class KVStore:
         if self._buffers is None:
             raise ValueError("the store is empty: insert keys and values first")
         return self._buffers
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the buffers have room for."""
+        return self.buffers[0].shape[2] if self._has_buffers else 0
 
     @property
     def settled(self) -> int:
@@ -326,6 +393,7 @@ class KVStore:
             return
         # Both at once: were memory to run out in between, keys and values would differ in length.
         self._buffers = self._grown(before[0], keys, capacity), self._grown(before[1], values, capacity)
+        self._shared = None
 
     def _grown(self, buffer: Tensor | None, like: Tensor, capacity: int) -> Tensor:
         grown = new_buffer(like, capacity)

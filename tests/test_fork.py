@@ -1,0 +1,235 @@
+"""Forks: a database and its forks hold one copy of their rows, and never see what is done to another."""
+
+import copy
+import gc
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbattn import AttentionDB, RetrievalConfig
+from dbattn.store import pages
+
+OPTIONS = {"flat": {}, "ivf": {"nprobe": 8}, "hnsw": {"ef_search": 32, "neighbors": 8}, "segmented": {}}
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads Linux's /proc")
+
+
+def rows(n, batch=1):
+    return torch.randn(batch, 2, n, 16)
+
+
+def database(index="segmented", n=3000, batch=1, learning=True, **options):
+    config = RetrievalConfig(
+        index=index, **{"k": 64, "dense_below": 0, "window": 16, "audit_rate": 0.0, **OPTIONS[index], **options}
+    )
+    db = AttentionDB(2, 16, config=config)
+    grow(db, n, batch, learning=learning)
+    return db
+
+
+def grow(db, n, batch=1, *, learning=True):
+    """Insert random rows, with queries: a function of torch's seed."""
+    if n:
+        db.insert(rows(n, batch), rows(n, batch), torch.randn(batch, 4, n, 16) if learning else None)
+
+
+def assert_alike(one, other):
+    """The two hold the same rows and answer bit for bit alike."""
+    assert len(one) == len(other)
+    assert torch.equal(one.keys, other.keys)
+    assert torch.equal(one.values, other.values)
+    query = torch.randn(len(one.store.start), 4, 1, 16)
+    for options in ({}, {"retrieve": False}):
+        for a, b in zip(*(db.attend(query, return_lse=True, **options) for db in (one, other)), strict=True):
+            assert torch.equal(a, b)
+    a, b = one.search(query, 9), other.search(query, 9)
+    assert torch.equal(a.ids, b.ids)
+
+
+CHANGES = {
+    "insert": lambda db: grow(db, 40),
+    "seal": lambda db: grow(db, 200),
+    "merge": lambda db: grow(db, 1200),
+    "truncate": lambda db: db.truncate(1700),
+    "truncate and go on": lambda db: (db.truncate(1700), grow(db, 700)),
+    "empty": lambda db: (db.truncate(0), grow(db, 300)),
+    "put back": lambda db: db.release(),
+    "outgrow": lambda db: grow(db, 6000),
+    "select": lambda db: db.select(torch.tensor([0, 0])),
+    "analyze": lambda db: db.analyze(torch.randn(1, 4, 500, 16)),
+}
+
+
+@pytest.mark.parametrize("index", sorted(OPTIONS))
+@pytest.mark.parametrize("whose", ["fork", "origin"])
+def test_a_fork_and_its_origin_never_see_what_is_done_to_the_other(index, whose):
+    torch.manual_seed(0)
+    db = database(index)
+    kept = copy.deepcopy(db)
+    # Indexes of FAISS take long to build, and share what they share as copies do.
+    names = CHANGES if index in ("flat", "segmented") else ("insert", "truncate and go on")
+    for change in (CHANGES[name] for name in names):
+        origin, by_copy = db.fork(), copy.deepcopy(kept)
+        twin = origin.fork()
+        changed, other = (twin, origin) if whose == "fork" else (origin, twin)
+        for each in (changed, by_copy):
+            torch.manual_seed(1)
+            change(each)
+        assert_alike(other, kept)
+        assert_alike(changed, by_copy)
+        # What was changed is forked, and changed, in turn.
+        again = changed.fork()
+        batch = len(again.store.start)
+        for each in (again, by_copy):
+            torch.manual_seed(2)
+            grow(each, 300, batch)
+        assert_alike(again, by_copy)
+    assert_alike(db, kept)
+
+
+def test_batches_packed_rows_and_few_rows_are_forked_alike():
+    torch.manual_seed(0)
+    for n in (0, 1, 70):
+        db = database(n=n)
+        twin = db.fork()
+        grow(twin, 600)
+        assert len(db) == n
+        assert len(twin) == n + 600
+    for storage in ("int8", "float16"):
+        db = database("flat", n=1500, batch=2, storage=storage)
+        twin, other = db.fork(), copy.deepcopy(db)
+        for each in (twin, other):
+            torch.manual_seed(3)
+            grow(each, 700, 2)
+        assert_alike(twin, other)
+        assert len(db) == 1500
+
+
+def test_a_fork_survives_its_origin_and_the_origin_its_forks():
+    torch.manual_seed(0)
+    db = database()
+    kept, twin = copy.deepcopy(db), db.fork()
+    for _ in range(3):
+        db.fork()
+    gc.collect()
+    assert_alike(db, kept)
+    del db
+    gc.collect()
+    assert_alike(twin, kept)
+    grow(twin, 300)
+    assert len(twin) == 3300
+
+
+def test_a_copy_and_a_pickle_of_a_fork_are_their_own():
+    torch.manual_seed(0)
+    db = database()
+    twin = db.fork()
+    for other in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin))):
+        grow(other, 300)
+        assert_alike(twin, db)
+        torch.manual_seed(4)
+        grown, again = other.fork(), other.fork()
+        assert_alike(grown, again)
+
+
+def private_bytes():
+    found = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return sum(1024 * int(found[name].split()[0]) for name in ("Private_Dirty", "Private_Clean"))
+
+
+@ON_LINUX
+def test_a_thousand_forks_hold_one_copy_of_the_rows():
+    torch.manual_seed(0)
+    db = database(n=16500, learning=False)
+    query = torch.randn(1, 4, 1, 16)
+    expected = db.attend(query)
+    db.fork().attend(query)
+    before = private_bytes()
+    forks = [db.fork() for _ in range(1000)]
+    answers = [fork.attend(query) for fork in forks[::100]]
+    taken = private_bytes() - before
+    assert all(torch.equal(answer, expected) for answer in answers)
+    assert db.nbytes > 4e6
+    assert taken < 1000 * 20e3
+    # A new row costs each head's page, of keys and of values.
+    for fork in forks[:100]:
+        grow(fork, 1, learning=False)
+    assert private_bytes() - before - taken < 100 * 40e3
+
+
+@ON_LINUX
+def test_the_files_of_pages_are_closed_with_the_last_who_shares_them():
+    torch.manual_seed(0)
+    db = database(n=1500)
+
+    def files():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    before = files()
+    twin = db.fork()
+    assert before < files() <= before + 3
+    del db
+    assert files() > before
+    del twin
+    assert files() == before
+
+
+@pytest.mark.parametrize("broken", ["memory files", "any files"])
+def test_where_the_system_has_no_memory_files_forks_are_as_right(broken, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    if broken == "any files":
+
+        def refuse():
+            raise OSError("no files here")
+
+        monkeypatch.setattr(pages, "_memory_file", refuse)
+    torch.manual_seed(0)
+    db = database(n=1500)
+    kept, twin = copy.deepcopy(db), db.fork()
+    grow(twin, 700)
+    assert_alike(db, kept)
+    assert len(twin) == 2200
+
+
+def test_threads_ask_forks_of_one_database_at_the_same_time():
+    torch.manual_seed(0)
+    db = database(learning=False)
+    added = [(rows(300), rows(300)) for _ in range(4)]
+    query = torch.randn(1, 4, 1, 16)
+    expected = []
+    for keys, values in added:
+        other = copy.deepcopy(db)
+        other.insert(keys, values)
+        expected.append(other.attend(query))
+    failed = []
+
+    def ask(number):
+        for _ in range(5):
+            fork = db.fork()
+            fork.insert(*added[number])
+            if not torch.equal(fork.attend(query), expected[number]):
+                failed.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process")
+def test_a_forked_process_may_fork_what_it_inherits():
+    db = database("flat", n=1500)
+    db.fork()
+    if (child := os.fork()) == 0:
+        try:
+            twin = db.fork()
+            os._exit(0 if torch.equal(twin.store.keys, db.store.keys) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
