@@ -149,8 +149,8 @@ class Lists:
         """Use a view of the pages that were made of ``_spread`` in place of our arrays."""
         self.positions, self.codes, *arrays = [tensor.numpy() for tensor in pages.view()]
         lists, supers = len(self.lists) - 1, len(self.supers) - 1
-        self.lists = ListArrays(*arrays[:lists], self.lists.used.copy())
-        self.supers = SuperListArrays(*arrays[lists : lists + supers], self.supers.used.copy())
+        self.lists = ListArrays._make([*arrays[:lists], self.lists.used.copy()])
+        self.supers = SuperListArrays._make([*arrays[lists : lists + supers], self.supers.used.copy()])
         self.segments = SegmentArrays(*arrays[lists + supers :])
         self._table, self._pages = None, pages
 
