@@ -372,7 +372,7 @@ class AttentionDB:
     ) -> "AttentionDB":
         """A database that answers bit for bit like the one saved; changing it does not change the snapshot.
 
-        Every file is checked; rows are mapped, and copied to ``device`` on first use.
+        Every file is checked before this returns; rows are mapped, and copied to ``device`` on first use.
 
         Args:
             path: a snapshot folder of one layer; may come from anyone.

@@ -644,14 +644,14 @@ def test_what_a_killed_process_left_half_written_is_removed(saved_before, tmp_pa
 
 def test_an_opener_sees_the_snapshot_that_replaced_the_one_it_began_with(saved, snapshot, monkeypatch):
     new = database("flat", n=50)
-    real, replaced = reader._check_and_map, []
+    real, replaced = reader._open_files, []
 
     def replace_first(info):
         if not replaced:
             replaced.append(new.save(snapshot))
         return real(info)
 
-    monkeypatch.setattr(reader, "_check_and_map", replace_first)
+    monkeypatch.setattr(reader, "_open_files", replace_first)
     assert len(AttentionDB.open(snapshot)) == 50
 
 
@@ -699,6 +699,64 @@ def test_a_model_goes_on_from_its_context_as_if_it_had_just_read_it(index, tmp_p
         cache.crop(1150 - cache.get_seq_length())
         assert handle.save(tmp_path / "a", cache).bytes_written < 0.6 * describe(tmp_path / "a").nbytes
         assert handle.save(tmp_path / "a", cache).files_written == 0
+
+
+@pytest.fixture
+def context(tmp_path):
+    """A tiny model and a folder with a context of it."""
+    model = tiny()
+    with torch.inference_mode(), wrap(model, RetrievalConfig(index="flat")) as handle:
+        cache = handle.new_cache()
+        model(torch.randint(2, 126, (1, 40)), past_key_values=cache)
+        handle.save(tmp_path / "a", cache)
+    return model, tmp_path / "a"
+
+
+def test_wrapping_reads_no_rows_and_the_first_cache_refuses_what_is_damaged(context):
+    model, folder = context
+    path = next(folder.glob("rows-*"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with wrap(model, context=folder) as handle:
+        for _ in range(2):
+            with pytest.raises(SnapshotError, match=f"{path.name} is damaged"):
+                handle.new_cache()
+    path.write_bytes(content[:-1])
+    with pytest.raises(SnapshotError, match=path.name):
+        wrap(model, context=folder)
+    path.unlink()
+    with pytest.raises(SnapshotError, match=path.name):
+        wrap(model, context=folder)
+    wrap(model).unwrap()
+
+
+def test_a_wrapped_context_is_not_tied_to_its_folder_from_the_first_moment(context):
+    model, folder = context
+    with wrap(model, context=folder) as handle:
+        expected = handle.new_cache().layers[1].keys
+    with wrap(model, context=folder) as handle:
+        shutil.rmtree(folder)
+        assert torch.equal(handle.new_cache().layers[1].keys, expected)
+
+
+def test_new_caches_of_a_context_share_its_rows_and_not_what_comes_after(tmp_path):
+    model = tiny(max_position_embeddings=1024)
+    ids, step = torch.randint(2, 126, (1, 700)), torch.tensor([[5]])
+    config = RetrievalConfig(index="segmented", window=8, dense_below=0, k=64, audit_rate=0.0)
+    with torch.inference_mode():
+        with wrap(model, config) as handle:
+            model(ids, past_key_values=handle.new_cache())
+            handle.save(tmp_path / "a")
+        with wrap(model, context=tmp_path / "a") as handle:
+            expected = model(step, past_key_values=handle.new_cache()).logits
+            first, second = handle.new_cache(), handle.new_cache()
+            shared = [cache.layers[0].db.store._shared.pages for cache in (first, second)]
+            assert shared[0] is shared[1]
+            model(ids[:, :200], past_key_values=first)
+            assert torch.equal(model(step, past_key_values=second).logits, expected)
+            first.crop(-200)
+            assert (first.get_seq_length(), second.get_seq_length()) == (700, 701)
+            assert torch.equal(model(step, past_key_values=first).logits, expected)
 
 
 def test_a_padded_batch_keeps_its_padding(tmp_path):

@@ -15,12 +15,12 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttenti
 
 from index_kernels.integer import is_integer
 
-from ..attention import AttentionDB
 from ..config import RetrievalConfig
 from ..query.stats import RunningStats
 from ..windows import Windows
 from .adapters import Adapters, in_words
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
+from .shared_context import SharedContext
 from .switches import Switches
 from .window_cache import WindowCache, WindowLayer
 
@@ -34,8 +34,8 @@ class Session:
         self.config = config
         self.stats = stats
         self._switches: ContextVar[Switches | None] = ContextVar("switches", default=None)
-        # The layers of the context that every new cache begins with, by layer number; and its token ids.
-        self.context: dict[int, AttentionDB] = {}
+        # What every new cache begins with; and its token ids.
+        self.context: SharedContext | None = None
         self.token_ids: Tensor | None = None
         # How the context was read, where that was by windows.
         self.windows: Windows | None = None
@@ -157,18 +157,22 @@ class Session:
 
         Raises:
             ValueError: the model's adapters have changed since the context was opened.
+            SnapshotError (a ValueError): the first time, a file of the context is damaged; names it.
         """
-        if self.context and (now := self.adapters()) != self.context_adapters:
+        if self.context is None:
+            return
+        if (now := self.adapters()) != self.context_adapters:
             raise ValueError(
                 f"the context was read with {in_words(self.context_adapters)} active, the model now has "
                 f"{in_words(now)}: make that active again, or wrap the model anew with another context"
             )
-        for number, db in self.context.items():
-            cache.layers[number].hold(db.fork())
-        if self.token_ids is not None and (first := self._first(cache)) is not None:
+        for layer, db in zip(cache.layers, self.context.forks(), strict=True):
+            layer.hold(db)
+        first = self._first(cache)
+        assert first is not None
+        if self.token_ids is not None:
             first.token_ids = self.token_ids
-        if self.context and (first := self._first(cache)) is not None:
-            first.adapters, first.windows = [(0, self.context_adapters)], self.windows
+        first.adapters, first.windows = [(0, self.context_adapters)], self.windows
 
     def _first(self, cache: DynamicCache) -> DatabaseLayer | None:
         return next((layer for layer in cache.layers if isinstance(layer, DatabaseLayer)), None)

@@ -29,6 +29,7 @@ from .function import NAME, register, unregister
 from .offload import device_of
 from .report import Report
 from .session import ForwardPass, Session, forward_pass, left_to_transformers
+from .shared_context import SharedContext
 from .switches import Watcher
 from .trace import Trace
 from .travel import residual_stream, stream_errors
@@ -60,8 +61,9 @@ def wrap(
         UnsupportedModelError (a TypeError): the model cannot be served; names the class and the reason.
         RuntimeError: the model is wrapped already.
         FileNotFoundError: there is no such context.
-        SnapshotError (a ValueError): the context is damaged, of another model, or was built with another config; names
-            the file or what differs.
+        SnapshotError (a ValueError): the context is of another model, was built with another config, or lacks a file or
+            part of one; names the file or what differs. Of the other files' bytes none is read yet: damage to them is
+            found by the first ``handle.new_cache()``.
 
     Example:
         >>> with torch.inference_mode(), wrap(model, context="book.dbattn") as handle:
@@ -94,9 +96,7 @@ class Handle:
         if snapshot is not None:
             self._session.context_adapters = self._session.adapters()
             self._session.token_ids, self._session.windows = snapshot.token_ids, snapshot.info.windows
-            for number in range(len(layers)):
-                db = AttentionDB.of_snapshot(snapshot, number, self.config, device_of(model))
-                self._session.context[number] = db
+            self._session.context = SharedContext(snapshot, self.config, device_of(model))
         for stats, layer in zip(self._session.stats, layers, strict=True):
             if type(layer) not in SERVED:
                 stats.dense_reasons[left_to_transformers(layer)] = 0
@@ -142,6 +142,10 @@ class Handle:
         It begins with the context's rows, if there is a context. All such caches share them, and own what comes after
         (``AttentionDB.fork``): the first one reads the context into memory, the next ones take next to no time and
         memory. Crop it back after a question, or take a new one.
+
+        Raises:
+            ValueError: the model's adapters have changed since the context was opened.
+            SnapshotError (a ValueError): the first time, a file of the context is damaged; names it.
         """
         cache = DynamicCache(config=self.model.config)
         self._session.adopt(cache)

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import stat
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,13 +107,56 @@ def read_small(path: Path, limit: int) -> bytes:
         return file.read(limit)
 
 
-def check_content(path: Path, size: int, sha256: str) -> None:
-    """Raise SnapshotError unless the file is an ordinary one with these many bytes and this SHA-256."""
-    found = _size_of_ordinary(path)
-    if found != size:
-        raise SnapshotError(f"{path} is damaged: it has {found} bytes, expected {size}")
-    if digest_of(path) != sha256:
-        raise SnapshotError(f"{path} is damaged: its bytes are not those that were saved (SHA-256 differs)")
+class DataFile:
+    """A safetensors file of a snapshot, held open: what becomes of its name later does not matter.
+
+    It is mapped from disk: pages are read when they are touched, and never written. Whoever takes tensors calls
+    ``check`` before.
+    """
+
+    def __init__(self, path: Path, size: int, sha256: str) -> None:
+        """Open the file and read its header, which nobody has checked yet.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            SnapshotError: not an ordinary file of ``size`` bytes, or not a safetensors file.
+        """
+        found = _size_of_ordinary(path)
+        if found != size:
+            raise SnapshotError(f"{path} is damaged: it has {found} bytes, expected {size}")
+        self.path = path
+        self._sha256 = sha256
+        self._fd = os.open(path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._fd)
+        self._tensors = _open_tensors(path)
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return list(self._tensors.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors, mapped."""
+        # An ordinary tensor even under inference_mode, whose tensors could not be used outside it.
+        with torch.inference_mode(False):
+            found: Tensor = self._tensors.get_tensor(name)
+        return found
+
+    def check(self) -> None:
+        """Read every byte, the first time.
+
+        Raises:
+            SnapshotError: they have another SHA-256.
+        """
+        if not self._close.alive:
+            return
+        with os.fdopen(os.dup(self._fd), "rb") as file:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != self._sha256:
+                raise SnapshotError(
+                    f"{self.path} is damaged: its bytes are not those that were saved (SHA-256 differs)"
+                )
+        self._close()
 
 
 def digest_of(path: Path) -> str:
@@ -126,6 +171,12 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         SnapshotError: not a safetensors file, or one whose header claims what it cannot.
     """
+    with torch.inference_mode(False):
+        file = _open_tensors(path)
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a dict
+
+
+def _open_tensors(path: Path) -> Any:
     from safetensors import safe_open
 
     with path.open("rb") as file:
@@ -134,9 +185,8 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     if header > min(HEADER_LIMIT, path.stat().st_size - 8):
         raise SnapshotError(f"{path} is not a safetensors file: its header would have {header} bytes")
     try:
-        # Ordinary tensors even under inference_mode, whose tensors could not be used outside it.
-        with torch.inference_mode(False), safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a dict
+        with torch.inference_mode(False):
+            return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise
     except Exception as error:

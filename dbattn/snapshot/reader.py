@@ -1,8 +1,9 @@
-"""Opening a snapshot: everything is checked first, then the rows are mapped, then a store and an index take them."""
+"""Opening a snapshot: files are mapped, and every byte is checked before a store or an index takes any of them."""
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from index_kernels.packed import SCALE_BYTES
 from ..config import RetrievalConfig
 from ..index import KeyIndex
 from ..store import KVStore, MappedRows, QuerySample, check_range
-from .folder import MANIFEST, SnapshotError, check_content, map_tensors, read_small
+from .folder import MANIFEST, DataFile, SnapshotError, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
 
 # How often a writer may replace the snapshot while it is being opened.
@@ -33,7 +34,9 @@ def describe(path: str | os.PathLike[str]) -> SnapshotInfo:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot whose files have been checked and mapped; ``restore`` fills a store and an index from them.
+    """A snapshot whose files are open; ``restore`` fills a store and an index from them.
+
+    Opening does not read the files: their bytes are checked by the first ``restore``, all of them, before it takes any.
 
     Attributes:
         info: what the manifest says.
@@ -42,31 +45,44 @@ class Snapshot:
 
     info: SnapshotInfo
     token_ids: Tensor | None
-    _tensors: dict[FileInfo, dict[str, Tensor]]
+    _files: dict[FileInfo, DataFile]
+    _checking: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Snapshot":
-        """Check every byte of a snapshot against its manifest, and map its files.
+        """Check a snapshot's manifest and the sizes of its files, and map them; see ``check`` for the rest.
 
-        A writer may replace the snapshot meanwhile: then the new one is opened.
+        A writer may replace the snapshot meanwhile: then the new one is opened. What is open stays as it is.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            SnapshotError: it is not a snapshot, is of another format version, or a file is damaged; names the file.
+            SnapshotError: it is not a snapshot, is of another format version, or a file is missing, of another size or
+                no file of tensors; names the file.
         """
         folder = Path(path)
         raw = _read_manifest(folder)
         for _ in range(RETRIES):
             info = SnapshotInfo.from_bytes(folder, raw)
             try:
-                tensors = _check_and_map(info)
+                files = _open_files(info)
             except FileNotFoundError as error:
                 before, raw = raw, _read_manifest(folder)
                 if raw == before:
                     raise SnapshotError(f"{error.filename} is missing") from None
             else:
-                return cls(info, _take_token_ids(info, tensors), tensors)
+                return cls(info, _take_token_ids(info, files), files)
         raise SnapshotError(f"{folder} is replaced faster than it can be opened")
+
+    def check(self) -> None:
+        """Compare every byte of the files with what was saved, once.
+
+        Raises:
+            SnapshotError: a file is damaged; names it.
+        """
+        # hashlib releases the GIL; two files at a time keep a small machine's disk and cores busy.
+        with self._checking, ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            for done in [pool.submit(file.check) for file in self._files.values()]:
+                done.result()
 
     def config(self, wanted: RetrievalConfig | None) -> RetrievalConfig:
         """The config to open it with: its own, or ``wanted`` where that differs only in how a query reads.
@@ -93,14 +109,15 @@ class Snapshot:
         Rows stay mapped until the store is asked for them; an index of FAISS asks at once.
 
         Raises:
-            SnapshotError: a file holds something else than what the manifest says; names the file.
+            SnapshotError: a file is damaged, or holds something else than what the manifest says; names the file.
         """
+        self.check()
         if not self.info.rows:
             return
         layer, folder = self.info.layers[number], self.info.path
         own = {
-            file: _of_layer(number, tensors)
-            for file, tensors in sorted(self._tensors.items(), key=lambda item: item[0].first)
+            file: _of_layer(number, opened)
+            for file, opened in sorted(self._files.items(), key=lambda item: item[0].first)
             if number in file.layers and file.kind not in ("tokens", "queries")
         }
         parts = [self._rows(file, layer, arrays) for file, arrays in own.items() if file.kind != "index"]
@@ -126,9 +143,9 @@ class Snapshot:
 
     def _restore_queries(self, number: int, store: KVStore, device: torch.device) -> None:
         layer = self.info.layers[number]
-        for file, tensors in self._tensors.items():
+        for file, opened in self._files.items():
             if file.kind == "queries" and number in file.layers:
-                state = _of_layer(number, tensors)
+                state = _of_layer(number, opened)
                 try:
                     sample = QuerySample.of_state(
                         state, self.info.rows, len(layer.start), layer.num_kv_heads, layer.head_dim, device
@@ -176,30 +193,27 @@ def _read_manifest(folder: Path) -> bytes:
         raise SnapshotError(f"{folder} is not a snapshot: it is a file, expected a folder") from None
 
 
-def _check_and_map(info: SnapshotInfo) -> dict[FileInfo, dict[str, Tensor]]:
-    # hashlib releases the GIL; two files at a time keep a small machine's disk and cores busy.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for done in [pool.submit(check_content, info.path / f.name, f.bytes, f.sha256) for f in info.files]:
-            done.result()
-    mapped = {}
+def _open_files(info: SnapshotInfo) -> dict[FileInfo, DataFile]:
+    files = {}
     for file in info.files:
-        mapped[file] = tensors = map_tensors(info.path / file.name)
+        files[file] = opened = DataFile(info.path / file.name, file.bytes, file.sha256)
         known = {f"layer.{number}" for number in file.layers}
-        for name in tensors:
+        for name in opened.names:
             if file.kind != "tokens" and ".".join(name.split(".")[:2]) not in known:
-                raise SnapshotError(f"{info.path / file.name} is refused: {name!r} is not a tensor of its layers")
-    return mapped
+                raise SnapshotError(f"{opened.path} is refused: {name!r} is not a tensor of its layers")
+    return files
 
 
-def _of_layer(number: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_layer(number: int, file: DataFile) -> dict[str, Tensor]:
     prefix = f"layer.{number}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): file.tensor(name) for name in file.names if name.startswith(prefix)}
 
 
-def _take_token_ids(info: SnapshotInfo, tensors: dict[FileInfo, dict[str, Tensor]]) -> Tensor | None:
-    for file in tensors:
+def _take_token_ids(info: SnapshotInfo, files: dict[FileInfo, DataFile]) -> Tensor | None:
+    for file, opened in files.items():
         if file.kind == "tokens":
-            ids = tensors[file].get("token_ids")
+            opened.check()
+            ids = opened.tensor("token_ids") if "token_ids" in opened.names else None
             wanted = [info.batch, info.rows]
             if ids is None or ids.dtype != torch.int64 or list(ids.shape) != wanted or bool((ids < 0).any()):
                 raise SnapshotError(
