@@ -52,13 +52,27 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.is_initialized = False
         self.session = session
         self.layer_index = layer_index
-        self.db: AttentionDB | None = None
+        self._db: AttentionDB | None = None
+        # What is forked when the layer's rows are first asked for.
+        self._begins_with: AttentionDB | None = None
         # Of the rows stored, [B, n]; kept by the first layer for all. Shorter where some are not known.
         self.token_ids: Tensor | None = None
         # The adapters that rows were written under, each with the first of its rows; kept by the first layer.
         self.adapters: list[tuple[int, Adapters]] = []
         # How the first rows were read, where that was by windows; kept by the first layer.
         self.windows: Windows | None = None
+
+    @property
+    def db(self) -> AttentionDB | None:
+        """The layer's rows; None until the first."""
+        if self._begins_with is not None:
+            self._db, self._begins_with = self._begins_with.fork(), None
+            self._db.stats = self.session.stats[self.layer_index]
+        return self._db
+
+    @db.setter
+    def db(self, db: AttentionDB | None) -> None:
+        self._db, self._begins_with = db, None
 
     @property
     def keys(self) -> Tensor | None:
@@ -78,10 +92,9 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         )
         self.db.stats = self.session.stats[self.layer_index]
 
-    def hold(self, db: AttentionDB) -> None:
-        """Take over a database with rows in it."""
-        self.db = db
-        db.stats = self.session.stats[self.layer_index]
+    def begin_with(self, db: AttentionDB) -> None:
+        """Take over the rows of a database, which nobody changes: a fork of it, made when they are first asked for."""
+        self._db, self._begins_with = None, db
         rows = db.store.rows[0]
         # The model's own type is known with its first rows.
         self.dtype = rows.dtype if rows.is_floating_point() else torch.float32
@@ -131,7 +144,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def get_seq_length(self) -> int:
         """Rows stored."""
-        return 0 if self.db is None else len(self.db)
+        held = self._db if self._begins_with is None else self._begins_with
+        return 0 if held is None else len(held)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest ``-tokens_to_remove`` rows."""
@@ -172,6 +186,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = made = object.__new__(type(self))
+        self.db  # noqa: B018  # what it begins with belongs to others: a fork of it is copied
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 

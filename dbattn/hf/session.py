@@ -166,8 +166,8 @@ class Session:
                 f"the context was read with {in_words(self.context_adapters)} active, the model now has "
                 f"{in_words(now)}: make that active again, or wrap the model anew with another context"
             )
-        for layer, db in zip(cache.layers, self.context.forks(), strict=True):
-            layer.hold(db)
+        for layer, db in zip(cache.layers, self.context.layers, strict=True):
+            layer.begin_with(db)
         first = self._first(cache)
         assert first is not None
         if self.token_ids is not None:

@@ -10,7 +10,7 @@ from ..snapshot import Snapshot
 
 
 class SharedContext:
-    """The layers of a snapshot as databases, read when a cache first asks for them, which all caches fork."""
+    """The layers of a snapshot as databases, read when a cache first asks for them; all caches hold forks of them."""
 
     def __init__(self, snapshot: Snapshot, config: RetrievalConfig, device: torch.device) -> None:
         self._snapshot: Snapshot | None = snapshot
@@ -18,8 +18,9 @@ class SharedContext:
         self._reading = threading.Lock()
         self._layers: list[AttentionDB] = []
 
-    def forks(self) -> list[AttentionDB]:
-        """A fork of each layer.
+    @property
+    def layers(self) -> list[AttentionDB]:
+        """A database for each layer, to be forked and not changed.
 
         Raises:
             SnapshotError: a file is damaged, or holds something else than what the manifest says; names the file.
@@ -28,7 +29,7 @@ class SharedContext:
             if self._snapshot is not None:
                 self._layers = self._read(self._snapshot)
                 self._snapshot = None  # its files are let go
-        return [db.fork() for db in self._layers]
+        return self._layers
 
     def _read(self, snapshot: Snapshot) -> list[AttentionDB]:
         layers = []

@@ -147,7 +147,7 @@ class Lists:
 
     def _take(self, pages: Pages) -> None:
         """Use a view of the pages that were made of ``_spread`` in place of our arrays."""
-        self.positions, self.codes, *arrays = [tensor.numpy() for tensor in pages.view()]
+        self.positions, self.codes, *arrays = pages.arrays()
         lists, supers = len(self.lists) - 1, len(self.supers) - 1
         self.lists = ListArrays._make([*arrays[:lists], self.lists.used.copy()])
         self.supers = SuperListArrays._make([*arrays[lists : lists + supers], self.supers.used.copy()])

@@ -287,9 +287,7 @@ class SegmentedIndex(KeyIndex):
         self._bounds = target
         if not coded:
             code_segment(self._lists, store, first, stop)
-        self.learnt = store.sample is not None and bool(
-            store.sample.metric(stop, store.start, store.num_kv_heads)[1].any()
-        )
+        self.learnt = store.sample is not None and bool(store.sample.tells(stop, store.start).any())
 
     @property
     def nbytes(self) -> int:

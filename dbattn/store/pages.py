@@ -5,19 +5,25 @@ is mapped privately, so that a page is copied when, and only when, whoever holds
 same time and memory for ten rows and for ten million, and kernels that move rows in place need not know of it.
 """
 
+import math
 import os
 import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # Less than this is copied: a view has a price of its own, some 30 microseconds and an entry in the system's tables.
-LEAST_BYTES = 1 << 16
+LEAST_BYTES = 1 << 15
 PAGE = 1 << 14
+NUMPY = {torch.int8: np.int8, torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
+# What one call of the system writes at most.
+WRITTEN_AT_ONCE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,19 @@ class Spread:
         """Bytes of the parts."""
         return sum(part.nbytes for part in self.parts)
 
+    def write(self, fd: int, at: int) -> None:
+        """Put the parts into a file, the tensor beginning at byte ``at``."""
+        batch, heads, *_ = self.shape
+        row = self.parts[0].dtype.itemsize * math.prod(self.shape[3:])
+        for number, (b, h) in enumerate(product(range(batch), range(heads))):
+            place = at + number * self.capacity * row
+            for part in self.parts:
+                if part.shape[2]:
+                    rows = part[b, h].detach().contiguous().flatten().view(torch.uint8).numpy()
+                    for first in range(0, len(rows), WRITTEN_AT_ONCE):
+                        _write(fd, rows[first : first + WRITTEN_AT_ONCE], place + first)
+                place += part.shape[2] * row
+
 
 class Pages:
     """Tensors in a file in memory; each ``view`` of them can be written to, and nobody else sees it."""
@@ -51,15 +70,20 @@ class Pages:
         Raises:
             OSError, RuntimeError: this system has no such files, or no room for one.
         """
-        self._kinds = [(spread.shape, spread.parts[0].dtype) for spread in tensors]
+        # Where each begins (on a page of its own) and ends, and what it is.
+        self._places: list[tuple[int, int, torch.dtype, tuple[int, ...]]] = []
+        self._size = 0
+        for spread in tensors:
+            dtype = spread.parts[0].dtype
+            stop = self._size + dtype.itemsize * math.prod(spread.shape)
+            self._places.append((self._size, stop, dtype, spread.shape))
+            self._size = max(-(-stop // PAGE), 1) * PAGE
         self._fd = _memory_file()
         weakref.finalize(self, os.close, self._fd)
-        os.ftruncate(self._fd, sum(map(_room, self._kinds)))
-        for target, spread in zip(self._mapped(shared=True), tensors, strict=True):
-            at = 0
-            for part in spread.parts:
-                target[:, :, at : at + part.shape[2]] = part
-                at += part.shape[2]
+        os.ftruncate(self._fd, self._size)
+        for spread, (at, *_) in zip(tensors, self._places, strict=True):
+            spread.write(self._fd, at)
+        self.view()  # raises where it cannot be mapped
 
     @classmethod
     def of(cls, tensors: Sequence[Spread]) -> "Pages | None":
@@ -75,19 +99,19 @@ class Pages:
 
     def view(self) -> list[Tensor]:
         """The tensors, each with all its room; they stay when the Pages go."""
-        return self._mapped(shared=False)
-
-    def _mapped(self, *, shared: bool) -> list[Tensor]:
-        size = sum(map(_room, self._kinds))
-        found, at = [], 0
+        whole = self._mapped()
         # Ordinary tensors even under inference_mode, whose tensors could not be written to outside it.
         with torch.inference_mode(False):
-            whole = torch.from_file(f"/dev/fd/{self._fd}", shared=shared, size=size, dtype=torch.uint8)
-            for kind in self._kinds:
-                shape, dtype = kind
-                found.append(whole[at : at + _bytes(kind)].view(dtype).view(shape))
-                at += _room(kind)
-        return found
+            return [whole[at:stop].view(dtype).view(shape) for at, stop, dtype, shape in self._places]
+
+    def arrays(self) -> list[np.ndarray[Any, Any]]:
+        """The same as ``view``, as arrays."""
+        whole = self._mapped().numpy()
+        return [np.ndarray(shape, NUMPY[dtype], whole, at) for at, _, dtype, shape in self._places]
+
+    def _mapped(self) -> Tensor:
+        with torch.inference_mode(False):
+            return torch.from_file(f"/dev/fd/{self._fd}", shared=False, size=self._size, dtype=torch.uint8)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Pages":
         return self  # nobody writes to them
@@ -131,14 +155,10 @@ def _memory_file() -> int:
         return os.dup(file.fileno())
 
 
-def _bytes(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
-    shape, dtype = kind
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _room(kind: tuple[tuple[int, ...], torch.dtype]) -> int:
-    """Bytes from one tensor's begin to the next one's, which has a page to itself."""
-    return -(-max(1, _bytes(kind)) // PAGE) * PAGE
+def _write(fd: int, content: np.ndarray[Any, Any], at: int) -> None:
+    while len(content):
+        done = os.pwrite(fd, content.data, at)
+        content, at = content[done:], at + done
 
 
 def _none() -> None:

@@ -124,16 +124,27 @@ class QuerySample:
             A, float32 ``[B, Hkv, D, D]``, symmetric, positive and on the scale of the identity; bool ``[B]``. On the
             CPU.
         """
-        end = self.given_rows if stop <= self.given_rows else max(stop - stop % STEP, min(stop, STEP))
+        end = self._end_for(stop)
         if end not in self._metrics:
             if len(self._metrics) >= METRICS:
                 self._metrics.pop(next(iter(self._metrics)))
             self._metrics[end] = self._made(end, start.cpu(), kv_heads)
         return self._metrics[end]
 
+    def tells(self, stop: int, start: Tensor) -> Tensor:
+        """In which batch rows there are enough queries of rows up to ``stop`` for a metric, bool ``[B]``."""
+        return self._enough(self._end_for(stop), start.cpu())
+
+    def _end_for(self, stop: int) -> int:
+        return self.given_rows if stop <= self.given_rows else max(stop - stop % STEP, min(stop, STEP))
+
+    def _enough(self, end: int, start: Tensor) -> Tensor:
+        known = self._window(end, start)[1]
+        return known.sum(dim=1) >= (1 if end == self.given_rows else LEAST_KNOWN)
+
     def _made(self, end: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
         packed, known = self._window(end, start)
-        enough = known.sum(dim=1) >= (1 if end == self.given_rows else LEAST_KNOWN)
+        enough = self._enough(end, start)
         batch, heads, m, _ = packed.shape
         asked = floats(packed.cpu())
         queries = (rotated(asked) if self._rotated else asked).double() * known[:, None, :, None]
