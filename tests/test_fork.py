@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.bench_open import bench, make_context
 from dbattn import AttentionDB, RetrievalConfig
 from dbattn.store import pages
 
@@ -176,6 +177,15 @@ def test_a_thousand_forks_hold_one_copy_of_the_rows():
     for fork in forks[:100]:
         grow(fork, 1, learning=False)
     assert own_bytes() - before - taken < 100 * 40e3
+
+
+@ON_LINUX
+def test_the_benchmark_of_opening_measures_caches_that_share_a_context(tmp_path):
+    make_context(tmp_path / "a", None, 1500, None)
+    steps = {result["step"]: result for result in bench(tmp_path / "a", None)}
+    assert steps["first cache"]["shared_mb"] > 1
+    assert steps["hundredth cache"]["own_mb"] < 0.3
+    assert steps["hundredth cache"]["shared_mb"] == 0
 
 
 @ON_LINUX
