@@ -55,7 +55,8 @@ def model_of(path: Path | None) -> Any:
 def make_context(folder: Path, path: Path | None, rows: int, storage: str | None) -> None:
     """Save a context of random rows."""
     model = model_of(path)
-    config = RetrievalConfig(storage=storage, audit_rate=0.0)
+    # A budget by size: audits of random rows would ask for all of them.
+    config = RetrievalConfig(storage=storage, audit_rate=0.0, k=1024, dense_below=0)
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads

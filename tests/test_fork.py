@@ -12,6 +12,8 @@ import torch
 
 from benchmarks.bench_open import bench, make_context
 from dbattn import AttentionDB, RetrievalConfig
+from dbattn.index import segmented
+from dbattn.index._calibration import calibrate
 from dbattn.store import pages
 
 OPTIONS = {"flat": {}, "ivf": {"nprobe": 8}, "hnsw": {"ef_search": 32, "neighbors": 8}, "segmented": {}}
@@ -157,6 +159,30 @@ def own_bytes():
     """Memory of this process that no file holds; pages copied on write included."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
+def test_what_audits_find_of_common_rows_is_found_once_and_of_others_by_each(monkeypatch):
+    audited = []
+
+    def noted(call, asked, table):
+        audited.append(asked.rows)
+        return calibrate(call, asked, table)
+
+    monkeypatch.setattr(segmented, "calibrate", noted)
+    torch.manual_seed(0)
+    db = database(n=1100, k=None)
+    query = torch.randn(1, 4, 1, 16)
+    twins = [db.fork() for _ in range(3)]
+    for each in (*twins, db, db.fork(), twins[0].fork()):
+        each.attend(query)
+    assert audited == [1024]
+    kept = copy.deepcopy(db)
+    for twin in twins:
+        grow(twin, 600)
+        twin.attend(query)
+    assert audited == [1024, 1536, 1536, 1536]
+    assert len({(twin.index.needs.read, twin.index.needs.error) for twin in twins}) > 1
+    assert_alike(db, kept)
 
 
 @ON_LINUX

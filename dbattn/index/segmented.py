@@ -141,6 +141,9 @@ class SegmentedIndex(KeyIndex):
         self._bounds = [0]
         self._lists: Lists | None = None
         self._audited: dict[Question, Needs | None] = {}
+        # What was found of the first ``_common`` rows, in lists since before a fork: one finds it for all.
+        self._audited_in_common: dict[Question, Needs | None] = {}
+        self._common = 0
 
     def __len__(self) -> int:
         return self._bounds[-1]
@@ -205,13 +208,16 @@ class SegmentedIndex(KeyIndex):
         asked = question_of(call, self._bounds)
         if asked is None:
             return False
-        if asked not in self._audited:
+        audited = self._audited_in_common if asked.rows <= self._common else self._audited
+        try:
+            found = audited[asked]
+        except KeyError:
             assert self._lists is not None
-            if len(self._audited) >= KINDS:
-                self._audited.clear()
-            table = self._lists.table_of(self._bounds.index(asked.rows))
-            self._audited[asked] = calibrate(call, asked, table)
-        before, self.needs = self.needs, self._audited[asked]
+            found = calibrate(call, asked, self._lists.table_of(self._bounds.index(asked.rows)))
+            if len(audited) >= KINDS:
+                audited.clear()
+            audited[asked] = found
+        before, self.needs = self.needs, found
         return self.needs != before
 
     def search(
@@ -253,18 +259,24 @@ class SegmentedIndex(KeyIndex):
             self._lists = None  # the next rows may come in another batch size
 
     def fork(self, rows: int) -> Self:
-        """See KeyIndex; the lists are shared as the rows are."""
+        """See KeyIndex; the lists are shared as the rows are, and so is what audits find of these rows."""
+        if self._common != len(self):
+            found = {**self._audited_in_common, **self._audited}
+            self._audited, self._audited_in_common, self._common = {}, found, len(self)
         twin = copy.copy(self)
-        twin._audited = dict(self._audited)
+        twin._audited = {}
         if self._lists is not None:
             twin._lists = self._lists.fork(len(self._bounds) - 1, len(self), rows)
         return twin
 
     def select(self, batch: Tensor) -> None:
         """See KeyIndex."""
-        self._audited = {}
+        self._forget_audits()
         if self._lists is not None:
             self._lists = self._lists.select(batch.cpu().numpy())
+
+    def _forget_audits(self) -> None:
+        self._audited, self._audited_in_common, self._common = {}, {}, 0
 
     @property
     def bounds(self) -> list[int]:
@@ -322,7 +334,8 @@ class SegmentedIndex(KeyIndex):
         store.touch(self._bounds[keep])
         unseal_rows(*store.buffers, self._lists.positions, self._bounds[keep:], start=lo)
         self._bounds = self._bounds[: keep + 1]
-        self._audited, self.needs = {}, None
+        self._forget_audits()
+        self.needs = None
         self._lists.keep_segments(keep)
 
     @property
