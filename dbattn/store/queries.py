@@ -22,7 +22,7 @@ from .storage import check_range
 # Every STRIDE-th query is kept; a metric is made of those of the WINDOW rows before it.
 STRIDE, WINDOW = 32, 2048
 # Where windows end, so that neighbouring segments share a metric; and how many of its queries one takes at least.
-STEP, LEAST_KNOWN = 512, 16
+STEP, LEAST_KNOWN = 1024, 16
 GIVEN = WINDOW // STRIDE
 # Swept on rows of SmolLM2, Qwen2.5-Coder and Gemma 3: power 1 does as well on most layers and fails on some.
 POWER, RIDGE = 0.75, 1e-3
