@@ -84,8 +84,9 @@ def _add_ingest(commands: Any) -> None:
         "\n"
         "A text that is longer than what the model reads at once is read in windows, each alone (after the first\n"
         "tokens of the text and the end of the window before), in time linear in its length; a question then sees\n"
-        "all of them, each as if it stood right before it. So the model finds what is said in one place of a book;\n"
-        "it does not follow a plot: what must be put together from several windows it has never read together.",
+        "all of them, each as if it stood right before it. So the model may find what is said in one place; it does\n"
+        "not follow a plot: what must be put together from several windows it has never read together. And the more\n"
+        "windows, the less it finds: SmolLM2 names 7 or 8 of ten needles in 8 windows, and none in 58.",
         "  dbattn ingest book.txt --out book.dbattn\n"
         "  dbattn ingest book.txt --out book.dbattn --model ./my-model --save-every 8192\n"
         "  dbattn ingest - --out book.dbattn                            what a pipe brings\n"
