@@ -29,6 +29,7 @@ from .query.steps import steps_of_call
 from .query.usage import Needs
 from .query.weights import Weights, dense_weights, weights_of
 from .store import KVStore, RowSource, StateSource, on_device, rows_at
+from .store.drift import Drift
 
 if TYPE_CHECKING:
     from .snapshot import SaveReport, Snapshot, SnapshotWriter
@@ -558,24 +559,34 @@ class AttentionDB:
         return finish_climb(climb, call)
 
     @property
-    def _needs(self) -> Needs | None:
-        """What audits of sampled queries, and of answers since, say of the budget; None: it is not found by them."""
-        found, sample = self.index.needs, self.store.sample
-        if found is None or sample is None or not self.config.finds_budget:
+    def _found(self) -> tuple[Needs, Drift] | None:
+        """The budget that audits of sampled queries found, and what audits of answers told of it."""
+        needs, sample = self.index.needs, self.store.sample
+        if needs is None or sample is None or not self.config.finds_budget:
             return None
-        return found.at(sample.drift.times(found))
+        return needs, sample.drift
+
+    @property
+    def _needs(self) -> Needs | None:
+        """The budget that both say is needed."""
+        if (found := self._found) is None:
+            return None
+        needs, drift = found
+        return needs.at(drift.times(needs))
 
     @property
     def _is_drift_unknown(self) -> bool:
-        found, sample = self.index.needs, self.store.sample
-        known = found is None or sample is None or sample.drift.is_known(found)
-        return not known and self.config.finds_budget and self.config.max_error is None
+        if self.config.max_error is not None or (found := self._found) is None:
+            return False
+        needs, drift = found
+        return not drift.is_known(needs)
 
     def _learn_drift(self, error: float) -> None:
         """Take in the audited error of an answer under ``_needs``."""
-        found, used, sample = self.index.needs, self._needs, self.store.sample
-        if used is not None and found is not None and sample is not None and self.config.max_error is None:
-            sample.drift.learn(found, error / used.error * sample.drift.times(found))
+        if self.config.max_error is None and (found := self._found) is not None:
+            needs, drift = found
+            times = drift.times(needs)
+            drift.learn(needs, error / needs.at(times).error * times)
 
     @property
     def _may_retrieve(self) -> bool:

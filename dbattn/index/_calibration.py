@@ -47,7 +47,6 @@ class Question(NamedTuple):
     scale: float
     softcap: float | None
     n_sink: int
-    window: int
     tail: bool
 
 
@@ -65,7 +64,7 @@ def question_of(call: Call, bounds: list[int]) -> Question | None:
     if rows < LEAST_ROWS:
         return None
     tail = config.tail_name == "centroid"
-    return Question(rows, config.target_error, call.scale, call.softcap, config.n_sink, config.window, tail)
+    return Question(rows, config.target_error, call.scale, call.softcap, config.n_sink, tail)
 
 
 def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:

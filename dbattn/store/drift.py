@@ -2,7 +2,6 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -30,18 +29,18 @@ class Drift:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def is_known(self, about: Sequence[float]) -> bool:
+    def is_known(self, about: tuple[float, ...]) -> bool:
         """Whether enough answers were audited under this expectation."""
-        return self._about == tuple(about) and len(self._ratios) >= AUDITS_TO_LEARN
+        return self._about == about and len(self._ratios) >= AUDITS_TO_LEARN
 
-    def times(self, about: Sequence[float]) -> float:
+    def times(self, about: tuple[float, ...]) -> float:
         """Error audited over error expected, 1 where nothing is known."""
-        return self._times if self._about == tuple(about) else 1.0
+        return self._times if self._about == about else 1.0
 
-    def learn(self, about: Sequence[float], ratio: float) -> None:
+    def learn(self, about: tuple[float, ...], ratio: float) -> None:
         """Take in an audit: its error over the error expected."""
-        if self._about != tuple(about):
-            self._about = tuple(about)
+        if self._about != about:
+            self._about = about
             self._ratios.clear()
         if math.isfinite(ratio):
             self._ratios.append(ratio)
