@@ -12,6 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._cpu_vectors import F32, I64, fma, four_scales, load_scale, loop, pointer, splat, sum_lanes, sums_of_four
+from .packed import NOISE_LET_BE
 
 I32 = ir.IntType(32)
 REAL8, WHOLE8 = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
@@ -94,8 +95,10 @@ def score_codes(
         def less_noise(v, scale, noise):
             """v less half the variance of its noise, as far as that is over 1; numbers or vectors of them."""
             constant = partial(ir.Constant, scale.type)
-            half, none = ([x] * scale.type.count if isinstance(scale.type, ir.VectorType) else x for x in (0.5, 0.0))
-            over = builder.fsub(builder.fmul(noise, builder.fmul(scale, scale)), constant(half))
+            let_be, none = (
+                [x] * scale.type.count if isinstance(scale.type, ir.VectorType) else x for x in (NOISE_LET_BE, 0.0)
+            )
+            over = builder.fsub(builder.fmul(noise, builder.fmul(scale, scale)), constant(let_be))
             return builder.fsub(
                 v, builder.select(builder.fcmp_ordered(">", over, constant(none)), over, constant(none))
             )

@@ -14,6 +14,7 @@ from ._cpu_list_steps import choose, correct, cycles, rank_entries, rescale
 from ._cpu_seal_lists import code_signs, round_to_int8, turn_for_codes
 from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_CODED, ROWS_READ, SUPERS_SCORED, Asked
 from ._cpu_vectors import add_rows, score_rows
+from .packed import NOISE_DIVISOR
 
 
 @inner
@@ -41,7 +42,7 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
                 for d in range(D):
                     copy[d] = q[g, d]
                     square += q[g, d] * q[g, d]
-                steps[b, h, g, 2] = square / F(24.0)
+                steps[b, h, g, 2] = square / F(NOISE_DIVISOR)
                 turn_for_codes(copy, signs, one, two)
                 unit = round_to_int8(copy, turned[b, h, g])
                 count = np.int32(0)

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from .lists import choose, row_places
-from .packed import decoded, floats, pack_rows, scales, turned_for_codes
+from .packed import NOISE_DIVISOR, NOISE_LET_BE, decoded, floats, pack_rows, scales, turned_for_codes
 from .reference import softcapped
 from .summaries import Summaries
 
@@ -54,7 +54,7 @@ def score_codes(
     at = place.clamp(min=0)[..., None].expand(-1, -1, -1, codes.shape[3])
     coded = codes.gather(2, at)
     told = floats(pack_rows(turned_for_codes(q))) @ decoded(coded, query.shape[3]).transpose(2, 3)
-    told = told - (noise_of_unit(q)[..., None] * scales(coded)[:, :, None] ** 2 - 0.5).clamp(min=0)
+    told = told - (noise_of_unit(q)[..., None] * scales(coded)[:, :, None] ** 2 - NOISE_LET_BE).clamp(min=0)
     mean = (q @ lists.key.transpose(2, 3)).gather(3, owner[:, :, None].expand(-1, -1, q.shape[2], -1))
     logits = softcapped(mean + told, softcap)
     residual = logits - softcapped(mean, softcap)
@@ -63,7 +63,7 @@ def score_codes(
 
 def noise_of_unit(query: Tensor) -> Tensor:
     """Half the variance of a logit whose code was rounded to whole numbers, of queries ``[..., D]``."""
-    return query.square().sum(dim=-1) / 24
+    return query.square().sum(dim=-1) / NOISE_DIVISOR
 
 
 def choose_rows(rows: CodedRows, total: Tensor, budget: int) -> Tensor:

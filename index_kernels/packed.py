@@ -21,6 +21,10 @@ SCALE_BYTES = 4
 STEP = 0.999999 / 127
 # The same for the 7 of a code.
 CODE_STEP = 0.999999 / 7
+# Rounding to whole numbers has variance 1 / 12: half that of a product with q is |q|^2 over this.
+NOISE_DIVISOR = 24.0
+# Half the variance of a coded logit's noise up to which it is let be.
+NOISE_LET_BE = 0.5
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
