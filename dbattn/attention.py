@@ -572,21 +572,21 @@ class AttentionDB:
         if (found := self._found) is None:
             return None
         needs, drift = found
-        return needs.at(drift.times(needs))
+        return needs.at(drift.times(needs.about))
 
     @property
     def _is_drift_unknown(self) -> bool:
         if self.config.max_error is not None or (found := self._found) is None:
             return False
         needs, drift = found
-        return not drift.is_known(needs)
+        return not drift.is_known(needs.about)
 
     def _learn_drift(self, error: float) -> None:
         """Take in the audited error of an answer under ``_needs``."""
         if self.config.max_error is None and (found := self._found) is not None:
             needs, drift = found
-            times = drift.times(needs)
-            drift.learn(needs, error / needs.at(times).error * times)
+            times = drift.times(needs.about)
+            drift.learn(needs.about, error / needs.at(times).error * times)
 
     @property
     def _may_retrieve(self) -> bool:

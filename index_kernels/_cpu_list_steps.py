@@ -99,13 +99,13 @@ def rescale(logit, size, count, peak, mass):
 
 
 @inner
-def rank_entries(weight, var, spread, mass, count, rank):
+def rank_entries(weight, var, pull, mass, count, rank):
     """What leaving an entry unread may cost: sum over the group of its rows' share of the softmax times the
-    deviation of their logits. weight [G, .] is relative to mass [G]."""
+    deviation of their logits and the head's weight. weight [G, .] is relative to mass [G]."""
     for i in range(count):
         rank[i] = F(0.0)
     for g in range(weight.shape[0]):
-        f = np.sqrt(spread[g]) / mass[g]
+        f = pull[g] / mass[g]
         for i in range(count):
             rank[i] += f * weight[g, i]
     for i in range(count):

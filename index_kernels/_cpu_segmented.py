@@ -74,7 +74,7 @@ def _each_part(
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _attend_segmented(
-    query, key_memory, kb, kh, kt, value_memory, vb, vh, vt, start, scale,
+    query, weight, key_memory, kb, kh, kt, value_memory, vb, vh, vt, start, scale,
     begin, size, variance, key, value, count,
     first, super_size, super_variance, super_key, super_value, n_supers, shape, cross, codes,
     n_sink, sealed, length, opened, coded, read, softcap, alpha, beta, tail, parts, heads, ck, cv, width,
@@ -101,7 +101,7 @@ def _attend_segmented(
     B, Hq, Dv = out.shape
     n = 4 * parts
     states = States(np.empty((n, B, Hq), F), np.empty((n, B, Hq), F), np.empty((n, B, Hq, Dv), F))
-    asked, any_two = ask(query, start, scale, shape, sealed, n_sink, opened, lanes_)
+    asked, any_two = ask(query, weight, start, scale, shape, sealed, n_sink, opened, lanes_)
     peak, hot = np.empty((B, Hq), F), np.empty((B, Hq), F)
     masses = Masses(peak, hot, np.zeros((B, Hq), F), np.empty((B, Hq), F))
     _each_part(
@@ -143,6 +143,12 @@ def _attend_segmented(
             stats[w % (B * H) // H, CYCLES + i] += spent[w, i]
 
 
+@lru_cache
+def _weights(head_weights, heads):
+    """``[Hq]`` float32, ones for None."""
+    return np.ones(heads, F) if head_weights is None else np.array(head_weights, F)
+
+
 def attend_segmented(query, keys, values, table, how, *, start, details):
     """See segmented.attend_segmented."""
     batch, heads, _, dim = query.shape
@@ -162,9 +168,9 @@ def attend_segmented(query, keys, values, table, how, *, start, details):
     )  # fmt: skip
     began = time.perf_counter()
     _attend_segmented(
-        asked, *table.flat(keys, values, start, flat_rows), F(how.scale), *lists, *supers, table.shape,
-        table.cross, table.codes, *reading, *_lanes(heads // kv_heads, dim, value_dim), *_code_lanes(dim), *scratch,
-        out[:, :, 0], lses_out[0], lses_out[1:], stats,
+        asked, _weights(how.head_weights, heads), *table.flat(keys, values, start, flat_rows), F(how.scale), *lists,
+        *supers, table.shape, table.cross, table.codes, *reading, *_lanes(heads // kv_heads, dim, value_dim),
+        *_code_lanes(dim), *scratch, out[:, :, 0], lses_out[0], lses_out[1:], stats,
     )  # fmt: skip
     took = time.perf_counter() - began
     taken = unread = None

@@ -18,7 +18,7 @@ from .packed import NOISE_DIVISOR
 
 
 @inner
-def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
+def ask(query, weight, start, scale, shape, sealed, n_sink, opened, lanes):
     """The query as the phases take it, and whether super-lists are opened in any batch row."""
     heads, ck, _, width = lanes
     B, Hq, D = query.shape
@@ -27,7 +27,7 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
     scaled = np.empty((B, H, G, D), F)
     turned = np.zeros((B, H, G, D + D % 2), np.int8)
     steps = np.empty((B, H, G, 3), F)
-    spread = np.empty((B, Hq), F)
+    spread, pull = np.empty((B, Hq), F), np.empty((B, Hq), F)
     two_level = np.empty(B, np.bool_)
     any_two = False
     copy, signs, one, two = np.empty(D, F), code_signs(D), np.empty(D, F), np.empty(D, F)
@@ -56,8 +56,10 @@ def ask(query, start, scale, shape, sealed, n_sink, opened, lanes):
                 x = F(0.0)
                 for d in range(D):
                     x += product[g, d] * q[g, d]
-                spread[b, h * G + g] = max(x, F(1e-12))
-    return Asked(scaled, turned, steps, spread, start, two_level), any_two
+                i = h * G + g
+                spread[b, i] = max(x, F(1e-12))
+                pull[b, i] = weight[i] * np.sqrt(spread[b, i])
+    return Asked(scaled, turned, steps, spread, weight, pull, start, two_level), any_two
 
 
 @inner
@@ -161,7 +163,7 @@ def open_supers(asked, supers, how, masses, scratch):
                 rest[g] = mass[g]
                 whole[g] = hot[g] + mass[g]
             rank_entries(
-                scratch.super_logit[b, h], supers.variance[b, h], asked.spread[b, lo:hi], whole, count,
+                scratch.super_logit[b, h], supers.variance[b, h], asked.pull[b, lo:hi], whole, count,
                 scratch.super_rank[b, h],
             )  # fmt: skip
         choose(
@@ -234,7 +236,7 @@ def choose_lists(asked, lists, supers, how, masses, scratch, stats):
                     for j in range(supers.used[b, h]):
                         weight[j] *= shrink
             rank_entries(
-                scratch.logit[b, h], scratch.variance[b, h], asked.spread[b, lo:hi], whole, count, scratch.rank[b, h]
+                scratch.logit[b, h], scratch.variance[b, h], asked.pull[b, lo:hi], whole, count, scratch.rank[b, h]
             )
         counts = stats[b]
         counts[ROWS_CODED] = choose(
@@ -259,8 +261,8 @@ def choose_lists(asked, lists, supers, how, masses, scratch, stats):
 def code_part(w, asked, lists, codes, how, masses, scratch, heads, ck, width, code_chunks, code_width):
     """One part of one KV head: logits of the rows of its share of the chosen lists from their codes, and their ranks.
 
-    A row's rank is its share of the softmax, summed over the group. Sums over the rows of a list, of weights and of
-    weights times residual logits, stand ready for those that are not read.
+    A row's rank is its share of the softmax, weighted and summed over the group. Sums over the rows of a list, of
+    weights and of weights times residual logits, stand ready for those that are not read.
     """
     began = cycles()
     B, H, G, _ = asked.query.shape
@@ -278,7 +280,7 @@ def code_part(w, asked, lists, codes, how, masses, scratch, heads, ck, width, co
     sums, leans, peak = scratch.sum[b, h], scratch.lean[b, h], masses.peak[b, h * G : h * G + G]
     share = np.empty(G, F)
     for g in range(G):
-        share[g] = F(1.0) / masses.whole[b, h * G + g]
+        share[g] = asked.weight[h * G + g] / masses.whole[b, h * G + g]
     row, of_lists, of_rows, bytes_ = key.shape[1], mean.shape[1], logit.shape[1], own.shape[1]
     n = scratch.count[b, h]
     for j in range(n * part // how.parts, n * (part + 1) // how.parts):

@@ -42,12 +42,15 @@ class Reading(NamedTuple):
 
 class Asked(NamedTuple):
     """The query, scaled ``[B, Hkv, G, D]``, and turned as codes are, in int8 with ``steps`` ``[B, Hkv, G, 3]`` (see
-    score_codes); the spread ``[B, Hq]`` of its logits, whether super-lists are opened."""
+    score_codes); the spread ``[B, Hq]`` of its logits; ``weight [Hq]`` of its heads, ``pull [B, Hq]`` their weight
+    times the deviation of their logits; whether super-lists are opened."""
 
     query: Any
     turned: Any
     steps: Any
     spread: Any
+    weight: Any
+    pull: Any
     start: Any
     two_level: Any
 

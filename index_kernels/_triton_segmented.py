@@ -7,6 +7,7 @@ stay unread.
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ def attend_segmented(
     first_hot = space.splits + (space.tails if how.tail else 0)
     out = torch.empty((batch, heads, 1, value_dim), dtype=torch.float32, device=query.device)
     lses = torch.empty((5, batch, heads, 1), dtype=torch.float32, device=query.device)
+    weights = None if how.head_weights is None else _weights(how.head_weights, query.device)
     asked, cap = query.contiguous(), None if how.softcap is None else float(how.softcap)
     rows = keys, values, *keys.stride()[:3], *values.stride()[:3]
     with device_of(query):
@@ -154,9 +156,9 @@ def attend_segmented(
             first_hot, how.sealed, how.length, how.n_sink, DOT=dot, **shapes, **scoring,
         )  # fmt: skip
         rank_kernel[(units, triton.cdiv(room, BLOCK_RANKED))](
-            space.logits, planes.variance, planes.size, space.spread, space.part_lse, space.bins, space.histogram,
-            space.ticket, space.cut, space.spare if details else space.totals, budget, 0 if everything else 1,
-            kv_heads, group, room, batch * heads,
+            space.logits, planes.variance, planes.size, space.spread, weights, space.part_lse, space.bins,
+            space.histogram, space.ticket, space.cut, space.spare if details else space.totals, budget,
+            0 if everything else 1, kv_heads, group, room, batch * heads,
             space.parts + hot_parts, GROUP=triton.next_power_of_2(group), PARTS=128, BLOCK=BLOCK_RANKED,
             NUM_BINS=BINS, COPIES=space.copies, num_warps=4,
         )  # fmt: skip
@@ -177,6 +179,12 @@ def attend_segmented(
         (0.0,) * 4, None, None, None if details else space.totals,
     )  # fmt: skip
     return _with_details(answer, planes, space, how, began, ended) if details else answer
+
+
+@lru_cache
+def _weights(head_weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """``[Hq]`` float32 on a device; copied once."""
+    return torch.tensor(head_weights, device=device)
 
 
 def _with_details(

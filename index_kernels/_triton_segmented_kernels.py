@@ -154,7 +154,7 @@ def score_kernel(
 
 @triton.jit(do_not_specialize=["parts", "budget", "least_bin"])
 def rank_kernel(
-    logits, variance, size, spread, part_lse, bins, histogram, ticket, cut, totals, budget, least_bin,
+    logits, variance, size, spread, weights, part_lse, bins, histogram, ticket, cut, totals, budget, least_bin,
     H, G, L, HQ, parts,
     GROUP: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, NUM_BINS: tl.constexpr,
     COPIES: tl.constexpr,
@@ -174,6 +174,8 @@ def rank_kernel(
     peak = tl.where(peak == _NEG, 0.0, peak)
     whole = tl.where(live, _log_sum(peak, tl.sum(tl.exp(lse - peak[None, :]), axis=0)), 0.0)
     deviation = tl.sqrt(tl.load(spread + head, mask=live, other=0.0))
+    if weights is not None:
+        deviation *= tl.load(weights + unit % H * G + g, mask=live, other=0.0)
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < L
     at = unit * L + entry

@@ -66,12 +66,15 @@ def noise_of_unit(query: Tensor) -> Tensor:
     return query.square().sum(dim=-1) / NOISE_DIVISOR
 
 
-def choose_rows(rows: CodedRows, total: Tensor, budget: int) -> Tensor:
+def choose_rows(rows: CodedRows, total: Tensor, budget: int, weights: Tensor | None = None) -> Tensor:
     """Those with the largest share of the softmax, summed over a group: bool ``[B, Hkv, n]``; see choose.
 
-    ``total [B, Hq]`` is the log of all weight, as far as summaries tell.
+    ``total [B, Hq]`` is the log of all weight, as far as summaries tell; ``weights [Hq]`` of the heads, None: alike.
     """
-    share = torch.exp(rows.logits - total.view(*rows.logits.shape[:3], 1)).sum(dim=2)
+    share = torch.exp(rows.logits - total.view(*rows.logits.shape[:3], 1))
+    if weights is not None:
+        share = share * weights.view(-1, share.shape[2], 1)
+    share = share.sum(dim=2)
     there = (rows.place >= 0).long()
     return choose(share.flatten(1), there.flatten(1), budget).view_as(rows.place)
 

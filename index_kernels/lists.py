@@ -82,15 +82,20 @@ def whole_mass(logits: Tensor, lists: Summaries, known_lse: Tensor) -> Tensor:
     return total.masked_fill(total == float("-inf"), 0.0)
 
 
-def list_costs(logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor) -> Tensor:
+def list_costs(
+    logits: Tensor, spread: Tensor, lists: Summaries, known_lse: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """What leaving each list unread may cost, ``[B, Hkv, L]``; see probe_lists for the arguments.
 
-    The softmax share of a list's rows times the deviation of their logits, summed over the query heads of a group.
+    The softmax share of a list's rows times the deviation of their logits, summed over the query heads of a group, by
+    their ``weights [Hq]`` (None: alike).
     """
     batch, kv_heads, count = lists.size.shape
     group = logits.shape[1] // kv_heads
     total = whole_mass(logits, lists, known_lse)
     share = torch.exp(logits - total[..., None]) * spread.sqrt()[..., None]
+    if weights is not None:
+        share = share * weights[:, None]
     return share.view(batch, kv_heads, group, count).sum(dim=2) * lists.variance.sqrt()
 
 

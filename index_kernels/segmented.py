@@ -110,11 +110,12 @@ def _attend(
     exact = attend_rows(query, keys, values, ranges=ranges, **options)
     scanned = time.perf_counter()
     known, states, scored = exact[1][..., 0], [], 0
+    heads = None if how.head_weights is None else torch.tensor(how.head_weights, device=query.device)
     # Where the budget opens less than all rows under super-lists, only lists of the opened ones are candidates.
     two_level = how.rows_opened < keys.shape[1] * (how.sealed - start - how.n_sink)
     if bool(two_level.any()):
         logits, spread = summary_logits(query, supers, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
-        costs = list_costs(logits, spread, supers, known)
+        costs = list_costs(logits, spread, supers, known, heads)
         opened = choose(costs.flatten(1), supers.size.flatten(1), how.rows_opened).view_as(supers.size)
         opened |= ~two_level[:, None, None]
         rest = attend_summaries(query, supers, opened, logits, scale=how.scale, beta=how.beta)
@@ -124,10 +125,10 @@ def _attend(
         under = opened.gather(2, levels.parent.clamp(max=opened.shape[2] - 1))
         lists = lists.only(under)
     logits, spread = summary_logits(query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
-    costs = list_costs(logits, spread, lists, known)
+    costs = list_costs(logits, spread, lists, known, heads)
     chosen = choose(costs.flatten(1), lists.size.flatten(1), how.rows_coded).view_as(lists.size)
     coded = score_codes(query, lists, chosen, table.codes_on(query.device), scale=how.scale, softcap=how.softcap)
-    taken = choose_rows(coded, whole_mass(logits, lists, known), how.rows_read)
+    taken = choose_rows(coded, whole_mass(logits, lists, known), how.rows_read, heads)
     group = query.shape[1] // keys.shape[1]
     ids = torch.where(taken, coded.place, -1).sort(dim=-1, descending=True).values
     ids = ids[..., : max(1, int(taken.sum(dim=-1).max()))].repeat_interleave(group, dim=1)[:, :, None]

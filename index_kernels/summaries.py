@@ -187,6 +187,8 @@ class ListReading(NamedTuple):
         alpha: share of the variance of a list's logits that is added to its summary's.
         beta: how far its value is moved along ``cross``.
         tail: whether rows that are not read answer, by their codes or by the summary of their list.
+        head_weights: what a share of the softmax counts for in each query head ``[Hq]``, where rows are chosen for all
+            of a batch row; None: the same.
     """
 
     sealed: int
@@ -200,6 +202,7 @@ class ListReading(NamedTuple):
     alpha: float
     beta: float
     tail: bool
+    head_weights: tuple[float, ...] | None = None
 
 
 class SegmentedAnswer(NamedTuple):

@@ -62,7 +62,8 @@ def sealed_store(case):
     seal_rows(keys, values, lists.positions, lists.codes, bounds, 0, CLUSTERING, learnt, *arrays, start=start + N_SINK)
     lists.settle(3)
     budgets = (rows * kv_heads for rows in (read, min(3 * read, SEALED), opened))
-    how = ListReading(SEALED, LENGTH, N_SINK, *budgets, 0.3, softcap, 0.38, 0.7, True)
+    weights = None if softcap == 4.0 else tuple(0.4 * 3.0**i for i in range(kv_heads * group))
+    how = ListReading(SEALED, LENGTH, N_SINK, *budgets, 0.3, softcap, 0.38, 0.7, True, weights)
     query = torch.randn(batch, kv_heads * group, 1, dim, generator=noise) * (20 if case == "large queries" else 1)
     return query, keys, values, lists, how, start, came
 

@@ -1,5 +1,6 @@
 """What an index learns from queries: the metric it clusters keys in, a function of rows and queries in their order."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
 from dbattn.hf import wrap
-from dbattn.index._calibration import solve
+from dbattn.index._calibration import Audited, solve
 from dbattn.snapshot import SnapshotError
 from dbattn.store.queries import GIVEN, STRIDE, QuerySample
 
@@ -293,6 +294,25 @@ def test_a_budget_is_found_for_the_error_asked_for_and_told():
     assert errors[1] < errors[0]
 
 
+def test_heads_that_err_more_for_what_is_not_read_count_more():
+    error, unread = torch.tensor([[0.08, 0.01], [0.1, 0.03]]), torch.tensor([[0.1, 0.2], [0.1, 0.2]])
+    audited = Audited(error, unread, torch.tensor([[2.0, 1.0], [1.0, 1.0]]))
+    weights = audited.head_weights(of_worst=False)
+    assert weights[0] / weights[1] == pytest.approx(3.0)
+    assert sum(weights) == pytest.approx(2.0)
+    worst = audited.head_weights(of_worst=True)
+    assert worst[0] / worst[1] == pytest.approx(3 * math.sqrt(4.5))
+    assert audited.factors == pytest.approx((1.6, 0.15))
+
+
+def test_rows_go_to_the_heads_whose_error_they_lower():
+    keys, values, queries = rows_and_queries(3000)
+    values[:, 0] = 1.0  # the first KV head's answer is the same whatever is read
+    db, query = calibrated(rows=(keys, values, queries))
+    read = (db.row_weights(query).read > 0).sum(dim=-1)[0]
+    assert read[0] < read[2] / 4
+
+
 def test_a_budget_does_not_depend_on_how_rows_arrived_or_what_was_asked_between():
     rows = rows_and_queries(3000)
     whole, query = calibrated(rows=rows)
@@ -394,7 +414,7 @@ def test_a_snapshot_keeps_what_audits_of_answers_told(tmp_path):
         with pytest.raises(ValueError, match="drift_ratios"):
             QuerySample.of_state(state | {"drift_ratios": forged.double()}, 3000, 1, 2, 16, torch.device("cpu"))
     older = {name: part for name, part in state.items() if "drift" not in name}
-    assert QuerySample.of_state(older, 3000, 1, 2, 16, torch.device("cpu")).drift.times(db.index.needs) == 1
+    assert QuerySample.of_state(older, 3000, 1, 2, 16, torch.device("cpu")).drift.times(db.index.needs.about) == 1
 
 
 @pytest.mark.parametrize("power", [0.8, 1.0, 1.7])

@@ -22,8 +22,9 @@ from index_kernels import ListTable, attend_segmented
 from ..dense import masked_attention
 from ..metrics import relative_error
 from ..query.call import Call
+from ..query.ladder import COVERED
 from ..query.usage import Needs
-from ._list_scan import budget, default_rows_read
+from ._list_scan import budget, default_rows_read, unread_share
 
 # Queries audited, and the least that are worth it.
 QUERIES, LEAST_QUERIES = 24, 8
@@ -35,6 +36,8 @@ LEADS = 1 / 4
 TRIES, NEAR = 4, 1.1
 # Error falls with rows to about this power, until two budgets tell it better.
 POWER = 1.0
+# Shares not read are taken to be no less.
+LEAST_SHARE = 1e-6
 # Budgets are of so many sizes an octave: what differs by rounding alone gives the same.
 SIZES = 8
 
@@ -48,6 +51,7 @@ class Question(NamedTuple):
     softcap: float | None
     n_sink: int
     tail: bool
+    bounded: bool
 
 
 def question_of(call: Call, bounds: list[int]) -> Question | None:
@@ -64,7 +68,8 @@ def question_of(call: Call, bounds: list[int]) -> Question | None:
     if rows < LEAST_ROWS:
         return None
     tail = config.tail_name == "centroid"
-    return Question(rows, config.target_error, call.scale, call.softcap, config.n_sink, tail)
+    bounded = config.max_error is not None
+    return Question(rows, config.target_error, call.scale, call.softcap, config.n_sink, tail, bounded)
 
 
 def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:
@@ -80,20 +85,59 @@ def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:
     keys, values = (rows[:, :, : asked.rows] for rows in store.rows)
     mask = visible[:, None, None] if store.has_padding else None
     dense, _ = masked_attention(queries, keys, values, mask, scale=asked.scale, softcap=asked.softcap)
-    counted = known.to(device)[:, None].expand(-1, queries.shape[1], -1)
+    known = known.to(device)
 
-    def error(read: int) -> float:
-        how = budget(asked.rows, read).reading(call, asked.rows, asked.rows, tail=asked.tail)
-        outs = [
-            attend_segmented(queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start).out
+    def audit(read: int, head_weights: tuple[float, ...] = ()) -> Audited:
+        how = budget(asked.rows, read).reading(call, asked.rows, asked.rows, tail=asked.tail, head_weights=head_weights)
+        found = [
+            attend_segmented(queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start)
             for i in range(queries.shape[2])
         ]
-        found: Tensor = relative_error(torch.cat(outs, dim=2), dense)
-        return float(found[counted].mean())
+        out, lse = (torch.cat([getattr(one, name) for one in found], dim=2) for name in ("out", "lse"))
+        unread = unread_share(torch.cat([one.lse_by_source for one in found], dim=3), lse)
+        return Audited(*(part.movedim(1, 2)[known] for part in (relative_error(out, dense), unread, out.norm(dim=-1))))
 
-    by_size, most = default_rows_read(asked.rows), asked.rows // 2
-    read, expected = solve(error, min(by_size, most), asked.target, most)
-    return Needs(read, expected, asked.target, asked.rows)
+    most = asked.rows // 2
+    by_size = min(default_rows_read(asked.rows), most)
+    weights = audit(by_size).head_weights(of_worst=asked.bounded)
+    tried: dict[int, Audited] = {}
+
+    def error(read: int) -> float:
+        tried[read] = audit(read, weights)
+        return float(tried[read].error.mean())
+
+    read, expected = solve(error, by_size, asked.target, most)
+    return Needs(read, expected, asked.target, asked.rows, weights, tried.get(read, tried[by_size]).factors)
+
+
+class Audited(NamedTuple):
+    """What sampled queries got, ``[queries, Hq]`` each: relative error, share not read, and norm of their answers."""
+
+    error: Tensor
+    unread: Tensor
+    norm: Tensor
+
+    def head_weights(self, *, of_worst: bool) -> tuple[float, ...]:
+        """Of each head, the root of its error over its share not read, mean 1; ``of_worst``: times its error.
+
+        Where heads share rows, the error of one that errs twice as much for a share falls twice as fast with each row
+        read for it. The root, since a few queries tell little of a head: in eight layers of three models it lowers
+        errors by up to an eighth (of the 95th percentile by up to a quarter) and raises none by more than a 50th; the
+        ratio itself raised the 95th percentile of one by a sixth. Under ``max_error`` the worst head counts, not the
+        mean: there ``of_worst`` saves up to a sixth of the bytes, where otherwise it raises the mean error.
+        """
+        error = self.error.mean(dim=0)
+        ratio = error / self.unread.mean(dim=0).clamp(min=LEAST_SHARE)
+        pull = (ratio * error if of_worst else ratio).sqrt().nan_to_num(1.0)
+        weights: list[float] = (pull / pull.mean().clamp(min=LEAST_SHARE)).tolist()
+        return tuple(weights)
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """Of each head, the error over what it is estimated from that most of its queries do not exceed."""
+        ratio = self.error * self.norm / self.unread.clamp(min=LEAST_SHARE)
+        factors: list[float] = ratio.quantile(COVERED, dim=0, interpolation="higher").tolist()
+        return tuple(factors)
 
 
 def solve(error: Callable[[int], float], least: int, target: float, most: int) -> tuple[int, float]:

@@ -58,12 +58,15 @@ class Budget(NamedTuple):
     coded: int
     opened: int
 
-    def reading(self, call: Call, sealed: int, length: int, *, tail: bool) -> ListReading:
+    def reading(
+        self, call: Call, sealed: int, length: int, *, tail: bool, head_weights: tuple[float, ...] = ()
+    ) -> ListReading:
         """How the kernel is to read ``sealed`` rows in lists and the hot ones up to ``length`` for calls like this."""
         read, coded, opened = (rows * call.store.num_kv_heads for rows in self)
         return ListReading(
-            sealed, length, call.config.n_sink, read, coded, opened, call.scale, call.softcap, ALPHA, BETA, tail
-        )
+            sealed, length, call.config.n_sink, read, coded, opened, call.scale, call.softcap, ALPHA, BETA, tail,
+            head_weights or None,
+        )  # fmt: skip
 
 
 @lru_cache
@@ -182,7 +185,7 @@ class ListScan(Step):
             rows_read=rows + hot,
             rows_retrieved=rows,
             bytes_read=sum(sizes),
-            deviation=partial(_unread_share, whole.lse_by_source) if self.bounded else None,
+            deviation=partial(unread_share, whole.lse_by_source) if self.bounded else None,
             tail="centroid" if self.tail else "none",
             counted=None
             if whole.totals is None
@@ -224,7 +227,9 @@ class ListScan(Step):
     def attend(self, call: Call, index: SegmentedStore, query: Tensor, length: int) -> SegmentedAnswer:
         """The kernel's answer for one position ``[B, Hq, 1, D]``, which sees the first ``length`` rows."""
         store = call.store
-        how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail)
+        needs = call.index.needs
+        weights = () if needs is None else needs.head_weights
+        how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail, head_weights=weights)
         return attend_segmented(query, *store.buffers, index.table, how, start=store.start, details=call.measure)
 
     def _bytes(
@@ -257,6 +262,6 @@ def _joined(found: list[SegmentedAnswer]) -> SegmentedAnswer:
     return first._replace(**tensors, **counts)
 
 
-def _unread_share(lses: Tensor, whole: Tensor) -> Tensor:
+def unread_share(lses: Tensor, whole: Tensor) -> Tensor:
     """What the error of an answer grows with, ``[B, Hq, m]``: the weight of what was not read, as a share of all."""
     return torch.exp(lses[2] - whole) + BY_SUMMARY * torch.exp(lses[3] - whole)

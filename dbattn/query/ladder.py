@@ -22,13 +22,13 @@ from .call import Call
 from .execute import Answer, merged, run_plan
 from .plan import QueryPlan, Source
 from .steps import DenseHeads, steps_of_call
-from .usage import Usage
+from .usage import Needs, Usage
 
 # Error over estimate until enough audits have been heard, per tail. "centroid": in the worst of eight layers of three
 # models, one query in ten exceeds it; the others from SmolLM2's rows.
 PRIOR = {"centroid": 1.0, "none": 1.0, "sample": 2.0}
 # The share of the audits remembered that the estimate must cover.
-COVERED = 0.6
+COVERED = 0.55
 # Twice the budget lowers the error by two to the power of this.
 DECAY = 0.8
 # The rung of a first try is what this share of the latest queries needed, of so many.
@@ -103,7 +103,7 @@ class Ladder:
             at_rung = _config_at(config, max(1, round(rung.times * base)), rung.tail)
             answer = run_plan(plan_of(at_rung), call)
             batch, heads, m = answer.state[1].shape
-            errors = self.estimate(answer).nan_to_num().view(batch, kv_heads, heads // kv_heads, m)
+            errors = self.estimate(answer, call.index.needs).nan_to_num().view(batch, kv_heads, heads // kv_heads, m)
             excess = errors.amax(dim=(0, 2, 3)) / config.max_error
             failing = (excess > 1).nonzero()[:, 0].tolist()
             if not failing:
@@ -127,10 +127,10 @@ class Ladder:
         need = sorted(self._needs)[int(ENOUGH * (len(self._needs) - 1))]
         return min(max(math.ceil(need), 0), len(self.rungs) - 1)
 
-    def estimate(self, answer: Answer) -> Tensor:
-        """Relative error ``[B, Hq, m]`` that an answer is expected not to exceed."""
+    def estimate(self, answer: Answer, needs: Needs | None = None) -> Tensor:
+        """Relative error ``[B, Hq, m]`` that an answer is not expected to exceed; ``needs``: what a sample told."""
         assert answer.deviation is not None
-        estimate: Tensor = self._factor(answer) * answer.deviation / answer.out.norm(dim=-1)
+        estimate: Tensor = self._factor(answer, needs) * answer.deviation / answer.out.norm(dim=-1)
         return estimate
 
     def learn(self, answer: Answer, error: Tensor) -> None:
@@ -140,16 +140,16 @@ class Ladder:
         kept = self._ratios.setdefault(answer.tail, deque(maxlen=REMEMBERED))
         kept.append(ratio.nan_to_num().amax(dim=(0, 2)))
 
-    def _factor(self, answer: Answer) -> Tensor:
+    def _factor(self, answer: Answer, needs: Needs | None) -> Tensor:
         """``[Hq, 1]``: error over estimate that audits of this tail seldom exceeded, per head."""
         heads = answer.out.shape[1]
         kept = [ratio for ratio in self._ratios.get(answer.tail, ()) if ratio.shape[0] == heads]
-        if not kept:
-            return torch.full((heads, 1), PRIOR[answer.tail], device=answer.out.device)
-        factor = torch.stack(kept).quantile(COVERED, dim=0, interpolation="higher")
+        told = needs.factors if needs is not None and len(needs.factors) == heads else ()
+        prior = torch.tensor(told) if told else torch.full((heads,), PRIOR[answer.tail])
+        factor = torch.stack(kept).quantile(COVERED, dim=0, interpolation="higher") if kept else prior
         if len(kept) < AUDITS_TO_LEARN:
             # A few audits do not yet speak against the prior.
-            factor = factor.clamp(min=PRIOR[answer.tail])
+            factor = factor.maximum(prior.to(factor.device))
         # Errors far beyond come of rows that were overlooked: reading more finds them, a larger estimate does not.
         factor = factor.clamp(max=2 * PRIOR[answer.tail])
         return factor[:, None].to(answer.out.device)

@@ -46,12 +46,21 @@ class Needs(NamedTuple):
         error: mean relative error expected then.
         target: the error asked for.
         rows: rows that were audited, the first of the store.
+        head_weights: what a share of the softmax counts for in each query head ``[Hq]`` where rows are chosen.
+        factors: of each query head ``[Hq]``, error over what it is estimated from (``StepAnswer.deviation``).
     """
 
     read: int
     error: float
     target: float
     rows: int
+    head_weights: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
+
+    @property
+    def about(self) -> tuple[float, ...]:
+        """The expectation in numbers, by which audits of answers know it again."""
+        return self.read, self.error, self.target, self.rows
 
     @property
     def scan(self) -> bool:
