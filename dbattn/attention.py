@@ -21,15 +21,14 @@ from .query.audit import audit as compare
 from .query.call import Call
 from .query.choose import choose_plan, recurring
 from .query.execute import Answer, run_plan
+from .query.expected import Expected
 from .query.ladder import Ladder, finish_climb
 from .query.plan import QueryPlan
 from .query.prompt import BlockPlan, PromptLog, block_plans, newest_part, read_prompt, whole
 from .query.stats import RunningStats
 from .query.steps import steps_of_call
-from .query.usage import Needs
 from .query.weights import Weights, dense_weights, weights_of
 from .store import KVStore, RowSource, StateSource, on_device, rows_at
-from .store.drift import Drift
 
 if TYPE_CHECKING:
     from .snapshot import SaveReport, Snapshot, SnapshotWriter
@@ -191,7 +190,8 @@ class AttentionDB:
         stats = self.stats
         if retrieve and (plans := self._block_plans(call)):
             return self._read(call, plans, query, return_lse=return_lse)
-        audit = audit or stats.audit_is_due(self.config, learning=self._is_drift_unknown)
+        expected = self._expected if self.config.max_error is None else None
+        audit = audit or stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
         plan = self._plan(call, retrieve=retrieve, exact=audit)
         stats.rows_stored = len(self)
         if plan.is_dense:
@@ -205,8 +205,8 @@ class AttentionDB:
             stats.add_answer(
                 answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense, answer.counted
             )
-            if (needs := self._needs) is not None:
-                stats.expected_error = needs.error
+            if (expected := self._expected) is not None:
+                stats.expected_error = expected.needs.error
             if stats.index.get("rows") != len(self.index):
                 stats.index = self.index.describe() | ({"rows kept as": kept} if (kept := self.store.kept) else {})
             if audit:
@@ -214,7 +214,8 @@ class AttentionDB:
                 report = compare(call, answer, stats.ladder)
                 stats.add_audit(report, self.config.max_error)
                 stats.plan = answer.plan
-                self._learn_drift(report.relative_error)
+                if expected is not None and self.config.max_error is None:
+                    expected.learn(report.relative_error)
         out = self.store.turn(answer.out)
         out = out if out.dtype == query.dtype else out.to(query.dtype)
         return (out, answer.state[1]) if return_lse else out
@@ -492,7 +493,8 @@ class AttentionDB:
         index, config, backend = type(self.index), config or self.config, resolve_backend(call.query)
 
         def chosen() -> QueryPlan:
-            work = call.workload._replace(needs=self._needs)
+            expected = self._expected
+            work = call.workload._replace(needs=None if expected is None else expected.needs)
             return choose_plan(
                 index,
                 config,
@@ -559,34 +561,8 @@ class AttentionDB:
         return finish_climb(climb, call)
 
     @property
-    def _found(self) -> tuple[Needs, Drift] | None:
-        """The budget that audits of sampled queries found, and what audits of answers told of it."""
-        needs, sample = self.index.needs, self.store.sample
-        if needs is None or sample is None or not self.config.finds_budget:
-            return None
-        return needs, sample.drift
-
-    @property
-    def _needs(self) -> Needs | None:
-        """The budget that both say is needed."""
-        if (found := self._found) is None:
-            return None
-        needs, drift = found
-        return needs.at(drift.times(needs.about))
-
-    @property
-    def _is_drift_unknown(self) -> bool:
-        if self.config.max_error is not None or (found := self._found) is None:
-            return False
-        needs, drift = found
-        return not drift.is_known(needs.about)
-
-    def _learn_drift(self, error: float) -> None:
-        """Take in the audited error of an answer under ``_needs``."""
-        if self.config.max_error is None and (found := self._found) is not None:
-            needs, drift = found
-            times = drift.times(needs.about)
-            drift.learn(needs.about, error / needs.at(times).error * times)
+    def _expected(self) -> Expected | None:
+        return Expected.of(self.index.needs, self.store) if self.config.finds_budget else None
 
     @property
     def _may_retrieve(self) -> bool:
