@@ -184,12 +184,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--context", type=int, metavar="T", help="tokens of the context (default 7500)")
     options.add_argument("--tokens", type=int, metavar="N", help="of an answer, at most (default 32)")
     options.add_argument("--weights", default="float32", choices=WEIGHTS, help="of both sides (default float32)")
-    options.add_argument("--quick", action="store_true", help="1 and 8 clients, 1500 tokens, answers of 12")
+    options.add_argument("--quick", action="store_true", help="1 and 8 clients, 1000 tokens, answers of 12")
     options.add_argument("--json", type=Path, metavar="OUT", help=OUT_HELP.replace("results,", "results/serve.json,"))
     args = options.parse_args(argv)
     results = run(
         args.clients or ((1, 8) if args.quick else (1, 8, 32)),
-        args.context or (1500 if args.quick else 7500),
+        args.context or (1000 if args.quick else 7500),
         args.tokens or (12 if args.quick else 32),
         args.weights,
     )

@@ -240,11 +240,11 @@ def watched(monkeypatch):
         lent.add(id(cache))
         return cache
 
-    def checked_keep(self, owner, served, ids, cache):
+    def checked_keep(self, owner, served, ids, asked, cache):
         lent.remove(id(cache))
         owners[id(cache)] = (owner, served)
         assert cache.layers[0].token_ids[0, : len(ids)].tolist() == ids
-        keep(self, owner, served, ids, cache)
+        keep(self, owner, served, ids, asked, cache)
 
     def counted(several):
         sizes.append(len(several))
@@ -513,6 +513,9 @@ def test_an_engine_says_what_models_of_every_kind_say_and_goes_back_where_they_c
 
 def test_two_conversations_that_begin_alike_do_not_take_each_others_rows(served):
     plain, conversations = served["tiny"], Conversations(1 << 28)
+    for reused in (0, 9):  # the same again, after an answer that was longer than the question
+        assert said_after(plain, list(range(10)), conversations, "", tokens=30).tokens_reused == reused
+    conversations.clear()
     begin, one, other = list(range(10, 20)), list(range(100, 130)), list(range(200, 230))
     said_after(plain, begin + one, conversations, "")
     assert said_after(plain, begin + other, conversations, "").tokens_reused == 0

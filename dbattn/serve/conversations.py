@@ -12,11 +12,15 @@ from .contexts import Served
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A cache with the rows of a context and of the tokens ``said`` after it, and the bytes that are its own."""
+    """A cache with the rows of a context and of the tokens ``said`` after it, and the bytes that are its own.
+
+    ``asked``: how many of these came before the latest answer.
+    """
 
     owner: str
     served: Served
     said: list[int]
+    asked: int
     cache: Any
     nbytes: int
 
@@ -27,8 +31,8 @@ class Conversations:
     Rows are given to a request only where model, context and owner are the same and the tokens are equal, one by one,
     from the first on; what follows the first difference is dropped. So nobody's answer depends on what another owner
     said, nor does the time until it comes tell whether somebody said it. A cache is lent to one request at a time:
-    another one with the same beginning reads it anew. So does one that would drop more than half of what was kept: two
-    conversations that begin alike do not take each other's rows away.
+    another one with the same beginning reads it anew. So does one that would drop more than half of what was kept, and
+    not the latest answer alone: two conversations that begin alike do not take each other's rows away.
 
     Not safe for threads: the engine alone uses it.
     """
@@ -52,7 +56,7 @@ class Conversations:
         for number, kept in self._kept.items():
             if kept.owner == owner and kept.served is served and (same := _common(kept.said, said)) > most:
                 best, most = number, same
-        if best is not None and 2 * most >= len(self._kept[best].said):
+        if best is not None and most >= min(self._kept[best].asked, len(self._kept[best].said) / 2):
             kept = self._drop(best)
             surplus = len(kept.said) - min(most, len(said) - 1)
             try:
@@ -63,13 +67,13 @@ class Conversations:
                 pass  # states that cannot go back, as those of linear attention: all is read anew
         return served.handle.new_cache()
 
-    def keep(self, owner: str, served: Served, ids: list[int], cache: Any) -> None:
-        """Keep a cache with the rows of ``ids``; the least recently used ones make room."""
+    def keep(self, owner: str, served: Served, ids: list[int], asked: int, cache: Any) -> None:
+        """Keep a cache with the rows of ``ids``, the latest answer from ``asked`` on; the least recently used go."""
         said = ids[len(served.ids) :]
         nbytes = sum(_own_nbytes(layer) for layer in cache.layers)
         if not said or nbytes > self.memory:
             return
-        self._kept[next(self._numbers)] = _Kept(owner, served, said, cache, nbytes)
+        self._kept[next(self._numbers)] = _Kept(owner, served, said, asked - len(served.ids), cache, nbytes)
         self.nbytes += nbytes
         while self.nbytes > self.memory:
             self._drop(next(iter(self._kept)))

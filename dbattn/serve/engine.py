@@ -168,7 +168,8 @@ class Generation:
             if self._cache is not None and error is None:
                 if self.wants_sources:
                     self.evidence = self._found()
-                conversations.keep(self.owner, self.served, self.ids[: len(self.ids) - self.unread], self._cache)
+                read = self.ids[: len(self.ids) - self.unread]
+                conversations.keep(self.owner, self.served, read, self.prompt_tokens, self._cache)
         except Exception as failed:
             self.error = failed
         finally:
