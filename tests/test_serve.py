@@ -329,6 +329,10 @@ def test_an_answer_can_carry_its_sources(server, served):
         ({"extra_body": {"dbattn": {"source": 1}}}, 400, "dbattn"),
         ({"extra_body": {"generation_config": '{"num_beams": 4}'}}, 400, "beam"),
         ({"extra_body": {"colour": "red"}}, 400, "colour"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400, "image"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}, 400, "takes no tools"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}}, 400, "chat_template_kwargs"),
+        ({"extra_body": {"generation_config": "3"}}, 400, "cannot be answered"),
         ({"messages": [{"role": "user", "content": "so " * 20_000}]}, 413, "larger than 50000 bytes"),
     ],
 )

@@ -65,6 +65,7 @@ def run_serve(
         config = uvicorn.Config(
             app, lifespan="on", log_level="warning", timeout_graceful_shutdown=drain, server_header=False
         )
+        listening.listen()  # who connects from here on waits for the server, which is about to start
         _say(console, listening, list(served))
         before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn's own drains; then it is raised once more
         try:

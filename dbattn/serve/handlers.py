@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import hashlib
+import inspect
 import json
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from fastapi import HTTPException
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -48,8 +49,17 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "prediction": (),
+    "tool_choice": ("auto", "none"),
     "web_search_options": (),
 }
+# What a request's ``generation_config`` may say.
+SAMPLING = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "max_new_tokens",
+    "stop_strings",
+}  # fmt: skip
+TEXT_PARTS = ("text", "input_text", "output_text")
+# What ``chat_template_kwargs`` must leave alone: what is no variable of the template, but changes the call.
+OWN_ARGUMENTS = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 FAILED = "the answer failed"
 
 
@@ -289,8 +299,10 @@ class _Answering:
             raise refused(f"seed is {seed!r}, expected an integer", param="seed")
         served = self.model_manager.find(body.get("model"), context)
         body["model"] = served.name
-        if self.is_chat and not (isinstance(body.get("messages"), list) and body["messages"]):
-            raise refused("messages is missing or empty, expected a list of them", param="messages")
+        if self.is_chat:
+            _check_chat(body, served)
+        if asked := json.loads(body.get("generation_config") or "{}").keys() - SAMPLING:
+            raise refused(f"generation_config asks for {', '.join(sorted(asked))}, which is not served")
         who = f"{caller.get().key}/{body.get('user') or body.get('safety_identifier') or ''}"
         owner = hashlib.sha256(who.encode()).hexdigest()
         self.request = Request(self.model_manager.engine, served, owner, seed, bool(wishes.get("sources")))
@@ -369,6 +381,20 @@ class _Answering:
         async for part in events:
             yield part.replace(failed, f"data: {json.dumps(error_body(500, FAILED))}\n\n")
         yield "data: [DONE]\n\n"
+
+
+def _check_chat(body: dict[str, Any], served: Served) -> None:
+    """Refuse what transformers' handler would leave out, and what only a server may say."""
+    if not (isinstance(body.get("messages"), list) and body["messages"]):
+        raise refused("messages is missing or empty, expected a list of them", param="messages")
+    for message in body["messages"]:
+        parts = message.get("content") if isinstance(message.get("content"), list) else []
+        if others := {part["type"] for part in parts} - {*TEXT_PARTS}:
+            raise refused(f"messages hold {', '.join(sorted(others))}, expected text", param="messages")
+    if body.get("tools") and "tools" not in str(served.tokenizer.chat_template):
+        raise refused(f"{served.name} takes no tools", param="tools")
+    if own := (body.get("chat_template_kwargs") or {}).keys() & OWN_ARGUMENTS:
+        raise refused(f"chat_template_kwargs may not hold {', '.join(sorted(own))}", param="chat_template_kwargs")
 
 
 class Chat(_Answering, ChatCompletionHandler):  # type: ignore[misc]  # as above
