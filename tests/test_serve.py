@@ -414,7 +414,7 @@ def test_an_answer_ends_when_its_client_leaves_running_or_waiting(served, stream
 
 
 def test_an_answer_that_fails_says_so_and_the_next_one_is_answered(server, monkeypatch, caplog):
-    def fails(self):
+    def fails(self, tokens=1):
         raise ArithmeticError('"no"')
 
     with monkeypatch.context() as patched:

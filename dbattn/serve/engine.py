@@ -25,7 +25,7 @@ from .metrics import Metrics
 from .sources import Sources
 
 logger = logging.getLogger(__name__)
-# Tokens of a prompt that are read before others have their turn.
+# Tokens of prompts that are read in a round, before answers get their next token.
 PIECE = 128
 
 
@@ -139,9 +139,9 @@ class Generation:
             self.served.finder.neutral  # noqa: B018  # read before the trace begins
             self._trace = self._context.run(self._entered.enter_context, self.served.handle.trace())
 
-    def read(self) -> None:
-        """Read the next piece of what is unread; at its end, say the next token."""
-        piece = self.ids[len(self.ids) - self.unread :][:PIECE]
+    def read(self, tokens: int = 1) -> None:
+        """Read the next ``tokens`` of what is unread; at its end, say the next token."""
+        piece = self.ids[len(self.ids) - self.unread :][:tokens]
         logits = self._context.run(_logits, self.served.model, [piece], self._cache)
         if not self.unread:
             self._say(logits[0])
@@ -190,7 +190,7 @@ class Generation:
 class Engine:
     """Answers what is submitted, up to ``batch`` answers at a time, the others in the order they came.
 
-    In each round one piece of one prompt is read, in turn, and each answer under way gets its next token: those after
+    In each round some tokens of prompts are read, in turn, and each answer under way gets its next token: those after
     the same context in one pass through the model. A seed gives the same tokens whoever else is served, as far as
     a batch's rounding allows.
     """
@@ -268,14 +268,18 @@ class Engine:
         with torch.inference_mode():
             self._admit()
             self._settle()
-            long = next((each for each in self._active if each.unread > 1), None)
-            if long is not None:
-                # The next round is another one's.
-                self._active.remove(long)
-                self._active.append(long)
-                self._attempt(long.read, [long])
+            left = PIECE
+            for each in [each for each in self._active if each.unread > 1]:
+                if left:
+                    tokens = min(each.unread, left)
+                    left -= tokens
+                    # The next round begins with another one.
+                    self._active.remove(each)
+                    self._active.append(each)
+                    self._attempt(partial(each.read, tokens), [each])
+            self._settle()
             groups: dict[Any, list[Generation]] = {}
-            for each in [each for each in self._active if each is not long and each.unread == 1]:
+            for each in [each for each in self._active if each.unread == 1]:
                 groups.setdefault(each.served if each.can_join else each, []).append(each)
             for several in groups.values():
                 if len(several) == 1:
