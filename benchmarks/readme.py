@@ -37,6 +37,7 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 | `python -m benchmarks.bench_prefill` | prompts through lists: time, error, and logits afterwards | 20 minutes |
 | `python -m benchmarks.bench_windows` | needles in texts longer than the model's range | 20 minutes |
 | `python -m benchmarks.bench_open` | opening a context, and the caches that begin with it: time and memory | a minute |
+| `python -m benchmarks.bench_serve` | the server: first token and tokens per second, 1 to 32 clients | 10 minutes |
 | `python -m benchmarks.bench_cost` | the cost model against the clock | minutes |
 
 The model is SmolLM2-135M-Instruct in float32. Its rows are captured over real prose (`benchmarks/capture.py`); beyond
@@ -358,6 +359,31 @@ def _families(results: Sequence[Record]) -> list[str]:
     ]
 
 
+def _serve(results: Record) -> list[str]:
+    rows = [
+        [
+            one["clients"],
+            one["server"]["tokens_per_s"],
+            one["dense"]["tokens_per_s"],
+            one["speedup"],
+            *(f"{show(side['first_p50'])} / {show(side['first_p90'])}" for side in (one["server"], one["dense"])),
+            f"{show(one['next_turn']['first_p50'])} ({show(one['next_turn']['read'])})",
+        ]
+        for one in results["runs"]
+    ]
+    head = (
+        "clients at once", "tokens/s", "dense generate", "times", "first token, s, p50 / p90", "of dense generate",
+        "next turn (tokens read)",
+    )  # fmt: skip
+    return [
+        f"{results['model']}, {results['weights']}: each client asks another question about a context of "
+        f"{results['context']:,} tokens, all at the same moment; the server answers them together, the unwrapped",
+        "model's `generate` one after the other, from a cache with the same context.",
+        "",
+        *_table(head, rows),
+    ]
+
+
 _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "decode": ("One decode step", _decode),
     "model": ("The whole model", _model),
@@ -367,6 +393,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "layers": ("Layers of several models", _layers),
     "fidelity": ("Logits of several models", _fidelity),
     "frontier": ("Recall, error and bytes", _frontier),
+    "serve": ("The server", _serve),
     "arena": ("The arena", _arena),
     "tasks": ("Tasks", _tasks),
     "families": ("Model families", _families),
@@ -376,6 +403,7 @@ _COMMANDS = {
     "layers": "python -m benchmarks.bench_layers",
     "fidelity": "python -m benchmarks.bench_fidelity",
     "prefill": "python -m benchmarks.bench_prefill",
+    "serve": "python -m benchmarks.bench_serve",
     "arena": "make arena",
     "tasks": "make tasks",
     "families": "python -m benchmarks.families",

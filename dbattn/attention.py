@@ -464,6 +464,11 @@ class AttentionDB:
         sample = self.store.sample
         return self.store.nbytes + self.index.nbytes + (0 if sample is None else sample.nbytes)
 
+    @property
+    def own_nbytes(self) -> int:
+        """The part of ``nbytes`` that no fork shares: what would be free if this database went."""
+        return self.store.own_nbytes + self.index.own_nbytes
+
     def _call(
         self,
         query: Tensor,

@@ -287,3 +287,16 @@ def test_a_forked_process_may_fork_what_it_inherits():
         finally:
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_a_fork_holds_alone_is_what_came_or_was_moved_since():
+    db = database(n=3000)
+    fork = db.fork()
+    assert fork.own_nbytes == 0 < fork.nbytes
+    grow(fork, 10)
+    assert fork.own_nbytes == 10 * 2 * 2 * 16 * 4  # keys and values of two heads, float32
+    grow(fork, 1200)
+    assert fork.own_nbytes > 1210 * 2 * 2 * 16 * 4  # segments merged: rows were moved, and there are other lists
+    assert (db.own_nbytes, db.fork().own_nbytes) == (0, 0)
+    alone = database("flat", n=300, learning=False)
+    assert alone.own_nbytes == alone.nbytes

@@ -10,7 +10,8 @@ from test_hf import RETRIEVING, assert_close, generate, prompt, tiny
 from transformers import DynamicCache
 
 from dbattn import AttentionDB, RetrievalConfig
-from dbattn.hf import wrap
+from dbattn.hf import Windows, wrap
+from dbattn.hf.batch import BatchCache
 
 SEALING = {"index": "segmented", "k": 10**6, "window": 8, "n_sink": 2, "dense_below": 0, "audit_rate": 0.0}
 LISTS = RetrievalConfig(**SEALING)
@@ -198,3 +199,33 @@ def test_a_call_that_begins_without_the_context_says_so_once(tmp_path):
                 warnings.simplefilter("error")
                 generate(model, {"input_ids": question})
             assert all("without the context" in layer.remarks for layer in handle.report().layers)
+
+
+@pytest.mark.parametrize("windows", [None, Windows(prefix=4, overlap=8, tokens=64)])
+def test_caches_of_any_length_take_a_step_together_as_each_would_alone(windows, tmp_path):
+    model, generator = tiny(max_position_embeddings=1024), torch.Generator().manual_seed(1)
+    text = torch.randint(2, 126, (1, 200), generator=generator)
+    with torch.inference_mode(), wrap(model, RETRIEVING) as handle:
+        cache = handle.new_cache()
+        while windows is not None and cache.get_seq_length() < 200:
+            handle.read_window(text, cache, windows)
+        model(text[:, :50] if windows else text, past_key_values=cache)
+        handle.save(tmp_path / "text", cache)
+    with torch.inference_mode(), wrap(model, RETRIEVING, context=tmp_path / "text") as handle:
+        alone, together = ([handle.new_cache() for _ in range(3)] for _ in range(2))
+        for number, caches in enumerate(zip(alone, together, strict=True)):
+            more = torch.randint(2, 126, (1, 1 + 40 * number), generator=generator)
+            for one in caches:
+                model(more, past_key_values=one)
+        for tokens in torch.randint(2, 126, (3, 3, 1), generator=generator):
+            parts = [model(t[None], past_key_values=c).logits for t, c in zip(tokens, alone, strict=True)]
+            handle.restart_report()
+            assert_close(model(tokens, past_key_values=BatchCache(together)).logits, torch.cat(parts))
+            assert handle.report().summary.retrieving == 3 * len(together[0].layers)
+        for one, other in zip(alone, together, strict=True):
+            assert torch.equal(one.layers[0].token_ids, other.layers[0].token_ids)
+            assert one.get_seq_length() == other.get_seq_length()
+        with pytest.raises(ValueError, match="one token each"):
+            model(torch.ones(2, 1, dtype=torch.long), past_key_values=BatchCache(together))
+        with pytest.raises(ValueError, match="one token each"):
+            model(torch.ones(3, 2, dtype=torch.long), past_key_values=BatchCache(together))

@@ -1,4 +1,4 @@
-"""The command line: ``dbattn demo | ingest | ask | info | explain | compare | cost``.
+"""The command line: ``dbattn demo | ingest | ask | chat | serve | info | explain | compare | cost``.
 
 Commands are imported when they run: ``--help`` answers without torch.
 """
@@ -59,6 +59,8 @@ def _run(args: argparse.Namespace) -> None:
         "demo": _demo,
         "ingest": _ingest,
         "ask": _ask,
+        "chat": _chat,
+        "serve": _serve,
         "info": _info,
         "explain": _explain,
         "compare": _compare,
@@ -87,6 +89,18 @@ def _ask(args: argparse.Namespace) -> None:
     from .ask import run_ask
 
     run_ask(**_options(args, json_path="json"))
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from .chat import run_chat
+
+    run_chat(**_options(args))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from .serve import run_serve
+
+    run_serve(**_options(args))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
 """What a person sees meanwhile: lines, how far long work is, and tables that stay readable without a terminal."""
 
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,3 +81,24 @@ def table_console() -> Console:
     """Standard output. Piped output has no width of its own; a table cut to 80 columns would be unreadable there."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=140, highlight=False)
+
+
+@contextmanager
+def first_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Inside the block the first Ctrl-C only notes itself, so that no row is left half written; a second one stops."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread hears signals.
+        yield asked.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(*_: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

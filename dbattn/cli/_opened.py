@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ..config import RetrievalConfig
 from ..hf import Handle, UnsupportedModelError, load_model, wrap
-from ..snapshot import SnapshotError, describe
-from ..text.prompt import QUESTION_TOKENS, check_question, question_ids
+from ..serve.contexts import reading_config
+from ..snapshot import SnapshotError
+from ..text.prompt import check_question, question_ids
 from ._console import waiting
-
-AUDIT_RATE = 0.05
 
 
 @dataclass(frozen=True)
@@ -94,17 +93,7 @@ def opened(context: Path, model: Path | None, weights: str, k: int | None, conso
     Raises:
         FileNotFoundError, ValueError: the context or the model is missing, damaged, or they do not belong together.
     """
-    info = describe(context)  # what can be wrong with it is said before the model is loaded
-    if info.model is None or not info.rows:
-        raise SnapshotError(f"{context} is not a context: it holds the rows of no model (make one with dbattn ingest)")
-    if info.batch != 1:
-        raise SnapshotError(f"{context} holds {info.batch} texts, expected one")
-    config = replace(info.config, max_queries=QUESTION_TOKENS)
-    # The first call and every 20th: an answer comes with its error, for about a hundredth of the time.
-    config = replace(config, audit_rate=max(AUDIT_RATE, config.audit_rate))
-    if k is not None:
-        # A budget asked for is a wish to retrieve.
-        config = replace(config, k=k, dense_below=0)
+    config = reading_config(context, k)
     lm, tokenizer = load(model, weights, console)
     began = time.perf_counter()
     with serving(lm, config, context) as handle:

@@ -29,7 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dbattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_ingest, _add_ask, _add_info, _add_explain, _add_compare, _add_cost):
+    for add in (
+        _add_demo, _add_ingest, _add_ask, _add_chat, _add_serve, _add_info, _add_explain, _add_compare, _add_cost,
+    ):  # fmt: skip
         add(commands)
     return parser
 
@@ -146,6 +148,74 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument("--quiet", action="store_true", help="print no figures")
 
 
+def _add_chat(commands: Any) -> None:
+    chat = _command(
+        commands,
+        "chat",
+        "a conversation about a text that was ingested",
+        "Asks for a line, streams the answer (greedy; a blank line ends it), and remembers both: the next question\n"
+        "may refer to them, and only what is new is read. Ctrl-C ends an answer; where none is under way, the chat.",
+        "  dbattn chat book.dbattn\n"
+        "  dbattn chat book.dbattn --show-sources --max-tokens 200\n"
+        "  dbattn chat book.dbattn --quiet                answers alone; where input is a pipe, a question is a line",
+    )
+    _add_context(chat)
+    _add_model(chat)
+    _add_weights(chat)
+    chat.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
+    chat.add_argument("--max-tokens", type=int, default=256, metavar="N", help="length of an answer (default 256)")
+    _add_memory(chat)
+    chat.add_argument(
+        "--show-sources",
+        action="store_true",
+        help="print the passages that an answer read most (each token then takes longer)",
+    )
+    chat.add_argument("--quiet", action="store_true", help="print no figures")
+
+
+def _add_serve(commands: Any) -> None:
+    serve = _command(
+        commands,
+        "serve",
+        "answer OpenAI's clients: chats and completions, about texts that were ingested",
+        "Serves a model, and the same model after each context, at /v1/models, /v1/chat/completions and\n"
+        "/v1/completions, with /health and /metrics (Prometheus). A context is a model: smollm2@book is smollm2 after\n"
+        'book.dbattn; "context": "book" in a request does the same. "dbattn": {"sources": true} in a request asks for\n'
+        "the passages that an answer read, how many rows, and an estimate of the error. A conversation's rows are\n"
+        "kept for its next turn, for the API key (or user) it came with and nobody else. Keys are not checked.\n"
+        "Ctrl-C and SIGTERM: no new requests; those under way are answered.",
+        "  dbattn serve --context book.dbattn\n"
+        "  dbattn serve --context book.dbattn --context law=laws.dbattn --port 8080 --memory 4G\n"
+        "  dbattn serve --model ./my-model --weights int8 --host 0.0.0.0     behind a proxy that checks keys",
+    )
+    _add_model(serve)
+    _add_weights(serve)
+    serve.add_argument(
+        "--context",
+        action="append",
+        default=[],
+        metavar="[NAME=]CONTEXT",
+        help="snapshot folder of an ingest; may be given several times (the name: as the folder's)",
+    )
+    serve.add_argument("--name", help="what the model is called (default smollm2, or as its folder or file)")
+    serve.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine only)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="port; 0 is any that is free (default 8000)")
+    serve.add_argument("--batch", type=int, default=8, metavar="N", help="answers under way at a time (default 8)")
+    serve.add_argument(
+        "--requests", type=int, default=64, metavar="N", help="requests taken at a time; others get 429 (default 64)"
+    )
+    serve.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="length of an answer (default 4096)")
+    serve.add_argument("--max-body", type=_size, default="4M", metavar="BYTES", help="size of a request (default 4M)")
+    _add_memory(serve)
+    serve.add_argument(
+        "--drain", type=int, default=60, metavar="S", help="seconds for requests under way to end (default 60)"
+    )
+    serve.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
 def _add_info(commands: Any) -> None:
     info = _command(
         commands,
@@ -250,6 +320,16 @@ def _add_weights(command: Any) -> None:
     )
 
 
+def _add_memory(command: Any) -> None:
+    command.add_argument(
+        "--memory",
+        type=_size,
+        default="1G",
+        metavar="BYTES",
+        help="kept for what was said: rows, 1G = 2^30 (default 1G)",
+    )
+
+
 def _add_context(command: Any) -> None:
     command.add_argument("context", type=Path, metavar="CONTEXT", help="snapshot folder of an ingest")
 
@@ -268,6 +348,13 @@ def _input(text: str) -> Path | TextIO:
 
 def _output(text: str) -> Path | TextIO:
     return sys.stdout if text == "-" else Path(text)
+
+
+def _size(text: str) -> int:
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in {"K", "M", "G"} else (text, "")
+    if not digits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 512M or 4G")
+    return int(digits) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
 
 
 def _names(text: str) -> list[str]:

@@ -13,10 +13,10 @@ from rich.text import Text
 from torch import Tensor
 
 from ..files import check_output, write_json
+from ..serve.sources import SourceFinder
 from ..text.prompt import answer_tokens
 from ._console import line_console, wrapped
 from ._opened import Opened, opened
-from ._sources import find_sources, neutral_trace
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,14 @@ def run_ask(
     console = line_console(stderr=True, quiet=quiet)
     with opened(context, model, weights, k, console) as about:
         asked = about.asked(question, max_tokens)
-        neutral = neutral_trace(about) if show_sources else None
+        finder = SourceFinder(about.model, about.tokenizer, about.handle) if show_sources else None
+        if finder is not None:
+            finder.neutral  # noqa: B018  # read before the figures of this question begin
         # The figures are of this question alone.
         about.handle.restart_report()
-        with about.handle.trace() if neutral is not None else nullcontext() as trace:
+        with about.handle.trace() if finder is not None else nullcontext() as trace:
             answer = _stream(about, asked, max_tokens)
-        sources = None if trace is None or neutral is None else find_sources(about, trace, neutral)
+        sources = None if trace is None or finder is None else finder.sources(trace)
         summary = about.handle.report().summary
         second = None
         if dense:

@@ -1,11 +1,8 @@
 """dbattn ingest: a long text is read once, in chunks, and saved as it goes."""
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +16,7 @@ from ..hf import Handle
 from ..snapshot import SnapshotError, SnapshotWriter, describe
 from ..text.prompt import CHUNK, QUESTION_TOKENS, context_ids, context_limit, read_text, windows_for
 from ..windows import Windows
-from ._console import line_console, long_work
+from ._console import first_ctrl_c, line_console, long_work
 from ._opened import load, serving
 
 
@@ -170,7 +167,7 @@ def _read(
     if durable:
         console.print(f"{writer.path} holds {durable} of {total} tokens, going on from there")
     began = time.perf_counter()
-    with _stop_asked() as stop_asked, long_work(console, "reading", total, "tokens", durable) as advance:
+    with first_ctrl_c() as stop_asked, long_work(console, "reading", total, "tokens", durable) as advance:
         parts = _chunks(lm, handle, cache, ids, advance)
         if windows is not None:
             parts = _each_window(handle, cache, ids, windows, advance, stop_asked)
@@ -225,24 +222,3 @@ def _line(durable: int, total: int, held: int, seconds: float) -> str:
     speed = (durable - held) / max(seconds, 1e-9)
     left = f", {(total - durable) / speed:.0f} s left" if durable < total and speed > 0 else ""
     return f"{durable} of {total} tokens saved, {speed:.0f} tokens/s{left}"
-
-
-@contextmanager
-def _stop_asked() -> Iterator[Callable[[], bool]]:
-    """Inside the block the first Ctrl-C only notes itself, so that no row is left half written; a second one stops."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread hears signals.
-        yield asked.is_set
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(*_: Any) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -9,6 +9,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from ..dense import masked_attention, merge_sink
+from .batch import EACH, attend_each
 from .cache import DatabaseLayer
 from .session import forward_pass
 from .stored_rows import plain
@@ -39,6 +40,9 @@ def attention_function(
     if given or dropout:
         what = ", ".join(given) or f"dropout={dropout}"
         raise NotImplementedError(f"{type(module).__name__} asks for {what}, which dbattn does not serve")
+    if hasattr(key, EACH):
+        options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        return attend_each(attention_function, module, query, key, **options), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     under_way = forward_pass.get()
     if under_way is not None:

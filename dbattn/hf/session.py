@@ -19,6 +19,7 @@ from ..config import RetrievalConfig
 from ..query.stats import RunningStats
 from ..windows import Windows
 from .adapters import Adapters, in_words
+from .batch import BatchCache
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
 from .shared_context import SharedContext
 from .switches import Switches
@@ -87,6 +88,26 @@ class Session:
         if (first := self._first(cache)) is not None:
             first.note_tokens(token_ids)
             first.note_adapters(self.adapters())
+
+    def note_batch(self, batch: BatchCache, token_ids: Tensor) -> tuple[Tensor, float]:
+        """Remember the token ``[B, 1]`` of each cache; their position ids ``[B, 1]``, and the sharpening of all.
+
+        Raises:
+            ValueError: more than a token each, caches that are not this session's, or that were read by other windows.
+        """
+        windows = {self.windows_of(cache) for cache in batch.caches}
+        ours = all(layer.session is self for cache in batch.caches for layer in cache.layers)
+        if token_ids.shape != (len(batch.caches), 1) or not ours or len(windows) > 1:
+            raise ValueError(
+                f"a batch of {len(batch.caches)} caches was given tokens {list(token_ids.shape)}: expected one token "
+                "each, and caches of this model that begin with the same context"
+            )
+        positions = [[cache.get_seq_length()] for cache in batch.caches]
+        for cache, token in zip(batch.caches, token_ids.split(1), strict=True):
+            self.note_call(cache, token)
+        (read_by,) = windows
+        moved = torch.tensor(positions, device=token_ids.device) + (0 if read_by is None else read_by.shift)
+        return moved, 1.0 if read_by is None else read_by.sharpening
 
     def note_missing_context(self, cache: Any, token_ids: Tensor | None) -> None:
         """Say once where a call begins with neither the context's rows nor its tokens."""

@@ -21,6 +21,7 @@ from ..query.stats import RunningStats
 from ..snapshot import SaveReport, SnapshotWriter
 from ..windows import Windows
 from .adapters import active_adapters
+from .batch import BatchCache
 from .cache import SERVED
 from .context import open_context, save_context
 from .decoder import UnsupportedModelError as UnsupportedModelError
@@ -234,6 +235,11 @@ class Handle:
         """What retrieval did in each layer since the model was wrapped."""
         return Report.of(self._session.stats, self._session.windows_of(self._session.newest))
 
+    @property
+    def stats(self) -> list[RunningStats]:
+        """What calls did, for each layer; databases of caches count there, unless they are given other stats."""
+        return self._session.stats
+
     def restart_report(self) -> None:
         """Let ``report`` count from here on."""
         for stats in self._session.stats:
@@ -351,6 +357,10 @@ class Handle:
         if isinstance(cache, WindowCache):
             forward_pass.set(ForwardPass(self._session, cache, served))
             return args, kwargs
+        if isinstance(cache, BatchCache):
+            positions, sharpening = self._session.note_batch(cache, given["input_ids"])
+            forward_pass.set(ForwardPass(self._session, cache, served, sharpening))
+            return (), given | {"position_ids": positions}
         self._session.note_missing_context(cache, given.get("input_ids"))
         sharpening = 1.0
         if isinstance(cache, DynamicCache):

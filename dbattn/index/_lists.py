@@ -74,6 +74,11 @@ class Lists:
         supers = self.supers._replace(used=self.segments.supers[:, :, segments].copy())
         return ListTable(lists, supers, *self._moments(segments), self.codes)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether forks share these lists, none of which has changed since."""
+        return self._pages is not None
+
     def reserve(self, bounds: list[int], rows: int) -> None:
         """Make room for segments at these bounds in a store with room for ``rows`` rows."""
         segments = len(bounds) - 1

@@ -198,6 +198,11 @@ class KeyIndex(ABC):
     def nbytes(self) -> int:
         """Bytes held beside the store's rows."""
 
+    @property
+    def own_nbytes(self) -> int:
+        """The part of them that is not shared with forks."""
+        return self.nbytes
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What was built, as plain data for reports."""

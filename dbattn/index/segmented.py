@@ -306,6 +306,11 @@ class SegmentedIndex(KeyIndex):
         """See KeyIndex; the part in use."""
         return 0 if self._lists is None else self._lists.nbytes(len(self), len(self._bounds) - 1)
 
+    @property
+    def own_nbytes(self) -> int:
+        """See KeyIndex."""
+        return 0 if self._lists is not None and self._lists.is_shared else self.nbytes
+
     def describe(self) -> dict[str, Any]:
         """See KeyIndex."""
         lists = 0 if self._lists is None else int(self._lists.lists.used[0, 0])

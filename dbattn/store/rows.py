@@ -361,6 +361,14 @@ class KVStore:
         return sum(buffer.nbytes for part in parts for buffer in part)
 
     @property
+    def own_nbytes(self) -> int:
+        """Bytes of rows that are in no pages shared with forks: those that came, or were moved, since."""
+        if self._shared is None or self._buffers is None:
+            return self.nbytes
+        own = max(0, self._length - self._shared.rows)
+        return own * sum(buffer.nbytes // max(1, buffer.shape[2]) for buffer in self._buffers)
+
+    @property
     def is_empty(self) -> bool:
         """True before the first row, and after truncate(0)."""
         return self._length == 0

@@ -14,6 +14,14 @@ from ..files import name_of
 from ..windows import Windows
 
 INSTRUCTION = "There is important information hidden inside the following text. Find it and memorize it.\n\n"
+# A chat about a text, as ``question_ids`` writes its first question.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '\n\nQuestion: ' + message.content + '\nAnswer:' }}"
+    "{% elif message.role == 'assistant' %}{{ ' ' + message.content | trim }}"
+    "{% else %}{{ '\n\n' + message.content }}{% endif %}"
+    "{% endfor %}"
+)
 # Room that a context must leave for a question and its answer.
 QUESTION_TOKENS = 256
 # Tokens of one forward pass over a text. Always the same, from the text's first token on: rows then do not depend on

@@ -1,11 +1,12 @@
 """Which passages of a context an answer was taken from, by attention."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from ..hf import Handle
 from ..hf.trace import Trace
 from ..text.prompt import Passage, answer_tokens, passages, question_ids
-from ._opened import Opened
 
 SHOWN = 3
 # Asked to learn what every question reads: the newest passages, and rows that attention is parked on.
@@ -65,26 +66,37 @@ class Sources:
         return lines
 
 
-def neutral_trace(opened: Opened) -> Trace:
-    """What a question about nothing in particular reads; the cache is left as it was."""
-    with opened.handle.trace() as trace:
-        list(answer_tokens(opened.model, question_ids(NEUTRAL, opened.tokenizer), opened.cache, None, 1))
-    opened.take_back()
-    return trace
+class SourceFinder:
+    """Finds the sources of answers about the context that a model was wrapped with."""
 
+    def __init__(self, model: Any, tokenizer: Any, handle: Handle) -> None:
+        assert handle.context is not None
+        self._model, self._tokenizer, self._handle = model, tokenizer, handle
+        self._ids = handle.context[0].tolist()
 
-def find_sources(opened: Opened, trace: Trace, neutral: Trace) -> Sources:
-    """The passages that ``trace`` reads more than ``neutral`` does."""
-    rows, n_sink = len(opened.ids), opened.handle.config.n_sink
-    parts = passages(opened.ids, opened.tokenizer)
-    first = max(n_sink, parts[0].first)
-    asked, usual = (one.mass[0] / max(1, one.total) for one in (trace, neutral))
-    shares = []
-    for mass in (asked, usual):
-        of_text = max(float(mass[first:rows].sum()), 1e-12)
-        shares.append([float(mass[max(first, p.first) : p.stop].sum()) / of_text for p in parts])
-    found = [Source(p, share, share - before) for p, share, before in zip(parts, *shares, strict=True)]
-    found.sort(key=lambda source: -source.excess)
-    text, before, after = (float(asked[a:b].sum()) for a, b in ((first, rows), (0, first), (rows, None)))
-    top = tuple(source for source in found[:SHOWN] if source.excess > 0)
-    return Sources(top, text, before, after, float(trace.for_unread[0]) / max(1, trace.total))
+    @cached_property
+    def neutral(self) -> Trace:
+        """What a question about nothing in particular reads."""
+        asked = question_ids(NEUTRAL, self._tokenizer).to(self._model.device)
+        with self._handle.trace() as trace:
+            list(answer_tokens(self._model, asked, self._handle.new_cache(), None, 1))
+        return trace
+
+    @cached_property
+    def _passages(self) -> list[Passage]:
+        return passages(self._ids, self._tokenizer)
+
+    def sources(self, trace: Trace) -> Sources:
+        """The passages that ``trace`` reads more than the neutral question does."""
+        rows, parts = len(self._ids), self._passages
+        first = max(self._handle.config.n_sink, parts[0].first)
+        asked, usual = (one.mass[0] / max(1, one.total) for one in (trace, self.neutral))
+        shares = []
+        for mass in (asked, usual):
+            of_text = max(float(mass[first:rows].sum()), 1e-12)
+            shares.append([float(mass[max(first, p.first) : p.stop].sum()) / of_text for p in parts])
+        found = [Source(p, share, share - before) for p, share, before in zip(parts, *shares, strict=True)]
+        found.sort(key=lambda source: -source.excess)
+        text, before, after = (float(asked[a:b].sum()) for a, b in ((first, rows), (0, first), (rows, None)))
+        top = tuple(source for source in found[:SHOWN] if source.excess > 0)
+        return Sources(top, text, before, after, float(trace.for_unread[0]) / max(1, trace.total))
