@@ -26,6 +26,7 @@ from .context import open_context, save_context
 from .decoder import UnsupportedModelError as UnsupportedModelError
 from .decoder import find_decoder
 from .function import NAME, register, unregister
+from .layer_states import ContextCache, Mark, refuse_states
 from .offload import device_of
 from .report import Report
 from .session import ForwardPass, Session, forward_pass, left_to_transformers
@@ -89,7 +90,7 @@ class Handle:
         self._text_config = self._decoder.config
         self.model = model
         layers = DynamicCache(config=model.config).layers
-        snapshot = None if context is None else open_context(context, self._decoder, len(layers))
+        snapshot = None if context is None else open_context(context, self._decoder, layers)
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
         self._session = Session(self.config, [RunningStats() for _ in layers])
         self._session.adapters = partial(active_adapters, self._decoder)
@@ -136,18 +137,19 @@ class Handle:
         """How the context was read, where that was by windows."""
         return self._session.windows
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> ContextCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
 
         It begins with the context's rows, if there is a context. All such caches share them, and own what comes after
         (``AttentionDB.fork``): the first one reads the context into memory, the next ones take next to no time and
-        memory. Crop it back after a question, or take a new one.
+        memory. Crop it back after a question, or take a new one. Where layers keep only the newest rows of a window, or
+        a state of all that was read, it can be cropped to where the context ends, and to few other lengths.
 
         Raises:
             ValueError: the model's adapters have changed since the context was opened.
             SnapshotError (a ValueError): the first time, a file of the context is damaged; names it.
         """
-        cache = DynamicCache(config=self.model.config)
+        cache = ContextCache(self.model.config)
         self._session.adopt(cache)
         self._session.fill(cache)
         return cache
@@ -173,14 +175,15 @@ class Handle:
             advance: called with numbers of new tokens read, several times.
 
         Raises:
-            ValueError: a model that takes no positions, windows beyond its range, a cache with rows that were not read
-                so, or all of the text in it.
+            ValueError: a model that takes no positions or has layers that keep more than rows (see ``new_cache``),
+                windows beyond its range, a cache with rows that were not read so, or all of the text in it.
         """
         held, total = cache.get_seq_length(), token_ids.shape[1]
         before = self._session.windows_of(cache)
         limit = getattr(self._text_config, "max_position_embeddings", None)
         if "position_ids" not in self._signature.parameters:
             raise ValueError(f"{type(self.model).__name__} takes no position_ids: it cannot read by windows")
+        refuse_states(cache, "cannot read by windows, each of which has states of its own")
         if limit is not None and windows.span > limit:
             raise ValueError(f"windows have {windows.span} positions, the model was made for {limit}")
         if (held and before is None) or (before is not None and replace(before, rows=0) != replace(windows, rows=0)):
@@ -220,9 +223,9 @@ class Handle:
                 given embeddings or the cache came with rows in it.
 
         Raises:
-            ValueError: no cache, an empty one, one with a layer that is not a database (sliding window), one whose rows
-                were written under other adapters than are active now, or token ids that are missing or of another
-                length.
+            ValueError: no cache, an empty one, one with other layers than the model's own cache has, one whose rows
+                were written under other adapters than are active now, one whose layers are not of one length, or token
+                ids that are missing or of another length.
             SnapshotError (a ValueError): another writer holds the folder, or it holds something else.
         """
         cache = self._session.newest if cache is None else cache
@@ -260,18 +263,18 @@ class Handle:
         Raises:
             ValueError: a model whose layers cannot be followed.
         """
-        length = cache.get_seq_length()
+        began = Mark.of(cache)
         with residual_stream(self._decoder, len(self._session.stats)) as states, self.audit():
             for at in range(token_ids.shape[1]):
-                token = token_ids[:, at : at + 1]
+                token, before = token_ids[:, at : at + 1], Mark.of(cache)
                 with self.dense():
                     self.model(token, past_key_values=cache)
                 dense = list(states)
-                cache.crop(-1)
+                before.put_back(cache)
                 self.model(token, past_key_values=cache)
                 for stats, error in zip(self._session.stats, stream_errors(states, dense), strict=True):
                     stats.add_stream_error(error)
-        cache.crop(length - cache.get_seq_length())
+        began.put_back(cache)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -364,6 +367,9 @@ class Handle:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        # The hook is called after errors, too, which have no output.
+        if output is not None and (under_way := forward_pass.get()) is not None:
+            self._session.note_end(under_way.cache)
         forward_pass.set(None)
 
 
