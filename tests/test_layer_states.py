@@ -55,11 +55,11 @@ def test_every_family_goes_on_from_its_context_as_if_it_had_never_stopped(name, 
     expected = saved(model, tmp_path / "a", text())
     with torch.inference_mode(), wrap(model, context=tmp_path / "a") as handle:
         first, second = handle.new_cache(), handle.new_cache()
-        assert_close(asked(model, first), expected)
+        model(QUESTION, past_key_values=first)
         assert_close(asked(model, second), expected)
-        assert first.get_seq_length() == 45
-        first.crop(-5)
-        assert_close(asked(model, first), expected)
+        first.crop(-3)
+        assert first.get_seq_length() == 40
+        assert_close(model(QUESTION, past_key_values=first).logits[:, -1], expected[0])
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
