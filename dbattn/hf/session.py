@@ -21,6 +21,7 @@ from ..windows import Windows
 from .adapters import Adapters, in_words
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
 from .layer_states import ContextCache, Mark
+from .pace import Drafts
 from .shared_context import SharedContext
 from .switches import Switches
 from .window_cache import WindowCache, WindowLayer
@@ -31,9 +32,13 @@ WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
 class Session:
     """What the layers of all caches of one wrapped model share. Copies of a cache stay in their session."""
 
-    def __init__(self, config: RetrievalConfig, stats: list[RunningStats]) -> None:
+    def __init__(self, config: RetrievalConfig, stats: list[RunningStats], *, exact: bool = False) -> None:
         self.config = config
         self.stats = stats
+        # Where answers must be dense's, retrieval is for drafts alone.
+        self._usual = Switches(retrieve=not exact)
+        # What became of these; None where there are none.
+        self.drafts = Drafts() if exact else None
         self._switches: ContextVar[Switches | None] = ContextVar("switches", default=None)
         # What every new cache begins with; and its token ids.
         self.context: SharedContext | None = None
@@ -49,7 +54,7 @@ class Session:
     @property
     def switches(self) -> Switches:
         """Those of the present thread or task."""
-        return self._switches.get() or Switches()
+        return self._switches.get() or self._usual
 
     @property
     def serving(self) -> bool:

@@ -17,5 +17,7 @@ class Switches:
     """How calls are answered inside the blocks that a thread or task has entered, and what becomes of them."""
 
     retrieve: bool = True
+    # Whether indexes are brought up to the rows of each call.
+    sync: bool = True
     audits: list[AuditReport] | None = None
     watcher: Watcher | None = None

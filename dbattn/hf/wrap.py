@@ -24,10 +24,12 @@ from .adapters import active_adapters
 from .cache import SERVED
 from .context import open_context, save_context
 from .decoder import UnsupportedModelError as UnsupportedModelError
-from .decoder import find_decoder
+from .decoder import check_exact, find_decoder
+from .exact import ExactGenerate
 from .function import NAME, register, unregister
 from .layer_states import ContextCache, Mark, refuse_states
 from .offload import device_of
+from .pace import Drafts
 from .report import Report
 from .session import ForwardPass, Session, forward_pass, left_to_transformers
 from .shared_context import SharedContext
@@ -42,6 +44,7 @@ def wrap(
     config: RetrievalConfig | None = None,
     *,
     context: str | os.PathLike[str] | None = None,
+    exact: bool = False,
 ) -> "Handle":
     """Let a model's full-attention layers answer decode steps from an index.
 
@@ -56,10 +59,15 @@ def wrap(
         config: what a query reads; default the context's, or ``RetrievalConfig()``.
         context: a snapshot folder that ``handle.save`` wrote for this model: what the model read then need not be read
             again. ``handle.new_cache()`` begins with it; a call with another empty cache does not, and warns once.
+        exact: ``model.generate`` gives dense's tokens (greedy; up to ties that rounding decides) or samples from its
+            distribution: retrieval only drafts tokens, and one dense pass checks several. How many are drafted follows
+            from what is accepted and from the times measured; none where that would not be faster, and for batches and
+            beams: ``report`` says so. Plain calls of the model are answered densely.
 
     Raises:
         TypeError: a config that is no RetrievalConfig.
-        UnsupportedModelError (a TypeError): the model cannot be served; names the class and the reason.
+        UnsupportedModelError (a TypeError): the model cannot be served, or not exactly (linear attention does not go
+            back over tokens that were rejected); names the class and the reason.
         RuntimeError: the model is wrapped already.
         FileNotFoundError: there is no such context.
         SnapshotError (a ValueError): the context is of another model, was built with another config, or lacks a file or
@@ -71,7 +79,7 @@ def wrap(
         ...     ids = torch.cat([handle.context, question], dim=1)
         ...     model.generate(ids, past_key_values=handle.new_cache())
     """
-    return Handle(model, config, context)
+    return Handle(model, config, context, exact=exact)
 
 
 class Handle:
@@ -82,7 +90,12 @@ class Handle:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: RetrievalConfig | None, context: str | os.PathLike[str] | None
+        self,
+        model: PreTrainedModel,
+        config: RetrievalConfig | None,
+        context: str | os.PathLike[str] | None,
+        *,
+        exact: bool = False,
     ) -> None:
         config = None if config is None else RetrievalConfig.checked(config)
         # The decoder inside a composite model: it meets the cache whichever way the model is called.
@@ -90,9 +103,11 @@ class Handle:
         self._text_config = self._decoder.config
         self.model = model
         layers = DynamicCache(config=model.config).layers
+        if exact:
+            check_exact(model, layers)
         snapshot = None if context is None else open_context(context, self._decoder, layers)
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
-        self._session = Session(self.config, [RunningStats() for _ in layers])
+        self._session = Session(self.config, [RunningStats() for _ in layers], exact=exact)
         self._session.adapters = partial(active_adapters, self._decoder)
         if snapshot is not None:
             self._session.context_adapters = self._session.adapters()
@@ -111,6 +126,8 @@ class Handle:
         register()
         # Not set_attn_implementation: it, and the public attribute, reach the configs nested below (vision towers).
         self._text_config._attn_implementation_internal = NAME
+        if self._session.drafts is not None:
+            model.generate = ExactGenerate(model, self._session, self._session.drafts)
         self._active = True
 
     def unwrap(self) -> None:
@@ -119,6 +136,8 @@ class Handle:
             return
         self._active = False
         self._session.newest = None
+        if self._session.drafts is not None:
+            del self.model.generate
         forward_pass.set(None)
         for hook in self._hooks:
             hook.remove()
@@ -136,6 +155,11 @@ class Handle:
     def windows(self) -> Windows | None:
         """How the context was read, where that was by windows."""
         return self._session.windows
+
+    @property
+    def drafts(self) -> Drafts | None:
+        """What became of drafted tokens, where answers are exact; ``restart_report`` counts anew."""
+        return self._session.drafts
 
     def new_cache(self) -> ContextCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
@@ -235,12 +259,16 @@ class Handle:
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
-        return Report.of(self._session.stats, self._session.windows_of(self._session.newest))
+        drafts = self._session.drafts
+        windows = self._session.windows_of(self._session.newest)
+        return Report.of(self._session.stats, windows, "" if drafts is None else str(drafts))
 
     def restart_report(self) -> None:
         """Let ``report`` count from here on."""
         for stats in self._session.stats:
             stats.restart()
+        if self._session.drafts is not None:
+            self._session.drafts.restart()
 
     def explain(self) -> QueryPlan:
         """The plans of each layer's latest audited call, summed: what a token's attention reads in the whole model.
@@ -271,7 +299,8 @@ class Handle:
                     self.model(token, past_key_values=cache)
                 dense = list(states)
                 before.put_back(cache)
-                self.model(token, past_key_values=cache)
+                with self._session.switched(retrieve=True):
+                    self.model(token, past_key_values=cache)
                 for stats, error in zip(self._session.stats, stream_errors(states, dense), strict=True):
                     stats.add_stream_error(error)
         began.put_back(cache)
