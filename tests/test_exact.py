@@ -142,6 +142,9 @@ def test_plain_calls_are_dense_and_a_copy_of_the_model_refuses_to_run():
             def end(self):
                 self.tokens = torch.tensor([self.tokens])
 
+        with handle.dense():
+            assert torch.equal(generate(model, inputs).sequences, expected)
+        assert "no drafts: dense answers were asked for" in str(handle.report())
         streamer = Streamer()
         generate(model, inputs, streamer=streamer)
         assert torch.equal(streamer.tokens, expected)

@@ -141,6 +141,8 @@ class ExactGenerate:
             why = f"a cache of the type {type(cache).__name__}"
         elif mask is not None and not bool((mask == 1).all()):
             why = "a prompt with padding"
+        elif not self._session.switches.drafts:
+            why = "dense answers were asked for"
         elif getattr(generation_config, "_mask_length", input_ids.shape[1]) != input_ids.shape[1]:
             why = "of what the cache holds, the tokens were not given"
         if why:

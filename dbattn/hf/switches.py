@@ -19,5 +19,7 @@ class Switches:
     retrieve: bool = True
     # Whether indexes are brought up to the rows of each call.
     sync: bool = True
+    # Whether tokens may be drafted, where answers are exact.
+    drafts: bool = True
     audits: list[AuditReport] | None = None
     watcher: Watcher | None = None

@@ -308,7 +308,7 @@ class Handle:
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Answer every call inside the block densely; rows are indexed all the same."""
-        with self._session.switched(retrieve=False):
+        with self._session.switched(retrieve=False, drafts=False):
             yield
 
     @contextmanager
