@@ -36,6 +36,7 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 | `python -m benchmarks.bench_fidelity --model FOLDER_OR_GGUF` | logits of any model, on prose or code | minutes |
 | `python -m benchmarks.bench_prefill` | prompts through lists: time, error, and logits afterwards | 20 minutes |
 | `python -m benchmarks.bench_windows` | needles in texts longer than the model's range | 20 minutes |
+| `python -m benchmarks.bench_exact` | exact=True: are the tokens dense's, and how fast do they come | 20 minutes |
 | `python -m benchmarks.bench_open` | opening a context, and the caches that begin with it: time and memory | a minute |
 | `python -m benchmarks.bench_serve` | the server: first token and tokens per second, 1 to 32 clients | 10 minutes |
 | `python -m benchmarks.bench_cost` | the cost model against the clock | minutes |

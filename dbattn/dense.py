@@ -11,6 +11,8 @@ from index_kernels.reference import softcapped
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
 _LOGITS_BYTES = 64 << 20
+# Positions of a call, over many rows, that are answered as one wide query: what a check of drafted tokens has.
+FEW_POSITIONS, MANY_ROWS = 16, 1024
 
 
 def dense_attention(
@@ -131,6 +133,9 @@ def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None
         ]
         return torch.cat(heads, dim=1).to(query.dtype)
     m, rows = query.shape[2], keys.shape[2]
+    few = 1 < m <= FEW_POSITIONS and rows >= MANY_ROWS
+    if few and start is None and query.device.type == "cpu" and keys.shape[3] == values.shape[3]:
+        return _scan_few(query, keys, values, scale)
     if start is None and m in (1, rows):  # without a mask torch may take its fast kernels
         return F.scaled_dot_product_attention(query, keys, values, is_causal=m > 1, scale=scale, enable_gqa=True)
     mask = torch.ones(m, rows, dtype=torch.bool, device=query.device).tril(rows - m)
@@ -139,6 +144,26 @@ def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     # A padded query sees no row at all; its output is defined as zero, where SDPA may give NaN.
     return out if start is None else out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
+
+
+def _scan_few(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    """The same for few positions: what all of them see is read once, for all query heads of a KV head together.
+
+    It is read in parts, so that all threads have some, and their states are merged.
+    """
+    (batch, heads, m, dim), kv_heads = query.shape, keys.shape[1]
+    parts = max(1, -(-2 * torch.get_num_threads() // (batch * kv_heads)))
+    seen = (keys.shape[2] - m) // parts
+    grouped = query.reshape(batch * kv_heads, 1, -1, dim).expand(-1, parts, -1, -1)
+    common = (rows[:, :, : seen * parts].unflatten(2, (parts, seen)).flatten(0, 1) for rows in (keys, values))
+    # By its own name: it also tells the lse.
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(grouped, *common, scale=scale)
+    newest = keys[:, :, seen * parts :], values[:, :, seen * parts :]
+    mask = torch.ones(m, newest[0].shape[2], dtype=torch.bool).tril(newest[0].shape[2] - m)
+    last, last_lse = masked_attention(query, *newest, mask, scale=dim**-0.5 if scale is None else scale)
+    outs = out.transpose(0, 1).reshape(parts, batch, heads, m, -1).float()
+    lses = lse.transpose(0, 1).reshape(parts, batch, heads, m).float()
+    return merge_states(torch.cat([outs, last[None]]), torch.cat([lses, last_lse[None]]))[0].to(query.dtype)
 
 
 def _scan_with_lse(

@@ -340,6 +340,21 @@ def test_dense_attention_matches_plain_attention():
     assert lse.shape == (2, 6, 130)
 
 
+@pytest.mark.parametrize(("batch", "m", "n"), [(1, 2, 1024), (2, 7, 1333), (1, 16, 1025)])
+def test_few_positions_over_many_rows_are_one_wide_query_and_as_exact(batch, m, n, monkeypatch):
+    from dbattn import dense
+
+    keys, values = rows(n, batch=batch, kv_heads=3, dim=16, value_dim=16)
+    query, scanned = torch.randn(batch, 6, m, 16), []
+    few = dense._scan_few
+    monkeypatch.setattr(dense, "_scan_few", lambda *given: scanned.append(m) or few(*given))
+    for scale in (None, 0.7):
+        out = dense_attention(query, keys, values, scale=scale)
+        options = {} if scale is None else {"scale": scale}
+        torch.testing.assert_close(out.double(), plain_attention(query, keys, values, **options), atol=1e-5, rtol=1e-5)
+    assert scanned == [m, m]
+
+
 def test_one_position_is_scanned_by_sdpa_where_that_is_faster(monkeypatch):
     from dbattn import dense
 

@@ -572,7 +572,7 @@ def test_layers_that_hold_full_and_linear_attention_retrieve(options):
     assert_same(generate(model, inputs, **options), expected, tolerance=0)
 
 
-def test_a_hybrid_cache_filled_before_wrapping_keeps_its_linear_state_and_is_not_saved(tmp_path):
+def test_a_hybrid_cache_filled_before_wrapping_keeps_its_linear_state_and_is_saved_with_it(tmp_path):
     model, ids = falcon_h1(), prompt(batch=1, padding=())["input_ids"]
     with torch.inference_mode():
         cache = model(ids).past_key_values
@@ -581,8 +581,10 @@ def test_a_hybrid_cache_filled_before_wrapping_keeps_its_linear_state_and_is_not
         expected = model(**step, past_key_values=cache).logits
         with wrap(model, EXACT) as handle:
             assert_close(model(**step, past_key_values=twin).logits, expected)
-            with pytest.raises(ValueError, match="layer 0 keeps a state of linear attention beside its rows"):
-                handle.save(tmp_path / "a", twin)
+            handle.save(tmp_path / "a", twin, token_ids=torch.cat([ids, step["input_ids"]], dim=1))
+            expected = model(**step, past_key_values=twin).logits
+        with wrap(model, context=tmp_path / "a") as handle:
+            assert_close(model(**step, past_key_values=handle.new_cache()).logits, expected)
         twin.reset()
         assert_close(model(ids, past_key_values=twin).logits, model(ids).logits)
 

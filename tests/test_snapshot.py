@@ -834,16 +834,6 @@ def test_the_context_of_another_model_is_refused_saying_what_differs(tmp_path):
     wrap(model).unwrap()
 
 
-def test_a_model_with_layers_that_are_not_databases_cannot_be_saved(tmp_path):
-    model = tiny("gemma2")
-    with torch.inference_mode(), wrap(model) as handle:
-        cache = handle.new_cache()
-        model(torch.randint(2, 126, (1, 40)), past_key_values=cache)
-        with pytest.raises(ValueError, match=r"layer 0 is a \w*Sliding\w*"):
-            handle.save(tmp_path / "a", cache)
-    assert not (tmp_path / "a").exists()
-
-
 def test_an_interrupted_call_is_not_saved(tmp_path):
     model = tiny()
     with torch.inference_mode(), wrap(model) as handle:

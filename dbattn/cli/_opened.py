@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import RetrievalConfig
 from ..hf import Handle, UnsupportedModelError, load_model, wrap
+from ..hf.cache import DatabaseLayer
 from ..serve.contexts import reading_config
 from ..snapshot import SnapshotError
 from ..text.prompt import check_question, question_ids
@@ -35,6 +36,11 @@ class Opened:
     cache: Any
     ids: list[int]
     seconds: float
+
+    @property
+    def databases(self) -> list[int]:
+        """Numbers of the model's layers that keep all rows."""
+        return [number for number, layer in enumerate(self.cache.layers) if isinstance(layer, DatabaseLayer)]
 
     def take_back(self) -> None:
         """Leave the context alone in the cache, as before the question."""

@@ -145,7 +145,7 @@ def _asked(
             terms[number] = scale, softcap
 
     with opened(context, model, weights, None, console) as about:
-        wanted = _known(layers, range(len(about.cache.layers)))
+        wanted = _known(layers, about.databases)
         with about.handle.dense(), about.handle.watch(collect):
             # The prompt's own call gives the first token; each later token is a query.
             list(answer_tokens(about.model, about.asked(question, queries + 1), about.cache, None, queries + 1))

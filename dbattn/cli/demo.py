@@ -92,6 +92,7 @@ def run_demo(
         cache = handle.new_cache()
         with handle.dense():
             _prefill(lm, context, cache, console)
+        cache.mark()
         try:
             for needle in hidden:
                 answers.append(_ask(lm, tokenizer, handle, cache, needle))

@@ -36,9 +36,10 @@ def run_explain(
         plans[number] = db.explain(query, scale=scale, softcap=softcap)
 
     with opened(context, model, weights, k, Console(stderr=True, quiet=quiet)) as about:
-        layers = len(about.cache.layers)
-        if layer is not None and not 0 <= layer < layers:
-            raise ValueError(f"--layer is {layer}, expected 0 to {layers - 1}")
+        there = about.databases
+        if layer is not None and layer not in there:
+            expected = f"0 to {there[-1]}" if len(there) > there[-1] else f"one of {', '.join(map(str, there))}"
+            raise ValueError(f"--layer is {layer}, expected {expected}")
         step = answer_tokens(about.model, about.asked(question, 2), about.cache, None, 2)
         next(step)
         with about.handle.watch(explain):

@@ -1,5 +1,6 @@
 """dbattn info: what a context holds."""
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +24,7 @@ def run_info(*, context: Path, json_path: Path | TextIO | None, quiet: bool) -> 
     console = table_console()
     names = Table(box=None, show_header=False, pad_edge=False)
     for name, value in {**facts, "windows": info.windows}.items():
-        if name not in ("files", "config") and (name != "windows" or value):
+        if name not in ("files", "config") and (value or name not in ("windows", "states", "bytes_of_states")):
             names.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     changed = {name: value for name, value in facts["config"].items() if value is not None}
     names.add_row("config", ", ".join(f"{name}={value}" for name, value in changed.items()))
@@ -44,6 +45,7 @@ def run_info(*, context: Path, json_path: Path | TextIO | None, quiet: bool) -> 
 def _facts(info: SnapshotInfo) -> dict[str, Any]:
     layer = info.layers[0]
     model = info.model
+    kinds = Counter(state.kind for state in info.states)
     return {
         "context": str(info.path),
         "format_version": info.format_version,
@@ -53,6 +55,8 @@ def _facts(info: SnapshotInfo) -> dict[str, Any]:
         "windows": None if info.windows is None else asdict(info.windows),
         "texts": info.batch,
         "layers": len(info.layers),
+        "states": ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or None,
+        "bytes_of_states": sum(file.bytes for file in info.files if file.kind == "states"),
         "kv_heads": layer.num_kv_heads,
         "head_dim": layer.head_dim,
         "dtype": f"{layer.dtype}, rotated" if layer.rotated else layer.dtype,

@@ -162,7 +162,9 @@ def _read(
     total, cache = ids.shape[1], handle.new_cache()
     # A text that has grown since may have ended inside a chunk or a window: that one is read again, whole.
     durable = held - held % CHUNK if windows is None else windows.full(held)
-    if durable < held:
+    if cache.why_not(durable) is not None:
+        durable = held  # what its layers hold cannot go back: rows differ in rounding alone
+    elif durable < held:
         cache.crop(durable - held)
     if durable:
         console.print(f"{writer.path} holds {durable} of {total} tokens, going on from there")
@@ -173,7 +175,7 @@ def _read(
             parts = _each_window(handle, cache, ids, windows, advance, stop_asked)
         for read in parts:
             if read > durable and (read == total or read - durable >= save_every or stop_asked()):
-                handle.save(writer, cache)
+                handle.save(writer, cache, token_ids=ids[:, :read])
                 durable = read
                 if not console.is_terminal:
                     console.print(_line(durable, total, held, time.perf_counter() - began))

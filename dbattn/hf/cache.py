@@ -61,6 +61,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.adapters: list[tuple[int, Adapters]] = []
         # How the first rows were read, where that was by windows; kept by the first layer.
         self.windows: Windows | None = None
+        # Calls that did not come to their end: layers may differ in what they read; kept by the first layer.
+        self.unfinished = 0
 
     @property
     def db(self) -> AttentionDB | None:
@@ -160,7 +162,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     def reset(self) -> None:
         """Forget everything."""
         self.db = self.token_ids = self.windows = None
-        self.adapters = []
+        self.adapters, self.unfinished = [], 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -1,18 +1,21 @@
 """A model's context on disk: what a cache is saved as, and what a wrapped model goes on from."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..snapshot import SaveReport, Snapshot, SnapshotError, SnapshotWriter, save
-from .cache import DatabaseLayer, HybridDatabaseLayer
+from .cache import SERVED, DatabaseLayer
 from .fingerprint import difference, fingerprint
+from .layer_states import KEPT, Mark, check_states, kind_of
 from .session import Session
 
 
-def open_context(context: str | os.PathLike[str], decoder: nn.Module, layers: int) -> Snapshot:
-    """A snapshot that a decoder with so many layers can go on from.
+def open_context(context: str | os.PathLike[str], decoder: nn.Module, layers: Sequence[Any]) -> Snapshot:
+    """A snapshot that a decoder can go on from, whose fresh cache has such layers.
 
     Raises:
         SnapshotError (a ValueError): it is of another model, or of none; says what differs.
@@ -20,9 +23,15 @@ def open_context(context: str | os.PathLike[str], decoder: nn.Module, layers: in
     snapshot = Snapshot.open(context)
     if snapshot.info.model is None:
         raise SnapshotError(f"{context} is not a model's context: AttentionDB.save wrote it")
+    info, databases = snapshot.info, sum(type(layer) in SERVED for layer in layers)
     differs = difference(snapshot.info.model, fingerprint(decoder))
-    if differs is None and len(snapshot.info.layers) != layers:
-        differs = f"it has {len(snapshot.info.layers)} layers, this one {layers}"
+    if differs is None and len(info.layers) != databases:
+        differs = f"it has {len(info.layers)} layers, this one {databases}"
+    if differs is None:
+        try:
+            check_states(info.states, layers, info.rows, info.batch)
+        except ValueError as error:
+            differs = str(error)
     if differs is not None:
         raise SnapshotError(f"{context} is the context of another model: {differs}")
     return snapshot
@@ -36,25 +45,31 @@ def save_context(
     token_ids: Tensor | None,
 ) -> SaveReport:
     """Write a cache's rows, and the token ids ``[B, n]`` that they were made of; see ``Handle.save``."""
-    databases = []
+    databases, own = [], DynamicCache(config=decoder.config).layers
     for number, layer in enumerate(cache.layers):
+        if number >= len(own) or kind_of(layer) != kind_of(own[number]):
+            raise ValueError(
+                f"layer {number} of the cache is a {kind_of(layer)}, expected the model's own "
+                f"{kind_of(own[number]) if number < len(own) else 'number of layers'}: make it with handle.new_cache()"
+            )
         if not isinstance(layer, DatabaseLayer):
-            raise ValueError(
-                f"layer {number} is a {type(layer).__name__} of transformers, which cannot be saved: "
-                "expected only layers that attend to all rows"
-            )
-        if isinstance(layer, HybridDatabaseLayer):
-            raise ValueError(
-                f"layer {number} keeps a state of linear attention beside its rows, which cannot be saved: "
-                "expected only layers that attend to all rows"
-            )
+            if kind_of(layer) not in KEPT and kind_of(layer) != "DummyLayer":
+                raise ValueError(f"layer {number} is a {kind_of(layer)} of transformers, which cannot be saved")
+            continue
         if layer.db is None or not len(layer.db):
             raise ValueError(f"layer {number} of the cache has no rows: nothing to save")
         if layer.db.is_reading:
             layer.db.sync()
         databases.append((layer.db.store, layer.db.index))
+    rows, mark = len(databases[0][0]), Mark.of(cache)
+    if mark.states and session.was_interrupted(cache):
+        raise ValueError("a call on this cache was interrupted: states that not all layers went on to cannot be saved")
+    try:
+        check_states([state.info for state in mark.states], own, rows, len(databases[0][0].start))
+    except ValueError as error:
+        raise ValueError(f"{error}: was a call interrupted?") from None
     if token_ids is None:
-        token_ids, rows = session.tokens_of(cache), len(databases[0][0])
+        token_ids = session.tokens_of(cache)
         if token_ids is None or token_ids.shape[1] < rows:
             raise ValueError(f"the token ids of the cache's {rows} rows are not known: pass token_ids")
         token_ids = token_ids[:, :rows]
@@ -66,4 +81,5 @@ def save_context(
         model=fingerprint(decoder),
         token_ids=token_ids,
         windows=session.windows_of(cache),
+        states=mark.states,
     )

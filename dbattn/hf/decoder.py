@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -67,6 +68,20 @@ def find_decoder(model: Any) -> Any:
         if own:
             raise UnsupportedModelError(f"{name} cannot be wrapped: it asks for a cache of its own, a {kind.__name__}")
     return decoder
+
+
+def check_exact(model: Any, layers: Sequence[Any]) -> None:
+    """Raise UnsupportedModelError for a model that cannot decode exactly, whose fresh cache has such layers."""
+    name = type(model).__name__
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(f"{name} has no generate, whose answers exact=True is about")
+    if (
+        number := next((i for i, each in enumerate(layers) if isinstance(each, LinearAttentionLayer)), None)
+    ) is not None:
+        raise UnsupportedModelError(
+            f"{name} cannot be exact: layer {number} ({type(layers[number]).__name__}) keeps a state that does not go "
+            "back over drafted tokens that are rejected"
+        )
 
 
 def _attends(kind: type[nn.Module]) -> bool:

@@ -218,5 +218,5 @@ def _settings(decoder: nn.Module) -> dict[str, Any]:
     config: Any = decoder.config
     known = {name: value for name, value in config.to_dict().items() if name not in UNRELATED and name[0] != "_"}
     # As JSON has them, so that they compare equal to those read from a file.
-    plain: dict[str, Any] = json.loads(json.dumps(known, default=str, sort_keys=True))
+    plain: dict[str, Any] = _as_json(json.loads(json.dumps(known, default=str, sort_keys=True)))
     return plain

@@ -77,7 +77,8 @@ def attention_function(
                 switches.watcher(layer.layer_index, db, query.detach(), scale, softcap)
             db.store.note_queries(query, len(db) - query.shape[2])
             # Only now: an index may move rows, and the newest queries see only what came before them.
-            db.sync(reading=query.shape[2] > db.config.max_queries)
+            if switches.sync:
+                db.sync(reading=query.shape[2] > db.config.max_queries)
             assert isinstance(out, Tensor)
             return _as_sdpa_returns(out), None
         reason = "the mask is not causal with left padding" if in_order else "the model's attention is not causal here"

@@ -57,6 +57,7 @@ class Summary:
         timed: audited calls behind them.
         within: with ``max_error``, share of audited queries whose error kept the bound.
         windows: how the rows were read, in words, where that was by windows; else "".
+        exact: what became of drafts, in words, where answers are exact; else "".
     """
 
     layers: int
@@ -80,6 +81,7 @@ class Summary:
     within: float | None
     prompts_by_lists: str = ""
     windows: str = ""
+    exact: str = ""
 
     @property
     def verdict(self) -> str:
@@ -104,7 +106,7 @@ class Summary:
     @property
     def lines(self) -> list[str]:
         """The verdict; why calls scanned everything; what to do where it is bad."""
-        lines = [self.verdict]
+        lines = [self.verdict, self.exact] if self.exact else [self.verdict]
         if self.dense:
             lines.append(
                 f"Of {self.calls} decode calls {self.retrieving} retrieved; {sum(self.dense.values())} scanned "
@@ -181,10 +183,15 @@ class Report:
     summary: Summary
 
     @classmethod
-    def of(cls, stats: Sequence[RunningStats], windows: Windows | None = None) -> "Report":
-        """Summarise the statistics of each layer; ``windows``: how the rows of the newest cache were read."""
+    def of(cls, stats: Sequence[RunningStats], windows: Windows | None = None, exact: str = "") -> "Report":
+        """Summarise the statistics of each layer; ``windows``: how the rows of the newest cache were read.
+
+        ``exact``: what became of drafts, in words.
+        """
         layers = tuple(layer_report(i, s) for i, s in enumerate(stats))
-        return cls(layers, replace(_summary(stats, layers), windows="" if windows is None else str(windows)))
+        return cls(
+            layers, replace(_summary(stats, layers), windows="" if windows is None else str(windows), exact=exact)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data: the summary, and every layer whole."""

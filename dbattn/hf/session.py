@@ -21,6 +21,8 @@ from ..windows import Windows
 from .adapters import Adapters, in_words
 from .batch import BatchCache
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
+from .layer_states import ContextCache, Mark
+from .pace import Drafts
 from .shared_context import SharedContext
 from .switches import Switches
 from .window_cache import WindowCache, WindowLayer
@@ -31,9 +33,13 @@ WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
 class Session:
     """What the layers of all caches of one wrapped model share. Copies of a cache stay in their session."""
 
-    def __init__(self, config: RetrievalConfig, stats: list[RunningStats]) -> None:
+    def __init__(self, config: RetrievalConfig, stats: list[RunningStats], *, exact: bool = False) -> None:
         self.config = config
         self.stats = stats
+        # Where answers must be dense's, retrieval is for drafts alone.
+        self._usual = Switches(retrieve=not exact)
+        # What became of these; None where there are none.
+        self.drafts = Drafts() if exact else None
         self._switches: ContextVar[Switches | None] = ContextVar("switches", default=None)
         # What every new cache begins with; and its token ids.
         self.context: SharedContext | None = None
@@ -49,7 +55,7 @@ class Session:
     @property
     def switches(self) -> Switches:
         """Those of the present thread or task."""
-        return self._switches.get() or Switches()
+        return self._switches.get() or self._usual
 
     @property
     def serving(self) -> bool:
@@ -88,6 +94,17 @@ class Session:
         if (first := self._first(cache)) is not None:
             first.note_tokens(token_ids)
             first.note_adapters(self.adapters())
+            first.unfinished += 1
+
+    def note_end(self, cache: Cache | None) -> None:
+        """Remember that a call on a cache came to its end."""
+        if isinstance(cache, DynamicCache) and (first := self._first(cache)) is not None:
+            first.unfinished -= 1
+
+    def was_interrupted(self, cache: DynamicCache) -> bool:
+        """Whether a call on a cache did not come to its end: its layers may differ in what they have read."""
+        first = self._first(cache)
+        return first is not None and first.unfinished > 0
 
     def note_batch(self, batch: BatchCache, token_ids: Tensor) -> tuple[Tensor, float]:
         """Remember the token ``[B, 1]`` of each cache; their position ids ``[B, 1]``, and the sharpening of all.
@@ -163,6 +180,7 @@ class Session:
     def add_window(self, cache: DynamicCache, read: WindowCache, token_ids: Tensor, windows: Windows) -> None:
         """Append the newest rows of a window that was read, those of ``token_ids [B, n]``, to a cache of ours."""
         self.note_call(cache, token_ids)
+        self.note_end(cache)
         newest = read.get_seq_length() - token_ids.shape[1]
         for layer, window in zip(cache.layers, read.layers, strict=True):
             keys, values, queries = window.rows(newest)
@@ -173,7 +191,7 @@ class Session:
         assert first is not None
         first.windows = windows
 
-    def fill(self, cache: DynamicCache) -> None:
+    def fill(self, cache: ContextCache) -> None:
         """Give an empty cache of ours the context's rows; all caches share them, see ``AttentionDB.fork``.
 
         Raises:
@@ -187,10 +205,13 @@ class Session:
                 f"the context was read with {in_words(self.context_adapters)} active, the model now has "
                 f"{in_words(now)}: make that active again, or wrap the model anew with another context"
             )
-        for layer, db in zip(cache.layers, self.context.layers, strict=True):
+        databases = [layer for layer in cache.layers if isinstance(layer, DatabaseLayer)]
+        for layer, db in zip(databases, self.context.layers, strict=True):
             layer.begin_with(db)
-        first = self._first(cache)
-        assert first is not None
+        first = databases[0]
+        mark = Mark(first.get_seq_length(), self.context.states)
+        mark.put_back(cache)
+        cache.mark(mark)
         if self.token_ids is not None:
             first.token_ids = self.token_ids
         first.adapters, first.windows = [(0, self.context_adapters)], self.windows

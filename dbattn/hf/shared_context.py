@@ -6,7 +6,7 @@ import torch
 
 from ..attention import AttentionDB
 from ..config import RetrievalConfig
-from ..snapshot import Snapshot
+from ..snapshot import LayerState, Snapshot
 
 
 class SharedContext:
@@ -17,6 +17,8 @@ class SharedContext:
         self._config, self._device = config, device
         self._reading = threading.Lock()
         self._layers: list[AttentionDB] = []
+        # What layers hold that are no databases; read with them.
+        self.states: tuple[LayerState, ...] = ()
 
     @property
     def layers(self) -> list[AttentionDB]:
@@ -32,7 +34,7 @@ class SharedContext:
         return self._layers
 
     def _read(self, snapshot: Snapshot) -> list[AttentionDB]:
-        layers = []
+        layers, self.states = [], snapshot.states(self._device)
         for number in range(len(snapshot.info.layers)):
             db = AttentionDB.of_snapshot(snapshot, number, self._config, self._device)
             db.fork()  # moves the rows to where forks share them

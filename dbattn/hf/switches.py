@@ -17,5 +17,9 @@ class Switches:
     """How calls are answered inside the blocks that a thread or task has entered, and what becomes of them."""
 
     retrieve: bool = True
+    # Whether indexes are brought up to the rows of each call.
+    sync: bool = True
+    # Whether tokens may be drafted, where answers are exact.
+    drafts: bool = True
     audits: list[AuditReport] | None = None
     watcher: Watcher | None = None

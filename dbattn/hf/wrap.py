@@ -25,9 +25,12 @@ from .batch import BatchCache
 from .cache import SERVED
 from .context import open_context, save_context
 from .decoder import UnsupportedModelError as UnsupportedModelError
-from .decoder import find_decoder
+from .decoder import check_exact, find_decoder
+from .exact import ExactGenerate
 from .function import NAME, register, unregister
+from .layer_states import ContextCache, Mark, refuse_states
 from .offload import device_of
+from .pace import Drafts
 from .report import Report
 from .session import ForwardPass, Session, forward_pass, left_to_transformers
 from .shared_context import SharedContext
@@ -42,6 +45,7 @@ def wrap(
     config: RetrievalConfig | None = None,
     *,
     context: str | os.PathLike[str] | None = None,
+    exact: bool = False,
 ) -> "Handle":
     """Let a model's full-attention layers answer decode steps from an index.
 
@@ -56,10 +60,15 @@ def wrap(
         config: what a query reads; default the context's, or ``RetrievalConfig()``.
         context: a snapshot folder that ``handle.save`` wrote for this model: what the model read then need not be read
             again. ``handle.new_cache()`` begins with it; a call with another empty cache does not, and warns once.
+        exact: ``model.generate`` gives dense's tokens (greedy; up to ties that rounding decides) or samples from its
+            distribution: retrieval only drafts tokens, and one dense pass checks several. How many are drafted follows
+            from what is accepted and from the times measured; none where that would not be faster, and for batches and
+            beams: ``report`` says so. Plain calls of the model are answered densely.
 
     Raises:
         TypeError: a config that is no RetrievalConfig.
-        UnsupportedModelError (a TypeError): the model cannot be served; names the class and the reason.
+        UnsupportedModelError (a TypeError): the model cannot be served, or not exactly (linear attention does not go
+            back over tokens that were rejected); names the class and the reason.
         RuntimeError: the model is wrapped already.
         FileNotFoundError: there is no such context.
         SnapshotError (a ValueError): the context is of another model, was built with another config, or lacks a file or
@@ -71,7 +80,7 @@ def wrap(
         ...     ids = torch.cat([handle.context, question], dim=1)
         ...     model.generate(ids, past_key_values=handle.new_cache())
     """
-    return Handle(model, config, context)
+    return Handle(model, config, context, exact=exact)
 
 
 class Handle:
@@ -82,7 +91,12 @@ class Handle:
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: RetrievalConfig | None, context: str | os.PathLike[str] | None
+        self,
+        model: PreTrainedModel,
+        config: RetrievalConfig | None,
+        context: str | os.PathLike[str] | None,
+        *,
+        exact: bool = False,
     ) -> None:
         config = None if config is None else RetrievalConfig.checked(config)
         # The decoder inside a composite model: it meets the cache whichever way the model is called.
@@ -90,9 +104,11 @@ class Handle:
         self._text_config = self._decoder.config
         self.model = model
         layers = DynamicCache(config=model.config).layers
-        snapshot = None if context is None else open_context(context, self._decoder, len(layers))
+        if exact:
+            check_exact(model, layers)
+        snapshot = None if context is None else open_context(context, self._decoder, layers)
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
-        self._session = Session(self.config, [RunningStats() for _ in layers])
+        self._session = Session(self.config, [RunningStats() for _ in layers], exact=exact)
         self._session.adapters = partial(active_adapters, self._decoder)
         if snapshot is not None:
             self._session.context_adapters = self._session.adapters()
@@ -111,6 +127,8 @@ class Handle:
         register()
         # Not set_attn_implementation: it, and the public attribute, reach the configs nested below (vision towers).
         self._text_config._attn_implementation_internal = NAME
+        if self._session.drafts is not None:
+            model.generate = ExactGenerate(model, self._session, self._session.drafts)
         self._active = True
 
     def unwrap(self) -> None:
@@ -119,6 +137,8 @@ class Handle:
             return
         self._active = False
         self._session.newest = None
+        if self._session.drafts is not None:
+            del self.model.generate
         forward_pass.set(None)
         for hook in self._hooks:
             hook.remove()
@@ -137,18 +157,24 @@ class Handle:
         """How the context was read, where that was by windows."""
         return self._session.windows
 
-    def new_cache(self) -> DynamicCache:
+    @property
+    def drafts(self) -> Drafts | None:
+        """What became of drafted tokens, where answers are exact; ``restart_report`` counts anew."""
+        return self._session.drafts
+
+    def new_cache(self) -> ContextCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
 
         It begins with the context's rows, if there is a context. All such caches share them, and own what comes after
         (``AttentionDB.fork``): the first one reads the context into memory, the next ones take next to no time and
-        memory. Crop it back after a question, or take a new one.
+        memory. Crop it back after a question, or take a new one. Where layers keep only the newest rows of a window, or
+        a state of all that was read, it can be cropped to where the context ends, and to few other lengths.
 
         Raises:
             ValueError: the model's adapters have changed since the context was opened.
             SnapshotError (a ValueError): the first time, a file of the context is damaged; names it.
         """
-        cache = DynamicCache(config=self.model.config)
+        cache = ContextCache(self.model.config)
         self._session.adopt(cache)
         self._session.fill(cache)
         return cache
@@ -174,14 +200,15 @@ class Handle:
             advance: called with numbers of new tokens read, several times.
 
         Raises:
-            ValueError: a model that takes no positions, windows beyond its range, a cache with rows that were not read
-                so, or all of the text in it.
+            ValueError: a model that takes no positions or has layers that keep more than rows (see ``new_cache``),
+                windows beyond its range, a cache with rows that were not read so, or all of the text in it.
         """
         held, total = cache.get_seq_length(), token_ids.shape[1]
         before = self._session.windows_of(cache)
         limit = getattr(self._text_config, "max_position_embeddings", None)
         if "position_ids" not in self._signature.parameters:
             raise ValueError(f"{type(self.model).__name__} takes no position_ids: it cannot read by windows")
+        refuse_states(cache, "cannot read by windows, each of which has states of its own")
         if limit is not None and windows.span > limit:
             raise ValueError(f"windows have {windows.span} positions, the model was made for {limit}")
         if (held and before is None) or (before is not None and replace(before, rows=0) != replace(windows, rows=0)):
@@ -221,9 +248,9 @@ class Handle:
                 given embeddings or the cache came with rows in it.
 
         Raises:
-            ValueError: no cache, an empty one, one with a layer that is not a database (sliding window), one whose rows
-                were written under other adapters than are active now, or token ids that are missing or of another
-                length.
+            ValueError: no cache, an empty one, one with other layers than the model's own cache has, one whose rows
+                were written under other adapters than are active now, one whose layers are not of one length, or token
+                ids that are missing or of another length.
             SnapshotError (a ValueError): another writer holds the folder, or it holds something else.
         """
         cache = self._session.newest if cache is None else cache
@@ -233,7 +260,9 @@ class Handle:
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
-        return Report.of(self._session.stats, self._session.windows_of(self._session.newest))
+        drafts = self._session.drafts
+        windows = self._session.windows_of(self._session.newest)
+        return Report.of(self._session.stats, windows, "" if drafts is None else str(drafts))
 
     @property
     def stats(self) -> list[RunningStats]:
@@ -244,6 +273,8 @@ class Handle:
         """Let ``report`` count from here on."""
         for stats in self._session.stats:
             stats.restart()
+        if self._session.drafts is not None:
+            self._session.drafts.restart()
 
     def explain(self) -> QueryPlan:
         """The plans of each layer's latest audited call, summed: what a token's attention reads in the whole model.
@@ -266,23 +297,24 @@ class Handle:
         Raises:
             ValueError: a model whose layers cannot be followed.
         """
-        length = cache.get_seq_length()
+        began = Mark.of(cache)
         with residual_stream(self._decoder, len(self._session.stats)) as states, self.audit():
             for at in range(token_ids.shape[1]):
-                token = token_ids[:, at : at + 1]
+                token, before = token_ids[:, at : at + 1], Mark.of(cache)
                 with self.dense():
                     self.model(token, past_key_values=cache)
                 dense = list(states)
-                cache.crop(-1)
-                self.model(token, past_key_values=cache)
+                before.put_back(cache)
+                with self._session.switched(retrieve=True):
+                    self.model(token, past_key_values=cache)
                 for stats, error in zip(self._session.stats, stream_errors(states, dense), strict=True):
                     stats.add_stream_error(error)
-        cache.crop(length - cache.get_seq_length())
+        began.put_back(cache)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Answer every call inside the block densely; rows are indexed all the same."""
-        with self._session.switched(retrieve=False):
+        with self._session.switched(retrieve=False, drafts=False):
             yield
 
     @contextmanager
@@ -374,6 +406,9 @@ class Handle:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        # The hook is called after errors, too, which have no output.
+        if output is not None and (under_way := forward_pass.get()) is not None:
+            self._session.note_end(under_way.cache)
         forward_pass.set(None)
 
 

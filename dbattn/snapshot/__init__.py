@@ -7,19 +7,22 @@ and ``wrap(model, context=path)``; a :class:`SnapshotWriter` keeps a folder lock
 """
 
 from .folder import SnapshotError
-from .manifest import FileInfo, LayerInfo, ModelInfo, SnapshotInfo
+from .manifest import FileInfo, LayerInfo, ModelInfo, SnapshotInfo, StateInfo
 from .reader import Snapshot, describe
+from .states import LayerState
 from .writer import SaveReport, SnapshotWriter, save
 
 __all__ = [
     "FileInfo",
     "LayerInfo",
+    "LayerState",
     "ModelInfo",
     "SaveReport",
     "Snapshot",
     "SnapshotError",
     "SnapshotInfo",
     "SnapshotWriter",
+    "StateInfo",
     "describe",
     "save",
 ]

@@ -19,7 +19,7 @@ from ..files import disk_errors
 
 MANIFEST = "manifest.json"
 # What a writer may remove when no manifest names it; nothing else in the folder is ever touched.
-DATA_FILE = re.compile(r"(rows|segment|index|tokens|queries)-\d{9,}-\d{9,}-[0-9a-f]{16}\.safetensors")
+DATA_FILE = re.compile(r"(rows|segment|index|tokens|queries|states)-\d{9,}-\d{9,}-[0-9a-f]{16}\.safetensors")
 ASIDE = ".writing"
 # Far above what any snapshot has: a header names a few tensors a layer.
 HEADER_LIMIT = 16 << 20

@@ -16,8 +16,11 @@ from .folder import MANIFEST, SnapshotError
 
 FORMAT, VERSION = "dbattn snapshot", 2
 MANIFEST_LIMIT = 16 << 20
-KINDS = ("rows", "segment", "index", "tokens", "queries")
+KINDS = ("rows", "segment", "index", "tokens", "queries", "states")
 DTYPES = ("float32", "float16", "bfloat16", "int8")
+# What a state names its numbers and tensors: an attribute of a layer, or an entry of one.
+NAME, MOST_DIMENSIONS = r"[a-z_]{1,60}(\.\d{1,4})?", 8
+Number = int | bool | None
 _LARGEST = 1 << 48
 
 
@@ -28,9 +31,9 @@ class FileInfo:
     Attributes:
         kind: "rows" (keys and values in the order of their positions), "segment" (those of a sealed segment, in the
             order of its lists, with the lists), "index" (what an index built), "tokens" (the token ids), "queries"
-            (sampled queries that the index learnt from).
+            (sampled queries that the index learnt from), "states" (what layers hold that are no databases).
         first, stop: the rows it is about.
-        layers: the layers it is about.
+        layers: the layers it is about; of states by their number in the model, else by that among the databases.
         bytes: its size.
         sha256: of its bytes, hex.
     """
@@ -75,6 +78,16 @@ class LayerInfo:
 
 
 @dataclass(frozen=True)
+class StateInfo:
+    """What a layer of the model holds that is no database; see LayerState. ``tensors``: dtype and shape by name."""
+
+    layer: int
+    kind: str
+    numbers: dict[str, Number]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Whose rows they are.
 
@@ -105,8 +118,9 @@ class ModelInfo:
 class SnapshotInfo:
     """What a manifest says. ``digest`` (SHA-256 of its content) tells one state of a snapshot from every other.
 
-    ``windows``: how the first rows were read, where that was by windows; named in the manifest where it was, so that a
-    library that knows no windows refuses it.
+    ``layers`` are those that keep rows in a database. ``states``: what other layers of the model hold, or those beside
+    their rows. ``windows``: how the first rows were read, where that was by windows. Both are named in the manifest
+    where there are any, so that a library that does not know them refuses it.
     """
 
     path: Path
@@ -116,6 +130,7 @@ class SnapshotInfo:
     model: ModelInfo | None
     files: tuple[FileInfo, ...]
     windows: Windows | None = None
+    states: tuple[StateInfo, ...] = ()
     format_version: int = VERSION
     digest: str = field(init=False)
 
@@ -145,6 +160,7 @@ class SnapshotInfo:
             "model": None if self.model is None else self.model.to_dict(),
             **({} if self.windows is None else {"windows": asdict(self.windows)}),
             "layers": [layer.to_dict() for layer in self.layers],
+            **({} if not self.states else {"states": [asdict(state) for state in self.states]}),
             "files": [{"name": file.name, **asdict(file)} for file in self.files],
         }
 
@@ -180,8 +196,8 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         raise ValueError(f'it has no "format": "{FORMAT}"')
     if data.get("format_version") != VERSION:
         raise ValueError(f"format_version is {data.get('format_version')!r}, expected {VERSION}")
-    windows = "windows " * ("windows" in data)
-    fields = _Fields(data, "", f"format format_version rows config model {windows}layers files sha256")
+    windows, states = "windows " * ("windows" in data), "states " * ("states" in data)
+    fields = _Fields(data, "", f"format format_version rows config model {windows}layers {states}files sha256")
     body = {name: value for name, value in data.items() if name != "sha256"}
     if hashlib.sha256(_dump(body).encode()).hexdigest() != data["sha256"]:
         raise ValueError("it is damaged: its SHA-256 is not the one it names")
@@ -195,6 +211,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         "layers": tuple(_layer(item, f"layers[{i}]") for i, item in enumerate(fields.items("layers"))),
         "files": tuple(_file(item, f"files[{i}]") for i, item in enumerate(fields.items("files"))),
         "windows": _windows(data["windows"]) if windows else None,
+        "states": tuple(
+            _state(item, f"states[{i}]") for i, item in enumerate(fields.items("states") if states else [])
+        ),
     }
 
 
@@ -272,6 +291,26 @@ def _layer(data: Any, where: str) -> LayerInfo:
     )
 
 
+def _state(data: Any, where: str) -> StateInfo:
+    fields = _Fields(data, where, "layer kind numbers tensors")
+    for group in ("numbers", "tensors"):
+        if not isinstance(data[group], dict) or not all(re.fullmatch(NAME, name) for name in data[group]):
+            raise ValueError(f"{where}.{group} is {_short(data[group])}, expected an object of names like {NAME}")
+    for name, value in data["numbers"].items():
+        if value is not None and not isinstance(value, bool):
+            _integer(value, f"{where}.numbers.{name}", 0)
+    tensors = {name: _tensor(value, f"{where}.tensors.{name}") for name, value in data["tensors"].items()}
+    return StateInfo(fields.integer("layer"), fields.text("kind", r"\w{1,200}"), data["numbers"], tensors)
+
+
+def _tensor(data: Any, where: str) -> tuple[str, tuple[int, ...]]:
+    if not isinstance(data, list) or len(data) != 2 or data[0] not in DTYPES[:3] or not isinstance(data[1], list):
+        raise ValueError(f"{where} is {_short(data)}, expected one of {', '.join(DTYPES[:3])} and a shape")
+    if len(data[1]) > MOST_DIMENSIONS:
+        raise ValueError(f"{where} has {len(data[1])} dimensions, expected at most {MOST_DIMENSIONS}")
+    return data[0], tuple(_integer(size, where, 0) for size in data[1])
+
+
 def _file(data: Any, where: str) -> FileInfo:
     fields = _Fields(data, where, "name kind first stop layers bytes sha256")
     file = FileInfo(
@@ -296,7 +335,10 @@ def _check_cover(info: SnapshotInfo) -> None:
     owned: list[list[FileInfo]] = [[] for _ in info.layers]
     indexes, sampled = [0] * len(info.layers), [0] * len(info.layers)
     tokens = 0
+    _check_states(info)
     for file in info.files:
+        if file.kind == "states":
+            continue
         if file.kind == "tokens":
             tokens += 1
             expected: Sequence[int] = range(len(info.layers))
@@ -335,3 +377,18 @@ def _check_cover(info: SnapshotInfo) -> None:
         kept = info.config.storage
         if layer.dtype is not None and layer.dtype != kept and (kept is not None or layer.dtype == "int8"):
             raise ValueError(f"layer {number} has dtype {layer.dtype} under storage={kept!r}")
+
+
+def _check_states(info: SnapshotInfo) -> None:
+    """The states are of different layers of the model, in order, and one file holds their tensors."""
+    numbers = [state.layer for state in info.states]
+    if numbers != sorted(set(numbers)) or (numbers and not info.rows):
+        raise ValueError(
+            f"states are of the layers {_short(numbers)} of {info.rows} rows, expected each once, in order"
+        )
+    held = tuple(state.layer for state in info.states if state.tensors)
+    found = [(file.first, file.stop, file.layers) for file in info.files if file.kind == "states"]
+    if found != [(0, info.rows, held)] * bool(held):
+        raise ValueError(
+            f"the files of states are {_short(found)}, expected one of {info.rows} rows and {_short(held)}"
+        )

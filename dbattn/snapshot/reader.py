@@ -3,7 +3,7 @@
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from ..index import KeyIndex
 from ..store import KVStore, MappedRows, QuerySample, check_range
 from .folder import MANIFEST, DataFile, SnapshotError, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
+from .states import LayerState
 
 # How often a writer may replace the snapshot while it is being opened.
 RETRIES = 10
@@ -118,7 +119,7 @@ class Snapshot:
         own = {
             file: _of_layer(number, opened)
             for file, opened in sorted(self._files.items(), key=lambda item: item[0].first)
-            if number in file.layers and file.kind not in ("tokens", "queries")
+            if number in file.layers and file.kind not in ("tokens", "queries", "states")
         }
         parts = [self._rows(file, layer, arrays) for file, arrays in own.items() if file.kind != "index"]
         start = torch.tensor(layer.start, dtype=torch.int64)
@@ -140,6 +141,29 @@ class Snapshot:
                 f"its files {len(index)}"
             )
         store.mark_saved(self.info.digest)
+
+    def states(self, device: torch.device) -> tuple[LayerState, ...]:
+        """What layers of the model held that are no databases, in their order.
+
+        Raises:
+            SnapshotError: a file is damaged, or holds something else than what the manifest says; names the file.
+        """
+        self.check()
+        found = {file: opened for file, opened in self._files.items() if file.kind == "states"}
+        states = []
+        for info in self.info.states:
+            arrays = {name: array for opened in found.values() for name, array in _of_layer(info.layer, opened).items()}
+            state = LayerState(info.layer, info.kind, info.numbers, arrays)
+            if state.info != info:
+                where = self.info.path / next((file.name for file in found), MANIFEST)
+                raise SnapshotError(
+                    f"{where} is refused: layer {info.layer} has {state.info.tensors}, expected {info.tensors}"
+                )
+            with torch.inference_mode(False):
+                # Copies: the file is let go.
+                tensors = {name: arrays[name].clone().to(device) for name in info.tensors}
+            states.append(replace(state, tensors=tensors))
+        return tuple(states)
 
     def _restore_queries(self, number: int, store: KVStore, device: torch.device) -> None:
         layer = self.info.layers[number]

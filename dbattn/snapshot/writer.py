@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ from .folder import (
     written_aside,
 )
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, ModelInfo, SnapshotInfo
+from .states import LayerState
 
 # Rows of a file, for an index that leaves rows where they are.
 ROWS_PER_FILE = 4096
@@ -86,6 +87,7 @@ class SnapshotWriter:
         model: ModelInfo | None = None,
         token_ids: Tensor | None = None,
         windows: Windows | None = None,
+        states: Sequence[LayerState] = (),
     ) -> SaveReport:
         """Make the folder hold these layers; a crash at any instant leaves what it held before, or them.
 
@@ -95,6 +97,7 @@ class SnapshotWriter:
             model: whose rows they are.
             token_ids: int64 ``[B, n]``, one for each row.
             windows: how the first rows were read, where that was by windows.
+            states: what layers of the model hold that are no databases, in their order.
 
         Raises:
             ValueError: layers of different length, or token ids of another shape. Nothing is written then.
@@ -123,8 +126,16 @@ class SnapshotWriter:
         if sampled:
             queries = FileInfo("queries", 0, rows, sampled, 0, "")
             files.append(self._write(queries, _tensors(queries, layers)))
+        if held := [state for state in states if state.tensors]:
+            tensors = {
+                f"layer.{state.layer}.{name}": tensor.detach().cpu().contiguous()
+                for state in held
+                for name, tensor in state.tensors.items()
+            }
+            files.append(self._write(FileInfo("states", 0, rows, tuple(s.layer for s in held), 0, ""), tensors))
         facts = tuple(_facts(store, index) for store, index in layers)
-        info = SnapshotInfo(self.path, rows, config, facts, model, tuple(files), windows)
+        described = tuple(state.info for state in states)
+        info = SnapshotInfo(self.path, rows, config, facts, model, tuple(files), windows, described)
         before = {file.name for file in self._saved.files} if self._saved else set()
         if self._saved is None or info.digest != self._saved.digest:
             # The data must be there before the manifest that names it is.
@@ -201,12 +212,11 @@ def save(
     model: ModelInfo | None = None,
     token_ids: Tensor | None = None,
     windows: Windows | None = None,
+    states: Sequence[LayerState] = (),
 ) -> SaveReport:
     """``SnapshotWriter.save`` to a path, locked meanwhile, or to a writer."""
-    if isinstance(target, SnapshotWriter):
-        return target.save(layers, config, model=model, token_ids=token_ids, windows=windows)
-    with SnapshotWriter(target) as writer:
-        return writer.save(layers, config, model=model, token_ids=token_ids, windows=windows)
+    with nullcontext(target) if isinstance(target, SnapshotWriter) else SnapshotWriter(target) as writer:
+        return writer.save(layers, config, model=model, token_ids=token_ids, windows=windows, states=states)
 
 
 def _runs(layers: Sequence[Layer]) -> list[FileInfo]:

@@ -1,0 +1,103 @@
+"""Pace: how many tokens retrieval drafts before a dense pass checks them; Drafts: what became of them."""
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+# Tokens of the first draft; and of the longest.
+FIRST, MOST = 4, 8
+# Dense steps that are timed before the first draft; and after how many more another is tried where none paid.
+TIMED, RETRY = 2, 64
+# Drafting must be expected to be so many times as fast as dense steps.
+GAIN = 1.05
+# What earlier rounds count beside the latest; and what is thought of acceptance before any.
+FADE, ACCEPTED, TRIED = 0.9, 4.0, 5.0
+
+
+@dataclass
+class Drafts:
+    """Counts of exact decoding, over all calls of ``generate``; ``str()`` is a line for the report.
+
+    Attributes:
+        tokens: tokens written, but the first of each call.
+        passes: dense passes that they took.
+        drafted, accepted: tokens drafted, and those of them that dense wrote, too.
+        why_none: why tokens were written without drafts, latest reason.
+    """
+
+    tokens: int = 0
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    why_none: str = ""
+
+    def restart(self) -> None:
+        """Count from here on."""
+        vars(self).update(vars(Drafts()))
+
+    def __str__(self) -> str:
+        if not self.tokens:
+            return f"Exact: {self.why_none}" if self.why_none else ""
+        text = f"Exact: {self.tokens} tokens in {self.passes} dense passes"
+        if self.drafted:
+            text += f", {self.accepted} of {self.drafted} drafted tokens accepted"
+        return text + (f"; {self.why_none}" if self.why_none else "")
+
+
+class Pace:
+    """How many tokens to draft: as many as let a token take the least time, by what drafts and passes took so far."""
+
+    def __init__(self) -> None:
+        self._drafting: deque[float] = deque(maxlen=2 * MOST)
+        self._passes: dict[int, deque[float]] = {}
+        self._accepted, self._tried = ACCEPTED, TRIED
+        self._without = 0
+        # Why none are drafted now.
+        self.why_none = ""
+
+    def note_draft(self, seconds: float) -> None:
+        """Note the time of one drafted token."""
+        self._drafting.append(seconds)
+
+    def note_pass(self, drafted: int, accepted: int, seconds: float) -> None:
+        """Note a dense pass over so many drafted tokens and the one before them."""
+        self._passes.setdefault(drafted, deque(maxlen=MOST)).append(seconds)
+        if drafted:
+            self._accepted = FADE * self._accepted + accepted
+            self._tried = FADE * self._tried + min(accepted + 1, drafted)
+
+    @property
+    def acceptance(self) -> float:
+        """The chance of a drafted token whose predecessors were accepted."""
+        return min(0.99, self._accepted / self._tried)
+
+    def seconds_a_token(self, drafted: int) -> float:
+        """What a token takes if so many are drafted before each pass; 0 is plain dense decoding."""
+        a = self.acceptance
+        tokens = (1 - a ** (drafted + 1)) / (1 - a)
+        return (drafted * median(self._drafting or [0.0]) + self._pass_seconds(drafted)) / tokens
+
+    def choose(self) -> int:
+        """Tokens to draft next."""
+        if len(self._passes.get(0, ())) < TIMED:
+            return 0
+        if not self._drafting:
+            return FIRST
+        best = min(range(1, MOST + 1), key=self.seconds_a_token)
+        gain = self.seconds_a_token(0) / self.seconds_a_token(best)
+        if gain >= GAIN:
+            self.why_none, self._without = "", 0
+            return best
+        self.why_none = (
+            f"no drafts: a drafted token takes {1e3 * median(self._drafting):.3g} ms, a dense step "
+            f"{1e3 * self._pass_seconds(0):.3g} ms and over {1 + best} tokens {1e3 * self._pass_seconds(best):.3g}; "
+            f"with {self.acceptance:.0%} accepted, drafting would be {gain:.2g}x as fast"
+        )
+        self._without += 1
+        return 0 if self._without % RETRY else FIRST
+
+    def _pass_seconds(self, drafted: int) -> float:
+        """By a line through what passes took; weights make most of its height, rows and arithmetic its slope."""
+        alone = median(self._passes[0])
+        slopes = [(median(seconds) - alone) / more for more, seconds in self._passes.items() if more]
+        return alone + drafted * max(0.0, sum(slopes) / len(slopes) if slopes else 0.0)
