@@ -287,7 +287,7 @@ def test_a_budget_is_found_for_the_error_asked_for_and_told():
         db, query = calibrated(target, rows=rows)
         plan = db.explain(query)
         assert f"target_error={target}" in plan.reason
-        assert f"expect {db.index.needs.error:.2g}" in str(plan)
+        assert f"expect {db.index.needs.at(1.0).error:.2g}" in str(plan)
         budgets.append(db.index.needs.read)
         errors.append(db.audit(query).relative_error)
     assert budgets[0] < budgets[1]

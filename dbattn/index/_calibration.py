@@ -36,6 +36,9 @@ LEADS = 1 / 4
 TRIES, NEAR = 4, 1.1
 # Error falls with rows to about this power, until two budgets tell it better.
 POWER = 1.0
+# Answers come after the queries that were sampled, and are further off by so much: 1.21 in the geometric mean of twelve
+# layers of three models (0.87 to 1.61), 1.26 in those of Qwen2.5-Coder alone and 1.11 in the others.
+LATER = 1.2
 # Shares not read are taken to be no less.
 LEAST_SHARE = 1e-6
 # Budgets are of so many sizes an octave: what differs by rounding alone gives the same.
@@ -104,7 +107,7 @@ def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:
 
     def error(read: int) -> float:
         tried[read] = audit(read, weights)
-        return float(tried[read].error.mean())
+        return LATER * float(tried[read].error.mean())
 
     read, expected = solve(error, by_size, asked.target, most)
     return Needs(read, expected, asked.target, asked.rows, weights, tried.get(read, tried[by_size]).factors)
