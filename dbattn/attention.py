@@ -72,7 +72,7 @@ class AttentionDB:
     ) -> None:
         self.config = RetrievalConfig.checked(config)
         value_dim = head_dim if value_dim is None else value_dim
-        self.store = KVStore(num_kv_heads, head_dim, value_dim, self.config.storage)
+        self.store = KVStore(num_kv_heads, head_dim, value_dim, self.config.storage, host=self.config.rows == "host")
         self.index = make_index(self.config)
         self.stats = RunningStats()
         self._prompt_log = PromptLog()
