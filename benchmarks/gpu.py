@@ -87,7 +87,7 @@ def time_size(rows: int, batch: int, k: int | None) -> dict[str, Any]:
     first = made_store(rows, batch, N_SINK, HOT, seed=0)
     each = first.keys.nbytes + first.values.nbytes
     how = reading(first.sealed, rows, KV_HEADS, k, first.scale)
-    read = rows_opened(how, KV_HEADS)
+    read = rows_opened(how.rows_read, how.rows_coded, KV_HEADS)
     summaries = first.table_bytes
     touched = batch * read * each // (batch * KV_HEADS * rows) + summaries
     free = torch.cuda.mem_get_info()[0]

@@ -66,18 +66,25 @@ def attend_segmented(
     check_rows(query, keys, values)
     if chosen == "triton":
         found: SegmentedAnswer = _on_device().attend_segmented(
-            query, keys, values, table, how, start=start, budget=rows_opened(how, keys.shape[1]), details=details
+            query,
+            keys,
+            values,
+            table,
+            how,
+            start=start,
+            budget=rows_opened(how.rows_read, how.rows_coded, keys.shape[1]),
+            details=details,
         )
         return found
     return _attend(query, keys, values, table, how, start, details, chosen)
 
 
-def rows_opened(how: ListReading, kv_heads: int) -> int:
-    """Rows under the lists that a GPU opens, whole, for all KV heads of a batch row together.
+def rows_opened(read: int, coded: int, kv_heads: int = 1) -> int:
+    """Rows under the lists that a GPU opens, whole, where the CPU reads ``read`` of ``coded``, of so many KV heads.
 
     As many as the CPU scores by code; where that is more than WHOLE per head, WHOLE_PER_READ for each that it reads.
     """
-    return max(how.rows_read, min(how.rows_coded, max(WHOLE_PER_READ * how.rows_read, WHOLE * kv_heads)))
+    return max(read, min(coded, max(WHOLE_PER_READ * read, WHOLE * kv_heads)))
 
 
 @cache

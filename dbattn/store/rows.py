@@ -221,7 +221,8 @@ class KVStore:
         keys, values = self.buffers
         batch = batch.to(keys.device)
         with torch.inference_mode(False), torch.no_grad():
-            self._buffers = tuple(self._as_kept(rows.index_select(0, batch)) for rows in (keys, values))
+            keys, values = (self._as_kept(rows.index_select(0, batch)) for rows in (keys, values))
+            self._buffers = keys, values
         self._set_start(self.start[batch])
         if self.sample is not None:
             self.sample.select(batch)
