@@ -20,10 +20,10 @@ from dbattn.query.device_rates import name_of
 from dbattn.query.device_rates import seconds as call_seconds
 from dbattn.query.rates import rates
 from dbattn.store.host import host_buffer
-from index_kernels import LearntMetric, attend_segmented, seal_rows
+from index_kernels import LearntMetric, ListReading, attend_segmented, seal_rows
 from index_kernels.segmented import rows_opened
 
-from ._gpu_stores import DIM, HEADS, KV_HEADS, asked, dense64, exact, made_store, relative_error
+from ._gpu_stores import DIM, HEADS, KV_HEADS, asked, dense64, relative_error
 
 WINDOW, N_SINK = 64, 4
 REPLAYS = 30
@@ -77,8 +77,9 @@ def captured_errors(file: Path) -> list[dict[str, Any]]:
         keys, values, queries = (rows[f"{layer}.{name}"][None].cuda() for name in ("key", "value", "query"))
         stored = keys.shape[2] - queries.shape[2]
         keys, values, queries = keys[:, :, :stored], values[:, :, :stored], queries[:, :, ::32]
-        for k in (None, 100, 200, 400):
-            db = AttentionDB(keys.shape[1], keys.shape[3], config=RetrievalConfig(k=k, dense_below=0, audit_rate=0.0))
+        for where, k in (("device", None), ("device", 200), ("host", None), ("host", 200)):
+            config = RetrievalConfig(k=k, dense_below=0, audit_rate=0.0, rows=where)
+            db = AttentionDB(keys.shape[1], keys.shape[3], config=config)
             db.insert(keys, values)
             errors = []
             for query in queries.split(1, dim=2):
@@ -88,7 +89,7 @@ def captured_errors(file: Path) -> list[dict[str, Any]]:
             plan = db.explain(queries[:, :, :1])
             read = [source.actual.rows for source in plan.sources if source.actual is not None]
             lines.append({
-                "rows of": f"{file.stem}, layer {layer}", "rows": stored, "k": k, "error": statistics.mean(errors),
+                "rows of": f"{file.stem}, layer {layer}", "rows": stored, "in": where, "k": k, "error": statistics.mean(errors),
                 "most": max(errors), "read": read, "plan": str(plan),
             })  # fmt: skip
     return lines
@@ -162,52 +163,56 @@ def sealing(rows: int) -> dict[str, Any]:
     return line | {"seconds": statistics.median(times[1:])}
 
 
-def offload(rows: int, reading: Callable[[int | None], Any]) -> dict[str, Any]:
+def offload(rows: int, reading: Callable[..., ListReading]) -> dict[str, Any]:
     """A step over rows in pinned host memory: read whole by flash, copied and scanned, and by lists under some budgets.
 
-    ``reading``: the ListReading for a k.
+    ``reading``: see gpu.reading.
     """
-    made = made_store(rows, 1, N_SINK, 128, seed=1)
-    keys, values = (host_buffer(tuple(part.shape), part.dtype, part.device) for part in (made.keys, made.values))
-    keys.copy_(made.keys)
-    values.copy_(made.values)
-    pinned = [part.cpu().pin_memory() for part in (made.keys, made.values)]
-    staging = [torch.empty_like(part[:, :1]) for part in (made.keys, made.values)]
-    group = HEADS // KV_HEADS
+    near = clustered(rows, KV_HEADS)
+    keys, values = (host_buffer(tuple(part.shape), part.dtype, part.device) for part in near)
+    for to, of in zip((keys, values), near, strict=True):
+        to.copy_(of)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    table, start = seal(keys, values).table, torch.zeros(1, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    sealed, took, near = segment_bounds(rows - WINDOW)[-1], time.perf_counter() - began, (keys.clone(), values.clone())
+    pinned, staging = [part.cpu().pin_memory() for part in near], [torch.empty_like(part[:, :1]) for part in near]
+    noise, group = torch.Generator("cuda").manual_seed(2), HEADS // KV_HEADS
+    queries = [asked(near[0], N_SINK, sealed, noise) for _ in range(QUERIES)]
+    wanted = [dense64(query, *near, DIM**-0.5) for query in queries]
 
-    def copied() -> Tensor:
+    def copied(query: Tensor) -> Tensor:
         """Head by head: its rows are copied to the device, then scanned."""
         outs = []
         for h in range(KV_HEADS):
             for to, of in zip(staging, pinned, strict=True):
                 to.copy_(of[:, h : h + 1], non_blocking=True)
-            outs.append(flash(made.query[:, h * group : (h + 1) * group], *staging))
+            outs.append(flash(query[:, h * group : (h + 1) * group], *staging))
         return torch.cat(outs, dim=1)
 
-    alone = exact(made)
-    size = 2 * pinned[0].nbytes
+    query, size = queries[0], 2 * pinned[0].nbytes
     line: dict[str, Any] = {
-        "rows": rows, "bytes": size, "error_copied": relative_error(copied(), alone),
-        "error_flash": relative_error(flash(made.query, keys, values), alone),
-        "copied": event_seconds(copied, 10), "flash": graph_seconds([lambda: flash(made.query, keys, values)]),
-        "on_device": graph_seconds([lambda: flash(made.query, made.keys, made.values)]), "steps": [],
+        "rows": rows, "bytes": size, "sealing": took, "error_copied": relative_error(copied(query), wanted[0]),
+        "error_flash": relative_error(flash(query, keys, values), wanted[0]),
+        "copied": event_seconds(lambda: copied(query), 10), "flash": graph_seconds([lambda: flash(query, keys, values)]),
+        "on_device": graph_seconds([lambda: flash(query, *near)]), "steps": [],
     }  # fmt: skip
     line["bytes_per_second"] = size / line["copied"]
     dense = min(line["copied"], line["flash"])
-    noise = torch.Generator("cuda").manual_seed(2)
-    queries = [asked(made.keys, N_SINK, made.sealed, noise) for _ in range(QUERIES)]
-    wanted = [dense64(query, made.keys, made.values, made.scale) for query in queries]
-    for k in (None, 400, 200, 100):
-        how = reading(k)
+    for by_code, k in ((True, None), (True, 200), (False, None), (False, 200)):
+        how = reading(sealed, rows, KV_HEADS, k, DIM**-0.5)
 
-        def step(query: Tensor, how: Any = how) -> Tensor:
-            return attend_segmented(query, keys, values, made.table, how, start=made.start).out
+        def step(query: Tensor, how: Any = how, by_code: bool = by_code) -> Tensor:
+            found = attend_segmented(query, keys, values, table, how, start=start, by_code=by_code)
+            return found.out
 
         error = statistics.mean(relative_error(step(*of), to) for *of, to in zip(queries, wanted, strict=True))
         took = graph_seconds([lambda query=query: step(query) for query in queries])  # type: ignore[misc]
+        read = how.rows_read if by_code else rows_opened(how.rows_read, how.rows_coded, KV_HEADS)
         line["steps"].append({
-            "k": k, "budget": rows_opened(how.rows_read, how.rows_coded, KV_HEADS) // KV_HEADS, "error": error,
-            "seconds": took, "times": dense / took,
+            "k": k, "by_code": by_code, "budget": read // KV_HEADS, "error": error, "seconds": took,
+            "times": dense / took,
         })  # fmt: skip
     return line
 

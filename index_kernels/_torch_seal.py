@@ -4,6 +4,7 @@ Serves devices, and is what _cpu_kmeans and _cpu_seal_lists mean. Clusters of on
 about one size in one batch. No sum depends on the order of threads: the same rows give the same lists.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from .summaries import Array, Clustering, LearntMetric, ListArrays, SegmentArray
 
 # Up to so many super-lists are split off flat; more, by way of groups of 32.
 FLAT_SUPERS, SUPERS_PER_GROUP = 128, 32
+# Rows of short segments of a KV head that are sealed together: as many as the longest segment has.
+ROWS_TOGETHER = 1 << 17
 # Moments are summed over the rows of every so many lists: one matrix per head needs no more.
 LISTS_PER_MOMENT = 8
 
@@ -32,21 +35,30 @@ def seal(
     how: Clustering, learnt: LearntMetric, lists: ListArrays, supers: SuperListArrays, segments: SegmentArrays, *,
     start: Tensor, coded: bool,
 ) -> None:  # fmt: skip
-    """See seal.seal_rows; one segment of one batch row at a time."""
-    for s, (first, stop) in enumerate(pairwise(bounds)):
+    """See seal.seal_rows; segments of one batch row, together where they are short."""
+    for s, stop in _together(bounds):
         for b, begin in enumerate(start.tolist()):
-            metric = torch.from_numpy(learnt.metric[s, b]).to(keys.device) if learnt.holds[s, b] else None
+            learnt_here = zip(learnt.metric[s:stop, b], learnt.holds[s:stop, b], strict=True)
+            metrics = [torch.from_numpy(metric).to(keys.device) if holds else None for metric, holds in learnt_here]
             arrays: Any = [type(part)._make(array[b] for array in part) for part in (lists, supers, segments)]
-            ends = arrays[2].lists, arrays[2].supers
-            for end in ends:
-                end[:, first_segment + s + 1] = end[:, first_segment + s]
-            if begin < stop:
-                _seal_one(
-                    keys[b], values[b], positions[b], codes[b] if coded else None, max(first, begin), stop,
-                    first_segment + s, how, metric, *arrays,
-                )  # fmt: skip
-            lists.used[b], supers.used[b] = (end[:, first_segment + s + 1] for end in ends)
+            _seal_row(
+                keys[b], values[b], positions[b], codes[b] if coded else None,
+                np.clip(bounds[s : stop + 1], begin, None), first_segment + s, how, metrics, *arrays,
+            )  # fmt: skip
+            ends = (end[:, first_segment + stop] for end in arrays[2][:2])
+            lists.used[b], supers.used[b] = ends
             np.put_along_axis(supers.first[b], supers.used[b][:, None], lists.used[b][:, None], axis=1)
+
+
+def _together(bounds: list[int]) -> Iterator[tuple[int, int]]:
+    """Which segments are sealed together: from the first number to before the second."""
+    s = 0
+    while s < len(bounds) - 1:
+        stop = s + 1
+        while stop < len(bounds) - 1 and bounds[stop + 1] - bounds[s] <= ROWS_TOGETHER:
+            stop += 1
+        yield s, stop
+        s = stop
 
 
 def unseal(keys: Tensor, values: Tensor, positions: Array, first: int, stop: int) -> None:
@@ -58,18 +70,26 @@ def unseal(keys: Tensor, values: Tensor, positions: Array, first: int, stop: int
     positions[:, :, first:stop] = np.arange(first, stop, dtype=positions.dtype)
 
 
-def _seal_one(
-    keys: Tensor, values: Tensor, positions: Array, codes: Array | None, lo: int, stop: int, segment: int,
-    how: Clustering, metric: Tensor | None, lists: ListArrays, supers: SuperListArrays, segments: SegmentArrays,
+def _seal_row(
+    keys: Tensor, values: Tensor, positions: Array, codes: Array | None, bounds: Array, segment: int,
+    how: Clustering, metrics: list[Tensor | None], lists: ListArrays, supers: SuperListArrays, segments: SegmentArrays,
 ) -> None:  # fmt: skip
-    """Make a segment of the rows ``lo .. stop`` of one batch row; buffers and arrays are ``[Hkv, ...]`` each."""
-    heads, n = keys.shape[0], stop - lo
+    """Make segments that end at ``bounds`` of one batch row; buffers and arrays are ``[Hkv, ...]`` each."""
+    heads, lo, stop, count = len(keys), int(bounds[0]), int(bounds[-1]), len(metrics)
+    n = stop - lo
+    ends = slice(segment + 1, segment + count + 1)
+    if n <= 0:
+        segments.lists[:, ends], segments.supers[:, ends] = (end[:, segment, None] for end in segments[:2])
+        return
     came = [rows[:, lo:stop].contiguous() for rows in (keys, values)]
-    z = floats(came[0])
-    # Softmax ignores a shift of all keys; around the mean fewer bits are lost.
-    z = z - z.mean(dim=1, keepdim=True)
-    z = z if metric is None else z @ metric
-    order, by_super, by_list = cluster(z, how)
+    parts = [slice(first - lo, last - lo) for first, last in pairwise(bounds.tolist())]
+    z = floats(came[0]).clone()
+    for part, metric in zip(parts, metrics, strict=True):
+        # Softmax ignores a shift of all keys; around the mean fewer bits are lost.
+        z[:, part] -= z[:, part].mean(dim=1, keepdim=True)
+        if metric is not None:
+            z[:, part] = z[:, part] @ metric
+    order, by_super, by_list = cluster(z.flatten(0, 1), np.tile(np.diff(bounds), heads), how)
     local = order.view(heads, n) % n
     for buffer, rows in zip((keys, values), came, strict=True):
         buffer[:, lo:stop] = torch.take_along_dim(rows, local[..., None], dim=1)
@@ -81,14 +101,21 @@ def _seal_one(
         made = code_rows(x - floats(found.packed[0])[found.owner]).view(heads, n, -1)
         for to, of_head in zip(codes, made, strict=True):
             torch.from_numpy(to[lo:stop]).copy_(of_head)
-    head = by_super.parent[by_list.parent]
-    first, first_super = (np.searchsorted(of, np.arange(heads + 1)) for of in (head, by_super.parent))
-    counted = (np.arange(len(head)) - first[head]) % LISTS_PER_MOMENT == 0
+    # Lists and super-lists of each segment of each head, head by head; all are in this order.
+    unit, units = by_super.parent[by_list.parent], np.arange(heads * count + 1)
+    first, first_super = (np.searchsorted(of, units) for of in (unit, by_super.parent))
+    counted = (np.arange(len(unit)) - first[unit]) % LISTS_PER_MOMENT == 0
     keep = torch.from_numpy(counted).to(z.device)[found.owner, None]
     residual = ((x - found.key[found.owner]) * keep).view(heads, n, -1)
     for sums, rows, mean in ((segments.shape, x, found.key), (segments.cross, y, found.value)):
-        sums[:, segment] = (residual.mT @ (rows - mean[found.owner]).view(heads, n, -1)).cpu().numpy()
-    segments.trace[:, segment] = np.bincount(head, found.variance * by_list.size * counted, minlength=heads)
+        other = (rows - mean[found.owner]).view(heads, n, -1)
+        moments = torch.stack([residual[:, part].mT @ other[:, part] for part in parts], dim=1)
+        sums[:, segment : segment + count] = moments.cpu().numpy()
+    squares = np.bincount(unit, found.variance * by_list.size * counted, minlength=heads * count)
+    segments.trace[:, segment : segment + count] = squares.reshape(heads, count)
+    for end, before in ((segments.lists, first), (segments.supers, first_super)):
+        of_units = before[1:].reshape(heads, count) - before[:-1:count, None]
+        end[:, ends] = end[:, segment, None] + of_units
 
     under = np.bincount(by_list.parent, by_list.size, minlength=len(by_super.size)).astype(np.int64)
     above = _summarised(x, y, z, under)
@@ -96,16 +123,13 @@ def _seal_one(
     lists_of = np.searchsorted(by_list.parent, np.arange(len(under)))
     for h in range(heads):
         at, to = int(segments.lists[h, segment]), int(segments.supers[h, segment])
-        mine, own = slice(first[h], first[h + 1]), slice(first_super[h], first_super[h + 1])
-        end, end_super = at + first[h + 1] - first[h], to + first_super[h + 1] - first_super[h]
-        segments.lists[h, segment + 1], segments.supers[h, segment + 1] = end, end_super
-        lists.begin[h, at:end] = begin[mine]
-        supers.first[h, to:end_super] = at + lists_of[own] - first[h]
-        for arrays, level, where, part in (
-            (lists, found, slice(at, end), mine), (supers, above, slice(to, end_super), own)
-        ):  # fmt: skip
-            arrays.size[h, where], arrays.variance[h, where] = level.size[part], level.variance[part]
-            arrays.key[h, where], arrays.value[h, where] = level.arrays[0][part], level.arrays[1][part]
+        mine, own = (slice(of[h * count], of[(h + 1) * count]) for of in (first, first_super))
+        where, where_super = slice(at, at + mine.stop - mine.start), slice(to, to + own.stop - own.start)
+        lists.begin[h, where] = begin[mine]
+        supers.first[h, where_super] = at + lists_of[own] - mine.start
+        for arrays, level, place, part in ((lists, found, where, mine), (supers, above, where_super, own)):
+            arrays.size[h, place], arrays.variance[h, place] = level.size[part], level.variance[part]
+            arrays.key[h, place], arrays.value[h, place] = level.arrays[0][part], level.arrays[1][part]
 
 
 class Level(NamedTuple):
@@ -136,26 +160,23 @@ def _summarised(x: Tensor, y: Tensor, z: Tensor, size: Array) -> Level:
     return Level(size, mean(scatter)[:, 0].cpu().numpy(), arrays, packed, key, value, owner)
 
 
-def cluster(x: Tensor, how: Clustering) -> tuple[Tensor, Runs, Runs]:
-    """k-means of x ``[H, n, D]`` level by level: groups of 32 super-lists, super-lists, lists.
+def cluster(x: Tensor, size: Array, how: Clustering) -> tuple[Tensor, Runs, Runs]:
+    """k-means of runs of ``size [U]`` rows of x ``[R, D]`` by levels: groups of 32 super-lists, super-lists, lists.
 
-    The levels above the lists are trained on a sample. Returns the order of all rows ``[H * n]``, head by head, that
-    makes lists contiguous, ascending inside a list; the super-lists, whose parents are heads; and the lists.
+    The levels above the lists are trained on a sample. Returns the order of the rows ``[R]``, run by run, that makes
+    lists contiguous, ascending inside a list; the super-lists, whose parents are these runs; and the lists.
     """
-    heads, n = x.shape[:2]
-    rows, wanted = x.flatten(0, 1), n / how.rows_per_super_list
-    groups = 1 if wanted <= FLAT_SUPERS else round(wanted / SUPERS_PER_GROUP)
-    order = torch.arange(heads * n, device=x.device)
-    iterations, stride = how.iterations, how.training_stride
+    wanted = size / how.rows_per_super_list
+    groups = np.where(wanted <= FLAT_SUPERS, 1, np.round(wanted / SUPERS_PER_GROUP)).astype(np.int64)
+    order, iterations, stride = torch.arange(len(x), device=x.device), how.iterations, how.training_stride
 
     def parts(runs: Runs, least: int) -> Array:
         found: Array = np.maximum(1, (runs.size + least // 2) // least)
         return found
 
-    by_group = Runs(np.full(heads, n), np.arange(heads))
-    order, by_group = _split(rows, order, by_group, np.full(heads, groups), iterations, stride * max(1, groups // 8))
-    order, by_super = _split(rows, order, by_group, parts(by_group, how.rows_per_super_list), iterations, stride)
-    order, by_list = _split(rows, order, by_super, parts(by_super, how.rows_per_list), iterations, 1)
+    order, by_group = _split(x, order, Runs(size, np.arange(len(size))), groups, iterations, stride)
+    order, by_super = _split(x, order, by_group, parts(by_group, how.rows_per_super_list), iterations, stride)
+    order, by_list = _split(x, order, by_super, parts(by_super, how.rows_per_list), iterations, 1)
     return order, Runs(by_super.size, by_group.parent[by_super.parent]), by_list
 
 

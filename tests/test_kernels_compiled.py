@@ -99,11 +99,11 @@ def launch_segmented(dtype, dim):
     lists.reserve([0, ROWS], ROWS)
     lists.lists.used[:] = ROWS // 32
     start = torch.zeros(1, dtype=torch.int64)
-    for softcap, tail in ((None, True), (30.0, False)):
+    for softcap, tail, by_code in ((None, True, False), (30.0, False, False), (None, True, True), (30.0, False, True)):
         how = ListReading(ROWS - 100, ROWS, 4, 400, 400, ROWS, 0.1, softcap, 0.4, 0.7, tail)
         launch(
-            "attend_segmented", query, rows, rows, lists.table, how, start=start, budget=400, details=False,
-            file="segmented",
+            "attend_segmented", query, rows, rows, lists.table, how, start=start, budget=400, by_code=by_code,
+            details=False, file="segmented",
         )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ CASES = {
     "segmented": (
         launch_segmented,
         {torch.float32: (64, 128), torch.bfloat16: (64, 128, 256)},
-        {"score_kernel", "rank_kernel", "attend_kernel", "merge_kernel"},
+        {"score_kernel", "rank_kernel", "choose_kernel", "attend_coded_kernel", "attend_kernel", "merge_kernel"},
     ),
     "sizes_of_one": (
         launch_sizes_of_one,

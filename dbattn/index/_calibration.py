@@ -85,7 +85,9 @@ def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:
     def error(read: int) -> float:
         how = budget(asked.rows, read).reading(call, asked.rows, asked.rows, tail=asked.tail)
         outs = [
-            attend_segmented(queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start).out
+            attend_segmented(
+                queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start, by_code=store.host
+            ).out
             for i in range(queries.shape[2])
         ]
         found: Tensor = relative_error(torch.cat(outs, dim=2), dense)

@@ -233,7 +233,9 @@ class ListScan(Step):
         """The kernel's answer for one position ``[B, Hq, 1, D]``, which sees the first ``length`` rows."""
         store = call.store
         how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail)
-        return attend_segmented(query, *store.buffers, index.table, how, start=store.start, details=call.measure)
+        return attend_segmented(
+            query, *store.buffers, index.table, how, start=store.start, by_code=store.host, details=call.measure
+        )
 
     def _bytes(
         self, call: Call, index: SegmentedStore, whole: SegmentedAnswer, hot: float, units: int

@@ -99,7 +99,7 @@ class Call:
             row_bytes=store.row_bytes,
             learnt=self.index.learnt,
             needs=self.index.needs,
-            whole_lists=on_device(self.query),
+            whole_lists=on_device(self.query) and not store.host,
         )
 
     def plainly(self) -> "Call":
