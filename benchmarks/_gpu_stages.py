@@ -89,8 +89,8 @@ def captured_errors(file: Path) -> list[dict[str, Any]]:
             plan = db.explain(queries[:, :, :1])
             read = [source.actual.rows for source in plan.sources if source.actual is not None]
             lines.append({
-                "rows of": f"{file.stem}, layer {layer}", "rows": stored, "in": where, "k": k, "error": statistics.mean(errors),
-                "most": max(errors), "read": read, "plan": str(plan),
+                "rows of": f"{file.stem}, layer {layer}", "rows": stored, "in": where, "k": k,
+                "error": statistics.mean(errors), "most": max(errors), "read": read, "plan": str(plan),
             })  # fmt: skip
     return lines
 
@@ -195,7 +195,8 @@ def offload(rows: int, reading: Callable[..., ListReading]) -> dict[str, Any]:
     line: dict[str, Any] = {
         "rows": rows, "bytes": size, "sealing": took, "error_copied": relative_error(copied(query), wanted[0]),
         "error_flash": relative_error(flash(query, keys, values), wanted[0]),
-        "copied": event_seconds(lambda: copied(query), 10), "flash": graph_seconds([lambda: flash(query, keys, values)]),
+        "copied": event_seconds(lambda: copied(query), 10),
+        "flash": graph_seconds([lambda: flash(query, keys, values)]),
         "on_device": graph_seconds([lambda: flash(query, *near)]), "steps": [],
     }  # fmt: skip
     line["bytes_per_second"] = size / line["copied"]

@@ -167,8 +167,8 @@ def table(results: dict[str, Any]) -> str:
             f"\n{line['rows']:,} rows in host memory, {line['bytes_per_second'] / 1e9:.0f} GB/s; dense: {dense}"
         )
         lines += [
-            f"{'by code' if step['by_code'] else 'whole lists'}, rows read {step['budget']:,}: {1e6 * step['seconds']:.0f} µs, {step['times']:.1f} times faster, "
-            f"error {step['error']:.4f}"
+            f"{'by code' if step['by_code'] else 'whole lists'}, rows read {step['budget']:,}: "
+            f"{1e6 * step['seconds']:.0f} µs, {step['times']:.1f} times faster, error {step['error']:.4f}"
             for step in line["steps"]
         ]
     for line in results["default"]:
