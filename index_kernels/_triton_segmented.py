@@ -207,22 +207,22 @@ def attend_segmented(
                 row_taken = torch.zeros((units, limit), dtype=torch.int8, device=query.device)
             half = codes.numbers.shape[3]
             sizes = {
-                "HALF": half, "BLOCK_H": max(16, triton.next_power_of_2(half)), "LISTS": 32, "PARTS": 128,
-                "BLOCK": attending["BLOCK"], "NUM_BINS": BINS, "num_warps": attending["num_warps"], "num_stages": 1,
+                "HALF": half, "BLOCK_H": max(16, triton.next_power_of_2(half)), "PARTS": 128, "NUM_BINS": BINS,
                 # Codes are whole numbers, exact in either.
                 "CODE": tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16,
             }  # fmt: skip
+            choosing, reading = _coded_shapes(shapes, wide=dot == tl.float32)
             coded = turned, space.means, codes.numbers, codes.steps, planes.begin, planes.size
             shape = kv_heads, group, room, batch * heads, codes.steps.shape[2], space.parts + hot_parts, limit
             choose_kernel[(units, space.splits)](
                 *coded, space.bins, space.cut, space.part_lse, space.histogram, space.ticket, space.row_cut, counted,
                 row_logits, cap, how.rows_read, 0 if how.rows_read >= budget else 1, *shape, DIM=dim, M=shapes["M"],
-                COPIES=space.copies, **sizes,
+                COPIES=space.copies, **sizes, **choosing,
             )  # fmt: skip
             attend_coded_kernel[(units, space.splits)](
                 asked, *rows, *coded, planes.value, planes.value_scale, space.bins, space.cut, space.part_lse,
                 space.row_cut, space.spread, space.lean, space.outs, space.lses, row_taken, float(how.scale), cap,
-                *shape, TAIL=how.tail, DOT=dot, **shapes, **sizes,
+                *shape, TAIL=how.tail, DOT=dot, **shapes, **sizes, **reading,
             )  # fmt: skip
         # Where rows were chosen by code, the lists that were not opened are all that is left.
         done = first_tail if by_code else 0
@@ -237,7 +237,8 @@ def attend_segmented(
         merge_kernel[(batch * heads, triton.cdiv(value_dim, MERGED))](
             space.outs, space.lses, out, lses[0], lses[1:], space.splits, first_tail, first_hot,
             first_hot + hot_parts, batch * heads,
-            VALUE_DIM=value_dim, BLOCK_DV=MERGED, STATES=STATES, num_warps=4,
+            VALUE_DIM=value_dim, BLOCK_DV=MERGED,
+            STATES=STATES if first_hot + hot_parts <= STATES else 2 * STATES, num_warps=4,
         )  # fmt: skip
         ended = _now(details and query.is_cuda)
     opened, read = (min(n, kv_heads * how.sealed) * batch for n in (budget, how.rows_read if by_code else budget))
@@ -311,6 +312,13 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
     if wide and large:
         scoring |= {"BLOCK": 16, "num_warps": 8}
     return shapes, scoring, attending
+
+
+def _coded_shapes(shapes: dict[str, int], *, wide: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Block sizes of choose_kernel and of attend_coded_kernel."""
+    narrow = max(shapes["BLOCK_D"], shapes["BLOCK_DV"]) <= 64
+    choosing = {"BLOCK": 32, "LISTS": 32, "num_warps": 4, "num_stages": 1}
+    return choosing, choosing if narrow or not wide else choosing | {"BLOCK": 16, "num_warps": 8}
 
 
 def _dot_type(*tensors: Tensor) -> Any:
