@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._triton_common import softcapped
-from ._triton_segmented_kernels import bin_of, find_cut, fold_rows, log_sum, mass_of_parts, times, weigh
+from ._triton_segmented_kernels import bin_of, find_cut, fold_rows, log_sum, times, weigh
 from .packed import NOISE_DIVISOR, NOISE_LET_BE
 
 _NEG = tl.constexpr(float("-inf"))
@@ -56,12 +56,12 @@ def _share(s, whole, live):
     return tl.sum(tl.where(live[:, None], tl.exp(s - whole[:, None]), 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["parts", "budget", "least_bin", "stored"])
+@triton.jit(do_not_specialize=["budget", "least_bin", "stored"])
 def choose_kernel(
-    turned, means, numbers, steps, begin, size, bins, cut, part_lse, histogram, ticket, row_cut, totals, row_logits,
-    softcap, budget, least_bin, H, G, L, HQ, T, parts, stored,
+    turned, means, numbers, steps, begin, size, bins, cut, wholes, histogram, ticket, row_cut, totals, row_logits,
+    softcap, budget, least_bin, H, G, L, HQ, T, stored,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, M: tl.constexpr, LISTS: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, NUM_BINS: tl.constexpr, COPIES: tl.constexpr, CODE: tl.constexpr,
+    BLOCK: tl.constexpr, NUM_BINS: tl.constexpr, COPIES: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Per (unit, split): bins of the shares of opened lists' rows; the last program of a batch row finds the cut.
 
@@ -74,7 +74,7 @@ def choose_kernel(
     live = g < G
     head = unit * G + g
     lowest = tl.load(cut + b)
-    whole = mass_of_parts(part_lse, head, live, parts, HQ, PARTS)
+    whole = tl.load(wholes + head, mask=live, other=0.0)
     low, high, noise = _turned(turned, head, live, DIM, HALF, BLOCK_H, CODE)
     counts = histogram + (b * COPIES + (unit + split) % COPIES) * NUM_BINS
     for i in range(0, tl.cdiv(L, splits * LISTS)):
@@ -105,13 +105,13 @@ def choose_kernel(
     find_cut(histogram, ticket, row_cut, totals, b, H * splits, budget, least_bin, NUM_BINS, COPIES)
 
 
-@triton.jit(do_not_specialize=["parts", "stored"])
+@triton.jit(do_not_specialize=["stored"])
 def attend_coded_kernel(
     query, keys, values, kb, kh, kt, vb, vh, vt,
-    turned, means, numbers, steps, begin, size, value, value_scale, bins, cut, part_lse, row_cut, spread, lean,
-    outs, lses, row_taken, scale, softcap, H, G, L, HQ, T, parts, stored,
+    turned, means, numbers, steps, begin, size, value, value_scale, bins, cut, wholes, row_cut, spread, lean,
+    outs, lses, row_taken, scale, softcap, H, G, L, HQ, T, stored,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_H: tl.constexpr, LISTS: tl.constexpr, BLOCK: tl.constexpr,
     NUM_BINS: tl.constexpr, TAIL: tl.constexpr, CODE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Per (unit, split) the state of the opened lists' rows that are read; with TAIL, behind all, that of the others.
@@ -126,7 +126,7 @@ def attend_coded_kernel(
     live = g < G
     head = unit * G + g
     lowest, least = tl.load(cut + b), tl.load(row_cut + b)
-    whole = mass_of_parts(part_lse, head, live, parts, HQ, PARTS)
+    whole = tl.load(wholes + head, mask=live, other=0.0)
     low, high, noise = _turned(turned, head, live, DIM, HALF, BLOCK_H, CODE)
     x = tl.load(query + head[:, None] * DIM + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(DOT)
     keys += b * kb + unit % H * kh

@@ -37,7 +37,7 @@ from .summaries import Array, ListReading, ListTable, SegmentedAnswer
 
 MANY_LISTS = 8192
 # Splits of opened lists whose rows are chosen by code: each has two states.
-MOST_CODED_SPLITS = 96
+MOST_CODED_SPLITS, CODED_PROGRAMS = 196, 16
 # Programs per multiprocessor: what was fastest on an H100.
 PROGRAMS = 8
 # Lists of a table are in room for a multiple of this; lists of a run; lists that a program ranks; numbers that one
@@ -118,7 +118,7 @@ class Workspace:
             return torch.empty(shape, dtype=dtype, device=device)
 
         processors = torch.cuda.get_device_properties(device).multi_processor_count if query.is_cuda else 2
-        programs = -(-PROGRAMS * processors // units) // (1 + (room > MANY_LISTS))
+        programs = -(-(CODED_PROGRAMS if by_code else PROGRAMS) * processors // units) // (1 + (room > MANY_LISTS))
         self.parts = max(1, min(MOST_PARTS, programs, room // BLOCK_LISTS))
         self.splits = max(1, min(MOST_CODED_SPLITS if by_code else MOST_SPLITS, programs, room // RUN))
         self.tails = max(1, min(MOST_TAILS, programs, room // BLOCK_LISTS))
@@ -132,7 +132,7 @@ class Workspace:
         self.copies = COPIES if room > MANY_LISTS else 1
         self.histogram = new(batch, self.copies, BINS, dtype=torch.int32).zero_()
         self.ticket, self.cut = new(batch, dtype=torch.int32).zero_(), new(batch, dtype=torch.int32)
-        self.means = new(heads, room) if by_code else None
+        self.means, self.wholes = (new(heads, room), new(heads)) if by_code else (None, None)
         self.row_cut = new(batch, dtype=torch.int32)
         # Measured calls are counted apart: their answers say what they read. So are rows of lists that are opened only.
         self.totals, self.spare = new(2, batch, dtype=torch.int64).zero_()
@@ -194,7 +194,7 @@ def attend_segmented(
         )  # fmt: skip
         rank_kernel[(units, triton.cdiv(room, BLOCK_RANKED))](
             space.logits, planes.variance, planes.size, space.spread, space.part_lse, space.bins, space.histogram,
-            space.ticket, space.cut, space.opened if by_code else counted, budget, 0 if everything else 1,
+            space.ticket, space.cut, space.opened if by_code else counted, space.wholes, budget, 0 if everything else 1,
             kv_heads, group, room, batch * heads,
             space.parts + hot_parts, GROUP=triton.next_power_of_2(group), PARTS=128, BLOCK=BLOCK_RANKED,
             NUM_BINS=BINS, COPIES=space.copies, num_warps=4,
@@ -207,20 +207,20 @@ def attend_segmented(
                 row_taken = torch.zeros((units, limit), dtype=torch.int8, device=query.device)
             half = codes.numbers.shape[3]
             sizes = {
-                "HALF": half, "BLOCK_H": max(16, triton.next_power_of_2(half)), "PARTS": 128, "NUM_BINS": BINS,
+                "HALF": half, "BLOCK_H": max(16, triton.next_power_of_2(half)), "NUM_BINS": BINS,
                 # Codes are whole numbers, exact in either.
                 "CODE": tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16,
             }  # fmt: skip
             choosing, reading = _coded_shapes(shapes, wide=dot == tl.float32)
             coded = turned, space.means, codes.numbers, codes.steps, planes.begin, planes.size
-            shape = kv_heads, group, room, batch * heads, codes.steps.shape[2], space.parts + hot_parts, limit
+            shape = kv_heads, group, room, batch * heads, codes.steps.shape[2], limit
             choose_kernel[(units, space.splits)](
-                *coded, space.bins, space.cut, space.part_lse, space.histogram, space.ticket, space.row_cut, counted,
+                *coded, space.bins, space.cut, space.wholes, space.histogram, space.ticket, space.row_cut, counted,
                 row_logits, cap, how.rows_read, 0 if how.rows_read >= budget else 1, *shape, DIM=dim, M=shapes["M"],
                 COPIES=space.copies, **sizes, **choosing,
             )  # fmt: skip
             attend_coded_kernel[(units, space.splits)](
-                asked, *rows, *coded, planes.value, planes.value_scale, space.bins, space.cut, space.part_lse,
+                asked, *rows, *coded, planes.value, planes.value_scale, space.bins, space.cut, space.wholes,
                 space.row_cut, space.spread, space.lean, space.outs, space.lses, row_taken, float(how.scale), cap,
                 *shape, TAIL=how.tail, DOT=dot, **shapes, **sizes, **reading,
             )  # fmt: skip
@@ -317,8 +317,8 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
 def _coded_shapes(shapes: dict[str, int], *, wide: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes of choose_kernel and of attend_coded_kernel."""
     narrow = max(shapes["BLOCK_D"], shapes["BLOCK_DV"]) <= 64
-    choosing = {"BLOCK": 32, "LISTS": 32, "num_warps": 4, "num_stages": 1}
-    return choosing, choosing if narrow or not wide else choosing | {"BLOCK": 16, "num_warps": 8}
+    usual = {"BLOCK": 32, "LISTS": 32, "num_warps": 4, "num_stages": 1}
+    return usual | {"BLOCK": 64}, usual if narrow or not wide else usual | {"BLOCK": 16, "num_warps": 8}
 
 
 def _dot_type(*tensors: Tensor) -> Any:

@@ -67,16 +67,6 @@ def fold_rows(peak, mass, acc, x, row, used, keys, values, kt, vt, scale, softca
 
 
 @triton.jit
-def mass_of_parts(part_lse, head, live, parts, HQ, PARTS: tl.constexpr):
-    """Log of all weight of each head, as far as summaries, sinks and hot rows tell."""
-    p = tl.arange(0, PARTS)
-    lse = tl.load(part_lse + p[:, None] * HQ + head[None, :], mask=(p < parts)[:, None] & live[None, :], other=_NEG)
-    peak = tl.max(lse, axis=0)
-    peak = tl.where(peak == _NEG, 0.0, peak)
-    return tl.where(live, log_sum(peak, tl.sum(tl.exp(lse - peak[None, :]), axis=0)), 0.0)
-
-
-@triton.jit
 def bin_of(cost, NUM_BINS: tl.constexpr):
     """The bin of a cost, by its leading bits; 0 is of what hardly matters."""
     found = (cost.to(tl.int32, bitcast=True) >> 16) - _FIRST_BIN
@@ -198,21 +188,28 @@ def score_kernel(
 
 @triton.jit(do_not_specialize=["parts", "budget", "least_bin"])
 def rank_kernel(
-    logits, variance, size, spread, part_lse, bins, histogram, ticket, cut, totals, budget, least_bin,
+    logits, variance, size, spread, part_lse, bins, histogram, ticket, cut, totals, wholes, budget, least_bin,
     H, G, L, HQ, parts,
     GROUP: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, NUM_BINS: tl.constexpr,
     COPIES: tl.constexpr,
 ):  # fmt: skip
     """Per (unit, block of lists): bins of costs, and rows by bin; the last program of a batch row finds the cut.
 
-    Bin 0 is of lists that hardly matter: they are opened only where all are, and ``least_bin`` is 0.
+    Bin 0 is of lists that hardly matter: they are opened only where all are, and ``least_bin`` is 0. ``wholes``: the
+    log of all weight of each head, as far as summaries, sinks and hot rows tell.
     """
     unit = tl.program_id(0).to(tl.int64)
     b = unit // H
-    g = tl.arange(0, GROUP)
+    g, p = tl.arange(0, GROUP), tl.arange(0, PARTS)
     live = g < G
     head = unit * G + g
-    whole = mass_of_parts(part_lse, head, live, parts, HQ, PARTS)
+    lse = tl.load(part_lse + p[:, None] * HQ + head[None, :], mask=(p < parts)[:, None] & live[None, :], other=_NEG)
+    peak = tl.max(lse, axis=0)
+    peak = tl.where(peak == _NEG, 0.0, peak)
+    whole = tl.where(live, log_sum(peak, tl.sum(tl.exp(lse - peak[None, :]), axis=0)), 0.0)
+    if wholes is not None:  # noqa: SIM102 (one is known when it is compiled)
+        if tl.program_id(1) == 0:
+            tl.store(wholes + head, whole, mask=live)
     deviation = tl.sqrt(tl.load(spread + head, mask=live, other=0.0))
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < L
