@@ -156,7 +156,6 @@ def sealing(rows: int) -> dict[str, Any]:
         "scatter": here,
         "scatter_cpu": there,
         "first": times[0],
-        "peak": torch.cuda.max_memory_allocated(),
     }
     if not (kept and abs(here / there - 1) < 0.01):
         return line | {"failed": "the lists are wrong: not timed"}
@@ -208,7 +207,7 @@ def offload(rows: int, reading: Callable[..., ListReading]) -> dict[str, Any]:
             found = attend_segmented(query, keys, values, table, how, start=start, by_code=by_code)
             return found.out
 
-        error = statistics.mean(relative_error(step(*of), to) for *of, to in zip(queries, wanted, strict=True))
+        error = statistics.mean(relative_error(step(of), to) for of, to in zip(queries, wanted, strict=True))
         took = graph_seconds([lambda query=query: step(query) for query in queries])  # type: ignore[misc]
         read = how.rows_read if by_code else rows_opened(how.rows_read, how.rows_coded, KV_HEADS)
         line["steps"].append({

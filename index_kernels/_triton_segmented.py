@@ -132,7 +132,8 @@ class Workspace:
         self.copies = COPIES if room > MANY_LISTS else 1
         self.histogram = new(batch, self.copies, BINS, dtype=torch.int32).zero_()
         self.ticket, self.cut = new(batch, dtype=torch.int32).zero_(), new(batch, dtype=torch.int32)
-        self.means, self.wholes = (new(heads, room), new(heads)) if by_code else (None, None)
+        self.means = new(heads, room) if by_code else None
+        self.wholes = new(heads) if by_code else None
         self.row_cut = new(batch, dtype=torch.int32)
         # Measured calls are counted apart: their answers say what they read. So are rows of lists that are opened only.
         self.totals, self.spare = new(2, batch, dtype=torch.int64).zero_()
@@ -316,9 +317,10 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
 
 def _coded_shapes(shapes: dict[str, int], *, wide: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes of choose_kernel and of attend_coded_kernel."""
-    narrow = max(shapes["BLOCK_D"], shapes["BLOCK_DV"]) <= 64
+    width = max(shapes["BLOCK_D"], shapes["BLOCK_DV"])
     usual = {"BLOCK": 32, "LISTS": 32, "num_warps": 4, "num_stages": 1}
-    return usual | {"BLOCK": 64}, usual if narrow or not wide else usual | {"BLOCK": 16, "num_warps": 8}
+    choosing = usual if width > 128 else usual | {"BLOCK": 64}
+    return choosing, usual if width <= (64 if wide else 128) else usual | {"BLOCK": 16, "num_warps": 8}
 
 
 def _dot_type(*tensors: Tensor) -> Any:

@@ -86,6 +86,8 @@ def choose_plan(
             return dense(no_rates)
         if work.units * work.rows * work.row_bytes < LEAST_BYTES:
             return dense("a GPU scans so few rows as fast as it is asked to")
+        if not work.indexed:
+            return dense("a dense scan is estimated to be faster: no rows are in the index")
     least = config.dense_below_rows
     if least is not None and work.rows < least:
         return dense(f"fewer rows than dense_below={least}")
