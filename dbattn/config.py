@@ -60,8 +60,8 @@ class RetrievalConfig:
         window: newest rows that every query reads, its own row included.
         dense_below: a store with fewer rows than this is scanned densely. "auto": wherever a dense scan is estimated to
             be faster on this machine. Default: "auto" for "segmented"; an index asked for by name is a wish, and used
-            from 1024 rows on. On a device without rates (CUDA) "auto" scans densely, unless ``index`` or ``k`` is
-            given: then it retrieves from 1024 rows on ("segmented": 2048).
+            from 1024 rows on. On a GPU, where rates are measured for rows of 16 bits, any ``index`` or ``k`` that is
+            given is a wish, used from 1024 rows on ("segmented": 2048); without, other rows are scanned densely.
         max_queries: a call with more new positions than this reads a prompt, see ``prefill``.
         max_error: bound on the relative error of the output, 0 to 1. Queries whose estimated error breaks it are
             answered with more rows, in the end densely; audits keep the estimates right. Default: no bound.
