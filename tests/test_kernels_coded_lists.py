@@ -63,8 +63,6 @@ def check(run, device, name, tail=True, everything=False):  # noqa: F811
         states.append(attend_summaries(query, lists, opened, logits, scale=how.scale, beta=how.beta))
     lses = torch.stack([lse for _, lse in states])
     out, lse = merge_states(torch.stack([out for out, _ in states]), lses, backend="reference")
-    if name == "large queries":
-        return  # their logits are known to a few units, whatever is compared
     assert_near(got.out, out, TOLERANCE)
     assert_near((got.lse_by_source[: len(states)] - got.lse).exp(), (lses - lse).exp(), 3 * TOLERANCE)
     assert got.rows_read == got.taken.sum() == taken.sum()
@@ -79,7 +77,8 @@ def check(run, device, name, tail=True, everything=False):  # noqa: F811
 
 
 @pytest.mark.parametrize("tail", [True, False])
-@pytest.mark.parametrize("name", FLOATS)
+# Logits of large queries are known by code to a few units: what is read of them is anybody's choice.
+@pytest.mark.parametrize("name", sorted(FLOATS.keys() - {"large queries"}))
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_chosen_by_code_are_read_and_codes_and_summaries_answer_for_the_others(run, device, name, tail):  # noqa: F811
     check(run, device, name, tail)
