@@ -179,7 +179,8 @@ def attend_segmented(
     lses = torch.empty((5, batch, heads, 1), dtype=torch.float32, device=query.device)
     asked, cap = query.contiguous(), None if how.softcap is None else float(how.softcap)
     limit, counted = min(stored, how.length), space.spare if details else space.totals
-    row_logits = row_taken = None
+    row_logits: Tensor | None = None
+    row_taken: Tensor | None = None
     rows = keys, values, *keys.stride()[:3], *values.stride()[:3]
     with device_of(query):
         began = _now(details and query.is_cuda)

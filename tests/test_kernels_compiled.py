@@ -40,8 +40,8 @@ DTYPES = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 80, 128, 256)
 ROWS = 4096
-# Bytes that ptxas rather spills than to let fewer programs run at once, and float32 rows of 128 (80): these kernels wait
-# for rows in the host's memory.
+# Bytes that ptxas rather spills than to let fewer programs run at once, and for float32 rows of 128 (80): these kernels
+# wait for rows in the host's memory.
 SPILLED = {"choose_kernel": 32, "attend_coded_kernel": 80}
 
 
