@@ -1,13 +1,10 @@
-"""Stores for benchmarks.gpu: rows and lists made on the device, and snapshots of a model's rows."""
+"""Stores for benchmarks.gpu: rows and lists made on the device."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbattn import AttentionDB
 from dbattn.index._lists import Lists
 from index_kernels import ListTable
 from index_kernels._triton_segmented import Planes
@@ -95,14 +92,19 @@ def made_store(rows: int, batch: int, n_sink: int, hot: int, seed: int) -> Store
     )  # fmt: skip
     table = Lists(batch, KV_HEADS, DIM, DIM).table
     table.on(torch.device("cuda", torch.cuda.current_device()), "planes", lambda *_: planes)
-    # Each head looks for a few rows, as trained ones do.
-    aim = torch.randint(n_sink, sealed, (batch, KV_HEADS, HEADS // KV_HEADS), generator=noise, device="cuda")
-    near = keys.gather(2, aim[..., None].expand(-1, -1, -1, DIM)).float()
-    query = (near + 0.7 * normal(*near.shape)).reshape(batch, HEADS, 1, DIM).bfloat16()
+    query = asked(keys, n_sink, sealed, noise)
     size_bytes = sum(part.nbytes for part in (planes.key, planes.value, planes.variance, planes.size, planes.begin))
     return Store(
         query, keys, values, table, torch.zeros(batch, dtype=torch.int64, device="cuda"), sealed, DIM**-0.5, size_bytes
     )
+
+
+def asked(keys: Tensor, first: int, stop: int, noise: torch.Generator) -> Tensor:
+    """A query ``[B, HEADS, 1, DIM]``: each head looks for one of the rows ``first .. stop``, as trained ones do."""
+    aim = torch.randint(first, stop, (len(keys), KV_HEADS, HEADS // KV_HEADS), generator=noise, device="cuda")
+    near = keys.gather(2, aim[..., None].expand(-1, -1, -1, DIM)).float()
+    far = torch.randn(near.shape, generator=noise, device="cuda")
+    return (near + 0.7 * far).reshape(-1, HEADS, 1, DIM).bfloat16()
 
 
 def exact(store: Store) -> Tensor:
@@ -124,38 +126,3 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     """The mean over heads of the error's norm over the answer's."""
     off = (got.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
     return float(off.mean())
-
-
-def snapshot_errors(folder: Path) -> list[dict[str, Any]]:
-    """The library's own answers on a snapshot's rows, by some budgets: errors against float64, mean and greatest."""
-    from dataclasses import replace
-
-    from safetensors.torch import load_file
-
-    queries = load_file(f"{folder}.query.safetensors")["query"].cuda()
-    lines = []
-    for k in (None, 100, 400):
-        db = AttentionDB.open(folder, device="cuda")
-        db.config = replace(db.config, k=k)
-        keys, values = db.store.rows
-        dim = keys.shape[3]
-        errors, rows = [], []
-        for i in range(queries.shape[2]):
-            query = queries[:, :, i : i + 1].contiguous()
-            out = db.attend(query)
-            assert isinstance(out, Tensor)
-            errors.append(relative_error(out, dense64(query, keys, values, dim**-0.5)))
-        plan = db.explain(queries[:, :, :1].contiguous())
-        rows = [source.actual.rows for source in plan.sources if source.actual is not None]
-        lines.append(
-            {
-                "rows of": folder.name,
-                "k": k,
-                "error": sum(errors) / len(errors),
-                "most": max(errors),
-                "rows": len(db),
-                "read": rows,
-                "plan": str(plan),
-            }
-        )
-    return lines

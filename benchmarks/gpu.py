@@ -1,39 +1,41 @@
-"""A GPU's decode steps, against torch's flash attention in the same process.
+"""A GPU's decode steps, against torch's flash attention in the same process; sealing; rows in host memory; the default.
 
-  python -m benchmarks.gpu                                    checked, then timed: under a minute
-  python -m benchmarks.gpu --sizes 8192 --batches 1 8         other sizes and batches
-  python -m benchmarks.gpu --snapshot FOLDER                  errors on a snapshot's rows, too
+  python -m benchmarks.gpu                                    checked, then timed: two minutes
+  python -m benchmarks.gpu --stages decode --batches 1 8      a stage alone, other sizes
+  python -m benchmarks.gpu --captured FILE                    errors on rows of a model, too
 
 Heads of Llama-3-8B (32 query heads over 8 KV heads, D=128) in bfloat16. Each step is replayed from a CUDA graph that
 goes through several stores, so that their rows are in no cache; the median of replays. Rows are random, in clusters of
-clusters, in lists of 20 to 44 rows; snapshots hold rows of a model. Stages are written to gpu.json as they end.
-A kernel that fails its check is not timed. Without a GPU it says so and ends.
+clusters, in lists of 20 to 44 rows; captured files hold rows of a model, which are sealed here. The default config is
+timed outside graphs, as a call takes it. Stages are written to gpu.json as they end. What fails its check is not timed.
+Without a GPU it says so and ends.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from dbattn.index._list_scan import ALPHA, BETA, budget
 from index_kernels import ListReading, attend_segmented
 from index_kernels.segmented import rows_opened
 
 from ._common import OUT_HELP, results_folder, write_json
-from ._gpu_stores import DIM, HEADS, KV_HEADS, Store, exact, made_store, relative_error, snapshot_errors
+from ._gpu_stages import captured_errors, default, flash, graph_seconds, offload, rates_here, sealing
+from ._gpu_stores import DIM, HEADS, KV_HEADS, Store, exact, made_store, relative_error
 
 SIZES = (8192, 32768, 131072, 1048576)
 # Bytes that a graph goes through at least: several times the second-level caches of an H100 and an H200.
 ROTATED = 400 << 20
 MOST_STORES = 12
-REPLAYS = 30
+STAGES = ("decode", "sealing", "offload", "default")
 # Sinks and hot rows are not among the rows that stand in lists.
 N_SINK, HOT = 4, 128
 
@@ -45,34 +47,6 @@ def reading(sealed: int, rows: int, kv_heads: int, k: int | None, scale: float) 
         sealed, rows, N_SINK, asks.read * kv_heads, asks.coded * kv_heads, sealed * kv_heads, scale, None, ALPHA, BETA,
         True,
     )  # fmt: skip
-
-
-def graph_seconds(steps: Sequence[Callable[[], object]]) -> float:
-    """Seconds of one step: the median of replays of a graph that takes all steps, over their number."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for step in steps:
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
-    times = []
-    for _ in range(REPLAYS + 3):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 1e3 / len(steps))
-    return float(statistics.median(times[3:]))
-
-
-def flash(store: Store) -> Tensor:
-    """The step as torch's flash attention takes it."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return scaled_dot_product_attention(store.query, store.keys, store.values, enable_gqa=True)
 
 
 def ours(store: Store, how: ListReading) -> Tensor:
@@ -87,14 +61,14 @@ def time_size(rows: int, batch: int, k: int | None) -> dict[str, Any]:
     first = made_store(rows, batch, N_SINK, HOT, seed=0)
     each = first.keys.nbytes + first.values.nbytes
     how = reading(first.sealed, rows, KV_HEADS, k, first.scale)
-    read = rows_opened(how, KV_HEADS)
+    read = rows_opened(how.rows_read, how.rows_coded, KV_HEADS)
     summaries = first.table_bytes
     touched = batch * read * each // (batch * KV_HEADS * rows) + summaries
     free = torch.cuda.mem_get_info()[0]
     count = max(2, min(MOST_STORES, -(-ROTATED // touched), int(0.6 * free / (2 * each + summaries))))
     stores = [first, *(made_store(rows, batch, N_SINK, HOT, seed=i) for i in range(1, count))]
     checked = [relative_error(ours(store, how), exact(store)) for store in stores[:2]]
-    dense_error = relative_error(flash(first), exact(first))
+    dense_error = relative_error(flash(first.query, first.keys, first.values), exact(first))
     found = attend_segmented(first.query, first.keys, first.values, first.table, how, start=first.start, details=True)
     again = [ours(first, how) for _ in range(2)]
     line: dict[str, Any] = {
@@ -104,9 +78,9 @@ def time_size(rows: int, batch: int, k: int | None) -> dict[str, Any]:
     }  # fmt: skip
     if not (line["error"] < 0.2 and dense_error < 0.02 and line["same_bits"]):
         return line | {"failed": "the answers are wrong: not timed"}
-    line["flash"] = graph_seconds([lambda s=s: flash(s) for s in stores])  # type: ignore[misc]
+    line["flash"] = graph_seconds([lambda s=s: flash(s.query, s.keys, s.values) for s in stores])  # type: ignore[misc]
     line["ours"] = graph_seconds([lambda s=s: ours(s, how) for s in stores])  # type: ignore[misc]
-    line["flash_again"] = graph_seconds([lambda s=s: flash(s) for s in stores])  # type: ignore[misc]
+    line["flash_again"] = graph_seconds([lambda s=s: flash(s.query, s.keys, s.values) for s in stores])  # type: ignore[misc]
     line["times"] = min(line["flash"], line["flash_again"]) / line["ours"]
     return line
 
@@ -119,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), help="rows of a store")
     options.add_argument("--batches", nargs="+", type=int, default=[1], help="batch sizes")
     options.add_argument("--k", nargs="+", type=int, help="rows asked for; default: as many as the size asks for")
-    options.add_argument("--snapshot", nargs="+", type=Path, default=[], help="FOLDER, beside FOLDER.query.safetensors")
+    options.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what is done, in this order"
+    )
+    options.add_argument("--captured", nargs="+", type=Path, default=[], metavar="FILE", help="rows of a model")
     options.add_argument("--out", type=Path, metavar="FOLDER", help=OUT_HELP)
     args = options.parse_args(argv)
     if not torch.cuda.is_available():
@@ -128,28 +105,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = (args.out or results_folder(False)) / "gpu.json"
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(), "torch": torch.__version__, "heads": HEADS, "kv_heads": KV_HEADS,
-        "errors": [], "steps": [],
+        "errors": [], "steps": [], "sealing": [], "offload": [], "rates": [], "default": [],
     }  # fmt: skip
 
-    def keep() -> None:
+    def stage(name: str, run: Callable[[], Any], **what: Any) -> None:
+        """Run a part, and keep what it says, or why it failed, in the file and on the screen."""
+        began = time.perf_counter()
+        try:
+            found = run()
+        except Exception as error:  # the next part may do all the same
+            found = what | {"failed": f"{type(error).__name__}: {error}"[:500]}
+        torch.cuda.empty_cache()
+        lines = found if isinstance(found, list) else [found]
+        results[name] += [line | {"took": time.perf_counter() - began} for line in lines]
         write_json(path, "gpu", {"sizes": args.sizes, "batches": args.batches, "k": args.k}, results)
+        for line in lines:
+            print(name, {key: value for key, value in line.items() if key != "plan"}, flush=True)
 
-    for folder in args.snapshot:
-        results["errors"] += snapshot_errors(folder)
-        keep()
-        print(results["errors"][-1], flush=True)
-    for batch in args.batches:
-        for rows in args.sizes:
-            for k in args.k or [None]:
-                began = time.perf_counter()
-                try:
-                    line = time_size(rows, batch, k)
-                except torch.OutOfMemoryError:
-                    line = {"rows": rows, "batch": batch, "k": k, "failed": "out of memory"}
-                torch.cuda.empty_cache()
-                results["steps"].append(line | {"took": time.perf_counter() - began})
-                keep()
-                print(line, flush=True)
+    for file in args.captured:
+        stage("errors", partial(captured_errors, file), file=file.name)
+    if "decode" in args.stages:
+        for batch, rows, k in product(args.batches, args.sizes, args.k or [None]):
+            stage("steps", partial(time_size, rows, batch, k), rows=rows, batch=batch, k=k)
+    if "sealing" in args.stages:
+        stage("sealing", partial(sealing, 131072))
+    if "offload" in args.stages:
+        stage("offload", partial(offload, 131072, reading))
+    if "default" in args.stages:
+        stage("rates", rates_here)
+        for batch, rows in product(args.batches, args.sizes):
+            stage("default", partial(default, rows, batch), rows=rows, batch=batch)
     print(table(results))
 
 
@@ -169,6 +154,27 @@ def table(results: dict[str, Any]) -> str:
             f"| {line['rows']:,} | {line['batch']} | {line['rows_read']:,.0f} | {micro} | {line['times']:.2f} | "
             f"{line['error']:.4f} |"
         )
+    lines += [
+        f"\nSealing {line['rows']:,} rows of {KV_HEADS} heads: {1e3 * line['seconds']:.1f} ms a layer."
+        for line in results["sealing"]
+        if "seconds" in line
+    ]
+    for line in results["offload"]:
+        if "steps" not in line:
+            continue
+        dense = " and ".join(f"{name} {1e3 * line[name]:.2f} ms" for name in ("copied", "flash"))
+        lines.append(
+            f"\n{line['rows']:,} rows in host memory, {line['bytes_per_second'] / 1e9:.0f} GB/s; dense: {dense}"
+        )
+        lines += [
+            f"{'by code' if step['by_code'] else 'whole lists'}, rows read {step['budget']:,}: "
+            f"{1e6 * step['seconds']:.0f} µs, {step['times']:.1f} times faster, error {step['error']:.4f}"
+            for step in line["steps"]
+        ]
+    for line in results["default"]:
+        if "flash" in line:
+            micro = ", ".join(f"{name} {1e6 * line[name]:.0f}" for name in ("default", "dense", "flash"))
+            lines.append(f"default at {line['rows']:,} x {line['batch']}: µs {micro}; {line['reason']}")
     return "\n".join(lines)
 
 

@@ -43,7 +43,8 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 
 The model is SmolLM2-135M-Instruct in float32. Its rows are captured over real prose (`benchmarks/capture.py`); beyond
 its context of 8,192 tokens windows are concatenated. Error is of a layer's attention output against dense's, over the
-norm of dense's, with the same query and rows. On a GPU, decode steps alone are measured: `python -m benchmarks.gpu`."""
+norm of dense's, with the same query and rows. On a GPU, decode steps, sealing and rows
+in host memory are measured: `python -m benchmarks.gpu`."""
 
 
 def write(folder: Path = RESULTS) -> None:

@@ -19,7 +19,8 @@ from .index.search import search_rows
 from .query.audit import AuditReport, audit_dense, audit_prompt
 from .query.audit import audit as compare
 from .query.call import Call
-from .query.choose import choose_plan, recurring
+from .query.choose import ROWS_PER_PLAN, choose_plan, recurring
+from .query.device_rates import gpu_of
 from .query.execute import Answer, run_plan
 from .query.expected import Expected
 from .query.ladder import Ladder, finish_climb
@@ -27,6 +28,7 @@ from .query.plan import QueryPlan
 from .query.prompt import BlockPlan, PromptLog, block_plans, newest_part, read_prompt, whole
 from .query.stats import RunningStats
 from .query.steps import steps_of_call
+from .query.usage import Workload
 from .query.weights import Weights, dense_weights, weights_of
 from .store import KVStore, RowSource, StateSource, on_device, rows_at
 
@@ -71,7 +73,7 @@ class AttentionDB:
     ) -> None:
         self.config = RetrievalConfig.checked(config)
         value_dim = head_dim if value_dim is None else value_dim
-        self.store = KVStore(num_kv_heads, head_dim, value_dim, self.config.storage)
+        self.store = KVStore(num_kv_heads, head_dim, value_dim, self.config.storage, host=self.config.rows == "host")
         self.index = make_index(self.config)
         self.stats = RunningStats()
         self._prompt_log = PromptLog()
@@ -144,7 +146,7 @@ class AttentionDB:
         """
         self.store.set_start(self.store.start)
         self.is_reading = reading and self.index.in_pieces
-        if self.is_reading or self.store.is_empty or (on_device(self.store.start) and not self._may_retrieve):
+        if self.is_reading or self.store.is_empty or (on_device(self.store.start) and not self._may_retrieve()):
             return
         if self.index.is_due(len(self.store)):
             self.store.look_at_rows()  # while they stand where they came
@@ -505,7 +507,7 @@ class AttentionDB:
                 config,
                 work if exact else recurring(index.hot, config, work),
                 backend=backend,
-                threads=torch.get_num_threads() if backend == "numba" else None,
+                processor=self._processor(backend),
                 retrieve=retrieve,
                 estimate=estimate,
             )
@@ -569,10 +571,25 @@ class AttentionDB:
     def _expected(self) -> Expected | None:
         return Expected.of(self.index.needs, self.store) if self.config.finds_budget else None
 
-    @property
     def _may_retrieve(self) -> bool:
-        """Whether a plan for rows on a device may be any but dense: there are no rates there, so only if asked for."""
-        return self.config.dense_below_rows is not None or self.config.wishes_retrieval
+        """Whether rows on a device are to be in the index: where a decode call might retrieve."""
+        config, index, store, rows = self.config, type(self.index), self.store, len(self)
+        if len(self.index) or config.dense_below_rows is not None or config.wishes_retrieval:
+            return True
+        rows -= rows % ROWS_PER_PLAN  # asked at every step: the same as the last time
+        work = Workload(
+            rows, 1, index.rows_indexed(config, rows), config.n_sink, len(store.starts), store.num_kv_heads,
+            store.num_kv_heads, store.head_dim, store.value_dim, store.row_bytes, whole_lists=True,
+        )  # fmt: skip
+        backend = resolve_backend(store.start)
+        plan = choose_plan(
+            index, config, work, backend=backend, processor=self._processor(backend), retrieve=True, estimate=False
+        )
+        return not plan.is_dense
+
+    def _processor(self, backend: str) -> int | str | None:
+        """Which rates are those of a call: of so many threads, of the GPU of that name, or none."""
+        return torch.get_num_threads() if backend == "numba" else gpu_of(self.store) if backend == "triton" else None
 
     def _by_position(self, rows: Tensor) -> Tensor:
         if not self.index.moves_rows:

@@ -35,6 +35,7 @@ DEFAULT_K = 128
 # the others reach arrays or FAISS, where they are 32-bit.
 MOST = 2**63 - 1
 MOST_OF = {"n_sink": 2**31 - 1, "nprobe": 2**31 - 1, "ef_search": 2**31 - 1, "neighbors": 1024}
+ROWS = ("device", "host")
 STORAGES = ("float32", "float16", "bfloat16", "int8")
 PREFILLS = ("auto", "dense", "lists")
 # What load_model makes of a model's weights.
@@ -59,8 +60,8 @@ class RetrievalConfig:
         window: newest rows that every query reads, its own row included.
         dense_below: a store with fewer rows than this is scanned densely. "auto": wherever a dense scan is estimated to
             be faster on this machine. Default: "auto" for "segmented"; an index asked for by name is a wish, and used
-            from 1024 rows on. On a device without rates (CUDA) "auto" scans densely, unless ``index`` or ``k`` is
-            given: then it retrieves from 1024 rows on ("segmented": 2048).
+            from 1024 rows on. On a GPU, where rates are measured for rows of 16 bits, any ``index`` or ``k`` that is
+            given is a wish, used from 1024 rows on ("segmented": 2048); without, other rows are scanned densely.
         max_queries: a call with more new positions than this reads a prompt, see ``prefill``.
         max_error: bound on the relative error of the output, 0 to 1. Queries whose estimated error breaks it are
             answered with more rows, in the end densely; audits keep the estimates right. Default: no bound.
@@ -78,6 +79,9 @@ class RetrievalConfig:
             blocks before (which ``audit_rate=0`` turns off) found a mean error above twice ``target_error``, with
             ``max_error``, for fewer than 64 positions, where no more than 8,192 rows are stored, and on other devices.
             What lists get wrong enters the rows themselves; it was measured on SmolLM2 alone.
+        rows: where rows on a GPU are kept: on the "device", or in pinned memory of the "host", from where the GPU reads
+            those it needs ("segmented" only; summaries of lists are on the GPU): contexts end where the host's memory
+            does. It is a wish to retrieve, see ``dense_below``. Not part of a snapshot, which opens with either.
 
     Raises:
         ValueError: an option out of range, or one that belongs to another index.
@@ -98,6 +102,7 @@ class RetrievalConfig:
     ef_search: int | None = None
     neighbors: int | None = None
     prefill: str = "dense"
+    rows: str = "device"
 
     def __post_init__(self) -> None:
         if self.index != "auto" and self.index not in INDEX_TRAITS:
@@ -118,6 +123,13 @@ class RetrievalConfig:
             raise ValueError(f"prefill='lists' reads the lists of index='segmented' by a budget: not with {owner}")
         if self.storage is not None and self.storage not in STORAGES:
             raise ValueError(f"storage is {self.storage!r}, expected one of {', '.join(STORAGES)}, or None")
+        if self.rows not in ROWS:
+            raise ValueError(f"rows is {self.rows!r}, expected one of {', '.join(ROWS)}")
+        if self.rows == "host" and (self.index_name != AUTO_INDEX or self.storage == "int8"):
+            owner = f"index={self.index!r}" if self.index_name != AUTO_INDEX else "storage='int8'"
+            raise ValueError(
+                f"rows='host' are float rows that a GPU reads by lists of index='segmented': not with {owner}"
+            )
         if not _is_number(self.audit_rate) or not 0 <= self.audit_rate <= 1:
             raise ValueError(f"audit_rate is {self.audit_rate!r}, expected a number from 0 to 1")
         bound = self.max_error
@@ -188,8 +200,11 @@ class RetrievalConfig:
 
     @property
     def wishes_retrieval(self) -> bool:
-        """Whether an index or a budget was asked for by name, and "auto" was not: used where estimates are missing."""
-        return self.dense_below is None and (self.index != "auto" or self.k is not None)
+        """Whether something to retrieve by was asked for, and "auto" was not: used where estimates are missing.
+
+        That is an index or a budget, or rows that a GPU has not got.
+        """
+        return self.dense_below is None and (self.index != "auto" or self.k is not None or self.rows == "host")
 
     @property
     def index_options(self) -> dict[str, int]:

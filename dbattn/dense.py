@@ -1,5 +1,7 @@
 """dense_attention: the full table scan, exact. The fallback and the yardstick."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,8 +109,13 @@ def _takes_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
         and keys.dtype == values.dtype == query.dtype
         and values.shape[3] == dim <= 256
         and dim % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _has_flash(query.device)
     )
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:

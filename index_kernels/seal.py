@@ -1,15 +1,13 @@
-"""seal_rows: turn rows into lists in place, and back. Runs on the CPU, over a copy of rows that lie elsewhere."""
+"""seal_rows: turn rows into lists in place, and back, where they lie."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .fork import check_fork
+from . import _torch_seal
+from .ops import resolve_backend
 from .packed import floats
 from .summaries import Array, Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
 
@@ -29,6 +27,7 @@ def seal_rows(
     *,
     start: Tensor,
     coded: bool = True,
+    backend: str = "auto",
 ) -> None:
     """Make segment ``first_segment + s`` of rows ``bounds[s] .. bounds[s + 1]``, for every batch row and KV head.
 
@@ -40,23 +39,32 @@ def seal_rows(
         keys, values: the store's buffers; the rows in position order, packed ones with their scales.
         start: int64 ``[B]``, the first row of each batch row that may stand in a list.
         coded: whether codes are written; who reads the lists for a prompt alone does without.
+        backend: "auto", "reference" or "numba"; devices are served by the reference.
     """
-    check_fork()
-    kernels = import_module("index_kernels._cpu_seal")
-    in_metric = _in_metric(keys, bounds, learnt, start)
-    with _on_host(keys, values, bounds[0], bounds[-1]) as (host_keys, host_values):
-        kernels.seal(
-            host_keys, host_values, positions, codes, start.cpu().numpy(), np.asarray(bounds, np.int64), first_segment,
-            *how, in_metric, coded, *lists, *supers, *segments,
+    if resolve_backend(keys, backend) != "numba":
+        _torch_seal.seal(
+            keys, values, positions, codes, bounds, first_segment, how, learnt, lists, supers, segments, start=start,
+            coded=coded,
         )  # fmt: skip
+        return
+    kernels = import_module("index_kernels._cpu_seal")
+    bits = import_module("index_kernels._cpu_common").numpy_bits
+    kernels.seal(
+        bits(keys), bits(values), positions, codes, start.numpy(), np.asarray(bounds, np.int64), first_segment, *how,
+        _in_metric(keys, bounds, learnt, start), coded, *lists, *supers, *segments,
+    )  # fmt: skip
 
 
-def unseal_rows(keys: Tensor, values: Tensor, positions: Array, bounds: list[int], *, start: Tensor) -> None:
+def unseal_rows(
+    keys: Tensor, values: Tensor, positions: Array, bounds: list[int], *, start: Tensor, backend: str = "auto"
+) -> None:
     """Put the rows of each ``bounds[s] .. bounds[s + 1]`` back in the order of their positions, in place."""
-    check_fork()
+    if resolve_backend(keys, backend) != "numba":
+        _torch_seal.unseal(keys, values, positions, bounds[0], bounds[-1])
+        return
+    bits = import_module("index_kernels._cpu_common").numpy_bits
     kernels = import_module("index_kernels._cpu_unseal")
-    with _on_host(keys, values, bounds[0], bounds[-1]) as (host_keys, host_values):
-        kernels.unseal(host_keys, host_values, positions, start.cpu().numpy(), np.asarray(bounds, np.int64))
+    kernels.unseal(bits(keys), bits(values), positions, start.numpy(), np.asarray(bounds, np.int64))
 
 
 def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Tensor) -> Array:
@@ -67,26 +75,11 @@ def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Ten
     found = []
     for first, stop, metric, holds in zip(bounds, bounds[1:], *learnt, strict=False):
         rows = floats(keys[:, :, first:stop]).float()
-        counted = (torch.arange(first, stop, device=keys.device) >= start[:, None]).float()[:, None, :, None]
+        counted = (torch.arange(first, stop) >= start[:, None]).float()[:, None, :, None]
         rows = rows - (rows * counted).sum(dim=2, keepdim=True) / counted.sum(dim=2, keepdim=True).clamp(min=1)
         if holds.any():
-            known = torch.from_numpy(holds).to(keys.device)[:, None, None, None]
-            rows = torch.where(known, rows @ torch.from_numpy(metric).to(keys.device), rows)
+            known = torch.from_numpy(holds)[:, None, None, None]
+            rows = torch.where(known, rows @ torch.from_numpy(metric), rows)
         found.append(rows)
-    in_metric: Array = torch.cat(found, dim=2).cpu().numpy()
+    in_metric: Array = torch.cat(found, dim=2).numpy()
     return in_metric
-
-
-@contextmanager
-def _on_host(keys: Tensor, values: Tensor, first: int, stop: int) -> Iterator[tuple[Any, Any]]:
-    """Both as numpy arrays, whose rows ``first .. stop`` may be changed inside the block."""
-    bits = import_module("index_kernels._cpu_common").numpy_bits
-    if keys.device.type == "cpu":
-        yield bits(keys), bits(values)
-        return
-    host = [torch.empty(buffer.shape, dtype=buffer.dtype) for buffer in (keys, values)]
-    for copy, buffer in zip(host, (keys, values), strict=True):
-        copy[:, :, first:stop] = buffer[:, :, first:stop].cpu()
-    yield bits(host[0]), bits(host[1])
-    for copy, buffer in zip(host, (keys, values), strict=True):
-        buffer[:, :, first:stop] = copy[:, :, first:stop].to(buffer.device)

@@ -38,6 +38,7 @@ def attend_segmented(
     how: ListReading,
     *,
     start: Tensor,
+    by_code: bool = False,
     details: bool = False,
     backend: str = "auto",
 ) -> SegmentedAnswer:
@@ -49,6 +50,8 @@ def attend_segmented(
         table: the lists of rows ``0 .. how.sealed``.
         how: see ListReading.
         start: int64 ``[B]``, first valid row of each batch row.
+        by_code: rows are dear to read, as in the host's memory: a GPU reads those of opened lists that their codes
+            choose, not all. Others always do.
         details: give ``taken`` and ``unread``, too.
         backend: "auto", "reference", "numba" or "triton".
 
@@ -65,19 +68,20 @@ def attend_segmented(
         return answer
     check_rows(query, keys, values)
     if chosen == "triton":
+        opened = how.rows_coded if by_code else rows_opened(how.rows_read, how.rows_coded, keys.shape[1])
         found: SegmentedAnswer = _on_device().attend_segmented(
-            query, keys, values, table, how, start=start, budget=rows_opened(how, keys.shape[1]), details=details
+            query, keys, values, table, how, start=start, budget=opened, by_code=by_code, details=details
         )
         return found
     return _attend(query, keys, values, table, how, start, details, chosen)
 
 
-def rows_opened(how: ListReading, kv_heads: int) -> int:
-    """Rows under the lists that a GPU opens, whole, for all KV heads of a batch row together.
+def rows_opened(read: int, coded: int, kv_heads: int = 1) -> int:
+    """Rows under the lists that a GPU opens, whole, where the CPU reads ``read`` of ``coded``, of so many KV heads.
 
     As many as the CPU scores by code; where that is more than WHOLE per head, WHOLE_PER_READ for each that it reads.
     """
-    return max(how.rows_read, min(how.rows_coded, max(WHOLE_PER_READ * how.rows_read, WHOLE * kv_heads)))
+    return max(read, min(coded, max(WHOLE_PER_READ * read, WHOLE * kv_heads)))
 
 
 @cache

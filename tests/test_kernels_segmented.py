@@ -43,7 +43,7 @@ def metrics(case):
     return root @ root.transpose(3, 4)
 
 
-def sealed_store(case):
+def sealed_store(case, backend="auto"):
     """Rows in clusters, sealed; the same rows as they came; how they are read; and a query."""
     dtype, kv_heads, group, dim, value_dim, softcap, read, opened, start = CASES[case]
     batch, start = len(start), torch.tensor(start)
@@ -59,7 +59,10 @@ def sealed_store(case):
     arrays = lists.lists, lists.supers, lists.segments
     holds = np.repeat([[False], [True], [True]], batch, axis=1)
     learnt = LearntMetric(metrics(case).numpy(), holds)
-    seal_rows(keys, values, lists.positions, lists.codes, bounds, 0, CLUSTERING, learnt, *arrays, start=start + N_SINK)
+    seal_rows(
+        keys, values, lists.positions, lists.codes, bounds, 0, CLUSTERING, learnt, *arrays, start=start + N_SINK,
+        backend=backend,
+    )  # fmt: skip
     lists.settle(3)
     budgets = (rows * kv_heads for rows in (read, min(3 * read, SEALED), opened))
     weights = None if softcap == 4.0 else tuple(0.4 * 3.0**i for i in range(kv_heads * group))

@@ -120,7 +120,7 @@ def test_a_decode_call_is_planned_for_once_in_many_rows_and_explained_row_by_row
 )
 def test_calls_that_are_planned_together_run_as_each_alone_would(options):
     config = RetrievalConfig(**options)
-    index, chosen = index_class(config.index_name), {"backend": "numba", "threads": 2, "retrieve": True}
+    index, chosen = index_class(config.index_name), {"backend": "numba", "processor": 2, "retrieve": True}
 
     def runs(work):
         plan = choose_plan(index, config, work, estimate=False, **chosen)
@@ -162,7 +162,7 @@ def test_an_index_asked_for_by_name_is_used_unless_estimates_are_asked_for_too()
 def test_a_device_without_rates_answers_densely_unless_retrieval_is_asked_for(options, retrieves):
     work = Workload(rows=8192, queries=1, indexed=8064, first_index_row=4)
     config = RetrievalConfig(**options)
-    index, chosen = index_class(config.index_name), {"backend": "triton", "threads": None, "retrieve": True}
+    index, chosen = index_class(config.index_name), {"backend": "triton", "processor": None, "retrieve": True}
     plan = choose_plan(index, config, work, estimate=False, **chosen)
     assert plan.is_dense != retrieves
     if not retrieves:
@@ -193,14 +193,14 @@ def test_rates_are_measured_only_where_the_choice_is_open(rows, options, measure
     monkeypatch.setattr("dbattn.query.choose.rates", measured)
     choose_plan.cache_clear()
     work = Workload(rows, queries=1, indexed=rows - 128, first_index_row=4, heads=6, kv_heads=2)
-    chosen = {"backend": "numba", "threads": 2, "retrieve": True}
+    chosen = {"backend": "numba", "processor": 2, "retrieve": True}
     config = RetrievalConfig(**options)
     index = index_class(config.index_name)
     plan = choose_plan(index, config, work, estimate=False, **chosen)
     assert bool(asked) == measures
     assert dense is None or plan.is_dense == dense
     if not measures and not dense:  # many threads speed up a scan more than an index
-        choose_plan(index, config, work, estimate=False, **{**chosen, "threads": 32})
+        choose_plan(index, config, work, estimate=False, **{**chosen, "processor": 32})
         assert asked
 
 
@@ -221,6 +221,62 @@ def test_rates_are_measured_once_kept_and_measured_again_when_damaged(monkeypatc
         kept.write_bytes(damage)
         assert rates.rates.__wrapped__(None, 3).byte > first.byte
     assert len(measured) == 5
+
+
+def test_rates_of_a_gpu_are_kept_by_its_name_and_where_measuring_fails_there_are_none(monkeypatch, tmp_path):
+    asked = []
+
+    def measure(name, engine):
+        asked.append(name)
+        if engine is not None:
+            raise RuntimeError("out of memory")
+        return Rates(1e-5, 0.0, 3e-13, 0.0)
+
+    monkeypatch.setenv("DBATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr("dbattn.query.device_rates.measure_on", measure)
+    for _ in range(2):
+        assert rates.rates.__wrapped__(None, "NVIDIA H100 80GB HBM3") == Rates(1e-5, 0.0, 3e-13, 0.0)
+    assert asked == ["NVIDIA H100 80GB HBM3"]
+    assert rates.rates.__wrapped__(index_class("segmented"), "NVIDIA H100 80GB HBM3") is None
+    assert [file.name for file in (tmp_path / "machine").iterdir()] == ["dense-NVIDIA-H100-80GB-HBM3.json"]
+
+
+# Of a scan, and of lists: twice as fast from 128K rows on, and never.
+SCAN_OF_GPU = Rates(1e-5, 0.0, 3e-13, 0.0)
+FAST, SLOW = Rates(8e-5, 1e-10, 1e-12, 0.0), Rates(1e-2, 1e-10, 1e-12, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "own", "options", "retrieves", "reason"),
+    [
+        (131072, FAST, {}, True, "131072 rows, budget by size"),
+        (131072, SLOW, {}, False, "a dense scan is estimated to be faster"),
+        (16384, FAST, {}, False, "a dense scan is estimated to be faster"),
+        (4096, FAST, {}, False, "a GPU scans so few rows as fast as it is asked to"),
+        (131072, None, {}, False, "no rates for cuda: answered densely; ask for"),
+        (131072, SLOW, {"k": 64}, True, "131072 rows, k=64"),
+        (4096, SLOW, {"index": "segmented"}, True, "4096 rows, budget by size"),
+        (131072, FAST, {"dense_below": "auto", "k": 64}, True, "131072 rows, k=64"),
+        (131072, SLOW, {"dense_below": "auto", "k": 64}, False, "a dense scan is estimated to be faster"),
+    ],
+)
+def test_a_gpu_retrieves_by_default_only_where_its_rates_say_that_it_is_faster(
+    rows, own, options, retrieves, reason, monkeypatch
+):
+    monkeypatch.setattr("dbattn.query.choose.rates", lambda engine, gpu: own if engine else SCAN_OF_GPU)
+    choose_plan.cache_clear()
+    work = Workload(rows, 1, rows - 64, 4, 1, 32, 8, 128, 128, row_bytes=512, whole_lists=True)
+    config = RetrievalConfig(**options)
+    plan = choose_plan(
+        index_class("segmented"), config, work, backend="triton", processor="H100", retrieve=True, estimate=False
+    )
+    choose_plan.cache_clear()
+    assert plan.is_dense != retrieves
+    assert plan.reason.startswith(reason)
+    if retrieves and not config.wishes_retrieval:
+        assert plan.seconds_estimated < plan.seconds_dense
+        (lists,) = (source for source in plan.sources if source.kind == "list scan")
+        assert lists.estimated.rows > 800, "opened lists are read whole"
 
 
 def test_other_load_is_not_taken_for_the_machine(monkeypatch, tmp_path):

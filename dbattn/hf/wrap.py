@@ -19,6 +19,7 @@ from ..query.audit import AuditReport
 from ..query.plan import QueryPlan, sum_plans
 from ..query.stats import RunningStats
 from ..snapshot import SaveReport, SnapshotWriter
+from ..store import check_host_rows
 from ..windows import Windows
 from .adapters import active_adapters
 from .batch import BatchCache
@@ -108,6 +109,8 @@ class Handle:
             check_exact(model, layers)
         snapshot = None if context is None else open_context(context, self._decoder, layers)
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
+        if self.config.rows == "host":
+            check_host_rows(device_of(model))
         self._session = Session(self.config, [RunningStats() for _ in layers], exact=exact)
         self._session.adapters = partial(active_adapters, self._decoder)
         if snapshot is not None:

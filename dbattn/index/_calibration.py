@@ -93,7 +93,9 @@ def calibrate(call: Call, asked: Question, table: ListTable) -> Needs | None:
     def audit(read: int, head_weights: tuple[float, ...] = ()) -> Audited:
         how = budget(asked.rows, read).reading(call, asked.rows, asked.rows, tail=asked.tail, head_weights=head_weights)
         found = [
-            attend_segmented(queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start)
+            attend_segmented(
+                queries[:, :, i : i + 1], *store.buffers, table, how, start=store.start, by_code=store.host
+            )
             for i in range(queries.shape[2])
         ]
         out, lse = (torch.cat([getattr(one, name) for one in found], dim=2) for name in ("out", "lse"))

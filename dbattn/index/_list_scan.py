@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from index_kernels import ListReading, ListTable, SegmentedAnswer, attend_segmented
 from index_kernels.packed import code_bytes
+from index_kernels.segmented import rows_opened
 
 from ..config import RetrievalConfig
 from ..query.call import Call
@@ -104,21 +105,28 @@ def rows_wanted(config: RetrievalConfig, work: Workload) -> int | None:
 def list_work(work: Workload, k: int | None) -> Work:
     """What reading under budget ``k`` is expected to do for a call; things scored are summaries and codes."""
     per_unit = work.units * work.queries
-    does = budget(work.indexed, k)
-    read = min(does.read, work.indexed)
+    read, coded = rows_of_lists(work, k)
     size = int(per_unit * read) * work.row_bytes
-    return Work(per_unit * (_summaries(work, k) + does.coded / CODES_PER_ITEM), size, work.operations(read))
+    return Work(per_unit * (_summaries(work, k) + coded / CODES_PER_ITEM), size, work.operations(read))
+
+
+def rows_of_lists(work: Workload, k: int | None) -> tuple[int, int]:
+    """Rows of lists that are read per KV head, and those of which codes are."""
+    asks = budget(work.indexed, k)
+    if work.whole_lists:
+        return min(rows_opened(asks.read, asks.coded), work.indexed), 0
+    return min(asks.read, work.indexed), asks.coded
 
 
 def rows_scored(work: Workload, k: int | None) -> float:
     """Summaries and codes that are multiplied with each query head, KV heads of all batch rows together."""
-    return work.units * work.queries * (_summaries(work, k) + budget(work.indexed, k).coded)
+    return work.units * work.queries * (_summaries(work, k) + rows_of_lists(work, k)[1])
 
 
 def _summaries(work: Workload, k: int | None) -> float:
     """Summaries scored per KV head and position: of all lists, or of all super-lists and the lists of opened ones."""
     opened = budget(work.indexed, k).opened
-    if opened >= work.indexed:
+    if work.whole_lists or opened >= work.indexed:
         return work.indexed / ROWS_PER_LIST
     return work.indexed / ROWS_PER_SUPER_LIST + opened / ROWS_PER_LIST
 
@@ -143,12 +151,11 @@ class ListScan(Step):
     ) -> "ListScan":
         """The step with its estimates; the summaries' time is part of the list scan's."""
         k = rows_wanted(config, work)
-        does, asks = list_work(work, k), budget(work.indexed, k)
-        per_unit = work.units * work.queries
-        read, scored = min(asks.read, work.indexed), _summaries(work, k)
-        coded = per_unit * asks.coded * code_bytes(work.dim)
-        size = int(does.bytes + coded) + int(per_unit * scored) * (vector_bytes(work.dim) + NUMBERS_BYTES)
-        usage = Usage(read, size, asks.coded / ROWS_PER_LIST, None if own is None else own.seconds(does))
+        does, (read, coded) = list_work(work, k), rows_of_lists(work, k)
+        per_unit, scored, opened = work.units * work.queries, _summaries(work, k), max(read, coded) / ROWS_PER_LIST
+        size = int(does.bytes + per_unit * coded * code_bytes(work.dim))
+        size += int(per_unit * scored) * (vector_bytes(work.dim) + NUMBERS_BYTES)
+        usage = Usage(read, size, opened, None if own is None else own.seconds(does))
         eligible = work.indexed - work.first_index_row
         needs = needs_of(config, work)
         expected = "" if needs is None else f" (audits of sampled queries expect {needs.error:.2g})"
@@ -159,8 +166,9 @@ class ListScan(Step):
         ]
         tail = config.tail_name == "centroid"
         if tail:
-            opened, each = asks.coded / ROWS_PER_LIST, vector_bytes(work.value_dim)
-            usages = [Usage(0.0, int(per_unit * n) * each, n) for n in (opened, max(0.0, scored - opened))]
+            each = vector_bytes(work.value_dim)
+            answering = coded / ROWS_PER_LIST, max(0.0, scored - opened)
+            usages = [Usage(0.0, int(per_unit * n) * each, n) for n in answering]
             sources.append(
                 Source("code scan", "rows of opened lists that were not read, by their 4-bit codes", usages[0])
             )
@@ -230,7 +238,9 @@ class ListScan(Step):
         needs = call.index.needs
         weights = () if needs is None else needs.head_weights
         how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail, head_weights=weights)
-        return attend_segmented(query, *store.buffers, index.table, how, start=store.start, details=call.measure)
+        return attend_segmented(
+            query, *store.buffers, index.table, how, start=store.start, by_code=store.host, details=call.measure
+        )
 
     def _bytes(
         self, call: Call, index: SegmentedStore, whole: SegmentedAnswer, hot: float, units: int

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import RetrievalConfig
-from ..store import KVStore, RowSource, StateSource, check_queries, check_range
+from ..store import KVStore, RowSource, StateSource, check_queries, check_range, on_device
 from .usage import Needs, Workload
 
 
@@ -99,6 +99,7 @@ class Call:
             row_bytes=store.row_bytes,
             learnt=self.index.learnt,
             needs=self.index.needs,
+            whole_lists=on_device(self.query) and not store.host,
         )
 
     def plainly(self) -> "Call":

@@ -11,6 +11,8 @@ from .rates import SCAN, TimedIndex, rates
 from .steps import DenseScan
 from .usage import Rates, Workload
 
+# A GPU scans fewer bytes in less time than launching anything else takes.
+LEAST_BYTES = 32 << 20
 # A growing store is planned for anew after so many rows, where the rules of the plan allow it.
 ROWS_PER_PLAN = 64
 
@@ -44,23 +46,25 @@ def choose_plan(
     work: Workload,
     *,
     backend: str,
-    threads: int | None,
+    processor: int | str | None,
     retrieve: bool,
     estimate: bool,
 ) -> QueryPlan:
     """The cheapest plan the config allows for one call.
 
-    ``threads``: of the CPU that will run it, None on other devices, for which there are no rates. ``estimate``:
-    expected seconds are wanted even where no choice depends on them. Rows from ``hot`` on are scanned exactly: the
-    window of the oldest query and all that is not indexed yet. Reasons hold no number that changes from step to step:
-    reports count them.
+    ``processor``: threads of the CPU that will run it, or the GPU's name; None where there are no rates, or none for
+    such rows. ``estimate``: expected seconds are wanted even where no choice depends on them. Rows from ``hot`` on are
+    scanned exactly: the window of the oldest query and all that is not indexed yet. Reasons hold no number that changes
+    from step to step: reports count them.
     """
     auto = config.dense_below_rows is None
+    # On a GPU, what was asked for by name is used whatever it takes.
+    wish = auto and backend == "triton" and config.wishes_retrieval
     hot = index.hot(config, work)
     eligible = hot - work.first_index_row
 
     def rates_of(engine: type[PlannedIndex] | None) -> Rates | None:
-        return rates(engine, threads) if threads is not None and (estimate or auto) else None
+        return rates(engine, processor) if processor is not None and (estimate or (auto and not wish)) else None
 
     def dense(reason: str) -> QueryPlan:
         step = DenseScan.of(work, rates_of(None) if estimate else None)
@@ -76,8 +80,14 @@ def choose_plan(
         f"no rates for {device}: answered densely; "
         "ask for an index by name, k= or dense_below= to retrieve all the same"
     )
-    if backend == "triton" and auto and not config.wishes_retrieval:
-        return dense(no_rates)  # whatever is indexed: nothing is, where nothing may be retrieved
+    if backend == "triton" and auto and not wish:
+        # Whatever is indexed: nothing is, where nothing may be retrieved.
+        if processor is None:
+            return dense(no_rates)
+        if work.units * work.rows * work.row_bytes < LEAST_BYTES:
+            return dense("a GPU scans so few rows as fast as it is asked to")
+        if not work.indexed:
+            return dense("a dense scan is estimated to be faster: no rows are in the index")
     least = config.dense_below_rows
     if least is not None and work.rows < least:
         return dense(f"fewer rows than dense_below={least}")
@@ -95,20 +105,20 @@ def choose_plan(
     below = config.traits.dense_below
     if auto and config.k is None and work.rows < below:
         return dense(f"fewer rows than {below}")
-    if auto and threads is not None and not estimate and _is_clear(index, config, work, threads):
+    if auto and isinstance(processor, int) and not estimate and _is_clear(index, config, work, processor):
         auto = False
-    scan_rates = rates_of(None)
-    steps = index.steps(config, work, rates_of(index), scan_rates)
+    scan_rates, own = rates_of(None), rates_of(index)
+    steps = index.steps(config, work, own, scan_rates)
     seconds = seconds_dense = None
-    if scan_rates is not None:
+    if scan_rates is not None and own is not None:
         seconds = seconds_of(steps)
         seconds_dense = DenseScan.of(work, scan_rates).sources[0].estimated.seconds
     if auto:
-        if seconds is None or seconds_dense is None:
+        if wish or seconds is None or seconds_dense is None:
             if not config.wishes_retrieval:
                 return dense(no_rates)
             if work.rows < below:
-                return dense(f"fewer rows than {below} (no rates for {device})")
+                return dense(f"fewer rows than {below}")
         elif seconds_dense <= seconds:
             return replace(dense("a dense scan is estimated to be faster"), seconds_dense=seconds_dense)
     reason = f"{work.rows} rows, {index.asked(config, work)}"

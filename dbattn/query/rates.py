@@ -1,10 +1,11 @@
-"""What reading rows costs on this machine: the rates of each engine, measured once and kept for the planner."""
+"""What reading rows costs on this machine: rates of each engine, measured once and kept for the planner; on the CPU."""
 
 import json
 import logging
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -63,14 +64,14 @@ class TimedIndex(RowIndex, Protocol):
 
 
 @cache
-def rates(engine: type[TimedIndex] | None, threads: int) -> Rates:
-    """Rates on the CPU of an index (None: of a dense scan) with so many threads: as kept, or measured now (a second).
+def rates(engine: type[TimedIndex] | None, processor: int | str) -> Rates | None:
+    """Rates of an index (None: of a dense scan) on a processor: as kept, or measured now (seconds).
 
-    Where other processes keep the processor busy, built-in rates of another machine stand in until the next process.
+    ``processor``: threads of the CPU, or a GPU's name. Where other processes keep the CPU busy, built-in rates of
+    another machine stand in until the next process; a GPU on which measuring fails has none until then.
     """
     name = "dense" if engine is None else engine.name
-    built_in, typical = (SCAN, TYPICAL_SCAN) if engine is None else (engine.built_in, engine.typical)
-    path = cache_folder() / "machine" / f"{name}-{threads}.json"
+    path = cache_folder() / "machine" / f"{name}-{re.sub(r'[^A-Za-z0-9]+', '-', str(processor))}.json"
     made_on = {"version": VERSION, "machine": platform.node(), "cpus": os.cpu_count(), "torch": torch.__version__}
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -79,22 +80,43 @@ def rates(engine: type[TimedIndex] | None, threads: int) -> Rates:
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet, or damaged: measured again
-    scan = None if engine is None else rates(None, threads)
-    if scan is SCAN:
-        return built_in
     _log.warning("dbattn: measuring how fast this machine reads rows (%s), once: some seconds", name)
-    found = _measure_scan() if engine is None or scan is None else _measure_index(engine, scan)
-    if found.seconds(typical) > DISTURBED * built_in.seconds(typical):
-        return built_in
+    measured = _measured_on_cpu(engine, processor) if isinstance(processor, int) else _measured_on(processor, engine)
+    if measured is None:
+        return (SCAN if engine is None else engine.built_in) if isinstance(processor, int) else None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"made on": made_on, "rates": found._asdict()})
+        write_json(path, {"made on": made_on, "rates": measured._asdict()})
     except OSError:
         pass  # nowhere to keep them: the next process measures again
-    return found
+    return measured
 
 
-class _NoIndex:
+def _measured_on_cpu(engine: type[TimedIndex] | None, threads: int) -> Rates | None:
+    """None where other processes keep the CPU busy."""
+    if engine is None:
+        found, built_in, typical = _measure_scan(), SCAN, TYPICAL_SCAN
+    else:
+        scan = rates(None, threads)
+        if scan is None or scan is SCAN:
+            return None
+        found, built_in, typical = _measure_index(engine, scan), engine.built_in, engine.typical
+    return None if found.seconds(typical) > DISTURBED * built_in.seconds(typical) else found
+
+
+def _measured_on(gpu: str, engine: type[TimedIndex] | None) -> Rates | None:
+    """None where measuring fails."""
+    from .device_rates import measure_on
+
+    try:
+        found = measure_on(gpu, engine)
+    except Exception as error:  # whatever it was, calls are answered all the same: densely
+        _log.warning("dbattn: it could not be measured: %s", error)
+        return None
+    return found if all(math.isfinite(rate) and rate >= 0 for rate in found) else None
+
+
+class NoIndex:
     """A store's index that holds nothing."""
 
     moves_rows = learnt = False
@@ -104,6 +126,7 @@ class _NoIndex:
         return 0
 
     def positions(self, slots: torch.Tensor) -> torch.Tensor:
+        """See RowIndex."""
         return slots
 
 
@@ -113,7 +136,7 @@ def _measure_scan() -> Rates:
     config, byte = RetrievalConfig(), 1.0 / read_bandwidth()
 
     def scan(rows: int) -> Callable[[], object]:
-        call = _call(_store(rows), _NoIndex(), config)
+        call = _call(_store(rows), NoIndex(), config)
         return partial(run_plan, QueryPlan((DenseScan.of(call.workload, None),), "timed"), call)
 
     short, long = scan(SMALL // 2), scan(SMALL)

@@ -26,7 +26,8 @@ class DenseScan(Step):
 
     def run(self, call: Call) -> StepAnswer:
         """See Step."""
-        (keys, values), store, began = call.store.rows, call.store, time.perf_counter()
+        store, began = call.store, time.perf_counter()
+        keys, values = store.rows_for(call.query.shape[2])
         out: Tensor
         lse: Tensor | None = None
         if call.is_sealed_ahead:

@@ -86,6 +86,7 @@ class Workload(NamedTuple):
         row_bytes: bytes of one row: a key and a value.
         learnt: whether the index learnt from queries.
         needs: the budget that audits of its sample found; None: there are none.
+        whole_lists: whether the rows of opened lists are all read, as GPUs do.
     """
 
     rows: int
@@ -100,6 +101,7 @@ class Workload(NamedTuple):
     row_bytes: int = 512
     learnt: bool = False
     needs: Needs | None = None
+    whole_lists: bool = False
 
     @property
     def units(self) -> int:

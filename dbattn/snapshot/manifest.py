@@ -156,7 +156,8 @@ class SnapshotInfo:
             "format": FORMAT,
             "format_version": self.format_version,
             "rows": self.rows,
-            "config": self.config.to_dict(),
+            # Where rows lie is not a matter of what they are.
+            "config": {name: value for name, value in self.config.to_dict().items() if name != "rows"},
             "model": None if self.model is None else self.model.to_dict(),
             **({} if self.windows is None else {"windows": asdict(self.windows)}),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -203,7 +204,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
         raise ValueError("it is damaged: its SHA-256 is not the one it names")
     if isinstance(data["config"], dict):
         data["config"].setdefault("prefill", "dense")  # snapshots of before there was a choice
-    config = _Fields(data["config"], "config", " ".join(RetrievalConfig().to_dict()))
+    config = _Fields(data["config"], "config", " ".join(name for name in RetrievalConfig().to_dict() if name != "rows"))
     return {
         "rows": fields.integer("rows"),
         "config": RetrievalConfig(**config.data),

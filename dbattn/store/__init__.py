@@ -1,5 +1,6 @@
 """The rows of a layer: KVStore keeps them, RowSource and StateSource are rows of other origin."""
 
+from .host import check_host_rows
 from .mapped import MappedRows, new_buffer
 from .noise import exponential_noise
 from .pages import Pages, Spread
@@ -17,6 +18,7 @@ __all__ = [
     "Spread",
     "StateSource",
     "check_finite",
+    "check_host_rows",
     "check_queries",
     "check_range",
     "exponential_noise",

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .host import host_buffer
+
 
 @dataclass(frozen=True)
 class MappedRows:
@@ -17,11 +19,11 @@ class MappedRows:
     parts: list[tuple[Tensor, Tensor]]
     device: torch.device
 
-    def together(self) -> tuple[Tensor, Tensor]:
-        """Buffers of their own, keys and values, with all rows in them."""
+    def together(self, *, host: bool = False) -> tuple[Tensor, Tensor]:
+        """Buffers of their own, keys and values, with all rows in them; ``host``: see ``new_buffer``."""
         both = []
         for parts in zip(*self.parts, strict=True):
-            buffer = new_buffer(parts[0].to(self.device), max(len(self), 64))
+            buffer = new_buffer(parts[0], max(len(self), 64), self.device, host=host)
             at = 0
             for part in parts:
                 buffer[:, :, at : at + part.shape[2]] = part
@@ -36,8 +38,12 @@ class MappedRows:
         return self
 
 
-def new_buffer(like: Tensor, capacity: int) -> Tensor:
-    """Room for ``capacity`` rows ``[B, H, capacity, D]`` of the kind ``like [B, H, n, D]`` has."""
+def new_buffer(like: Tensor, capacity: int, device: torch.device | None = None, *, host: bool = False) -> Tensor:
+    """Room for ``capacity`` rows ``[B, H, capacity, D]`` of the kind ``like [B, H, n, D]`` has.
+
+    On its device, or the one given; ``host``: in memory of the host that this device reads.
+    """
+    shape, device = (*like.shape[:2], capacity, like.shape[3]), device or like.device
     # An ordinary tensor even under inference_mode, whose tensors could not be written to outside it.
     with torch.inference_mode(False):
-        return torch.empty((*like.shape[:2], capacity, like.shape[3]), dtype=like.dtype, device=like.device)
+        return host_buffer(shape, like.dtype, device) if host else torch.empty(shape, dtype=like.dtype, device=device)

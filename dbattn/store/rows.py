@@ -11,6 +11,7 @@ from index_kernels.integer import is_integer
 from index_kernels.ops import FLOATS
 from index_kernels.reference import softcapped
 
+from .host import check_host_rows
 from .mapped import MappedRows, new_buffer
 from .pages import Shared, Spread
 from .queries import STRIDE, QuerySample
@@ -26,7 +27,7 @@ class KVStore:
     """Keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, appended in place.
 
     ``start [B]`` is the first valid row of each batch row (left padding); rows before it are never read. ``storage``:
-    what rows are kept as, see RetrievalConfig.
+    what rows are kept as, ``host``: whether in memory of the host, for a GPU; see RetrievalConfig.
     """
 
     start: Tensor
@@ -42,12 +43,16 @@ class KVStore:
     # Whether the numbers of rows are kept rotated; those of packed rows are, but in snapshots of before that was done.
     rotated: bool
 
-    def __init__(self, num_kv_heads: int, head_dim: int, value_dim: int, storage: str | None = None) -> None:
+    def __init__(
+        self, num_kv_heads: int, head_dim: int, value_dim: int, storage: str | None = None, *, host: bool = False
+    ) -> None:
+        if host:
+            check_host_rows()
         for name, value in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             if not is_integer(value, 1):
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
         self.num_kv_heads, self.head_dim, self.value_dim = num_kv_heads, head_dim, value_dim
-        self.storage = storage
+        self.storage, self.host = storage, host
         self._clear()
 
     def _clear(self) -> None:
@@ -125,7 +130,7 @@ class KVStore:
         wider = dtype if dtype == keys.dtype else torch.promote_types(keys.dtype, dtype)
         if wider != keys.dtype:
             with torch.inference_mode(False), torch.no_grad():
-                self._buffers = keys.to(wider), values.to(wider)
+                self._buffers = self._as_kept(keys.to(wider)), self._as_kept(values.to(wider))
             self.touch(0)
         return wider
 
@@ -216,7 +221,8 @@ class KVStore:
         keys, values = self.buffers
         batch = batch.to(keys.device)
         with torch.inference_mode(False), torch.no_grad():
-            self._buffers = keys.index_select(0, batch), values.index_select(0, batch)
+            keys, values = (self._as_kept(rows.index_select(0, batch)) for rows in (keys, values))
+            self._buffers = keys, values
         self._set_start(self.start[batch])
         if self.sample is not None:
             self.sample.select(batch)
@@ -297,6 +303,11 @@ class KVStore:
         keys, values = self.buffers
         return keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
 
+    def rows_for(self, queries: int) -> tuple[Tensor, Tensor]:
+        """The same, to be scanned by ``queries`` positions: what would come from host memory for each comes once."""
+        keys, values = self.rows
+        return (keys.clone(), values.clone()) if self.host and queries > 1 else (keys, values)
+
     @property
     def keys(self) -> Tensor:
         """Keys ``[B, Hkv, n, D]`` as floats: a zero-copy view, of packed rows a float32 copy.
@@ -312,7 +323,9 @@ class KVStore:
 
     @property
     def kept(self) -> str:
-        """What packed rows are kept as, in words; "" for floats."""
+        """What packed rows are kept as, or where other than on their device, in words; "" for other rows."""
+        if self.host:
+            return f"{self.storage or 'they come'}, in host memory"
         if self.storage != "int8":
             return ""
         return "int8, rotated" if self.rotated else "int8"
@@ -328,7 +341,7 @@ class KVStore:
     def buffers(self) -> tuple[Tensor, Tensor]:
         """The whole buffers, spare capacity included; an index that moves rows in place says so with ``touch``."""
         if self._mapped is not None:
-            self._buffers, self._mapped = self._mapped.together(), None
+            self._buffers, self._mapped = self._mapped.together(host=self.host), None
         if self._buffers is None:
             raise ValueError("the store is empty: insert keys and values first")
         return self._buffers
@@ -404,10 +417,14 @@ class KVStore:
         self._shared = None
 
     def _grown(self, buffer: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        grown = new_buffer(like, capacity)
+        grown = new_buffer(like, capacity, host=self.host)
         if buffer is not None:
             grown[:, :, : self._length] = buffer[:, :, : self._length]
         return grown
+
+    def _as_kept(self, rows: Tensor) -> Tensor:
+        """Rows that take the place of a buffer, where buffers are kept."""
+        return self._grown(rows, rows, rows.shape[2]) if self.host else rows
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         held = self.buffers if self._has_buffers else (None, None)
@@ -453,6 +470,8 @@ class KVStore:
                 check_range(f"{name} stored one by one from row {first} on", rows[:, :, first:])
 
     def _check_device(self, device: torch.device) -> None:
+        if self.host:
+            check_host_rows(device)
         if self.storage == "int8" and device.type != "cpu":
             raise ValueError(f"storage='int8' is read on the CPU only, rows are on {device}: use storage='float16'")
 
