@@ -79,6 +79,9 @@ class RetrievalConfig:
             ``max_error``, for fewer than 64 positions, where no more than 8,192 rows are stored, and on other devices.
             What lists get wrong enters the rows themselves; it was measured on SmolLM2 alone.
 
+        n_windows: windows that a question reads of a text that was read by windows, in a wrapped model: the newest, and
+            those after which the question is likeliest. None: all.
+
     Raises:
         ValueError: an option out of range, or one that belongs to another index.
     """
@@ -98,12 +101,13 @@ class RetrievalConfig:
     ef_search: int | None = None
     neighbors: int | None = None
     prefill: str = "dense"
+    n_windows: int | None = 3
 
     def __post_init__(self) -> None:
         if self.index != "auto" and self.index not in INDEX_TRAITS:
             raise ValueError(f"index is {self.index!r}, expected one of auto, {', '.join(INDEX_TRAITS)}")
-        for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("max_queries", 1)):
-            if getattr(self, name) is not None or name != "k":
+        for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("max_queries", 1), ("n_windows", 1)):
+            if getattr(self, name) is not None or name not in ("k", "n_windows"):
                 check_integer(name, getattr(self, name), least)
         below = self.dense_below
         if below not in (None, "auto"):

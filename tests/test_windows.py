@@ -59,7 +59,7 @@ def plain_copy(cache, model, rows):
     """The first rows of a cache in one of transformers."""
     plain = DynamicCache(config=model.config)
     for number, layer in enumerate(cache.layers):
-        plain.update(layer.db.keys[:, :, :rows].clone(), layer.db.values[:, :, :rows].clone(), number)
+        plain.update(layer.keys[:, :, :rows].clone(), layer.values[:, :, :rows].clone(), number)
     return plain
 
 

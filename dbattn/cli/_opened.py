@@ -88,8 +88,12 @@ def serving(model: Any, config: RetrievalConfig | None, context: Path | None) ->
 
 
 @contextmanager
-def opened(context: Path, model: Path | None, weights: str, k: int | None, console: Console) -> Iterator[Opened]:
-    """A context ready for a question, read as it was ingested to be, or with ``k`` rows per query and KV head.
+def opened(
+    context: Path, model: Path | None, weights: str, k: int | None, console: Console, windows: int | None = None
+) -> Iterator[Opened]:
+    """A context ready for a question, read as it was ingested to be.
+
+    ``k``: with so many rows per query and KV head. ``windows``: with so many windows, where it was read by windows.
 
     Raises:
         FileNotFoundError, ValueError: the context or the model is missing, damaged, or they do not belong together.
@@ -105,6 +109,10 @@ def opened(context: Path, model: Path | None, weights: str, k: int | None, conso
     if k is not None:
         # A budget asked for is a wish to retrieve.
         config = replace(config, k=k, dense_below=0)
+    if windows is not None:
+        if windows < 1:
+            raise ValueError(f"--windows is {windows}, expected at least 1")
+        config = replace(config, n_windows=windows)
     lm, tokenizer = load(model, weights, console)
     began = time.perf_counter()
     with serving(lm, config, context) as handle:

@@ -110,10 +110,13 @@ def _add_ingest(commands: Any) -> None:
     ingest.add_argument(
         "--storage",
         choices=STORAGES,
-        help="keep rows as this type; int8 is a quarter of float32 (default: as they come)",
+        help="keep rows as this type; int8 is a quarter of float32 (default: as they come, by windows int8)",
     )
     ingest.add_argument(
-        "--save-every", type=int, default=2048, metavar="N", help="tokens between two saves (default 2048)"
+        "--save-every",
+        type=int,
+        metavar="N",
+        help="tokens between two saves (default 2048, by windows 8192)",
     )
     ingest.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -260,6 +263,9 @@ def _add_question(command: Any) -> None:
     _add_model(command)
     _add_weights(command)
     command.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
+    command.add_argument(
+        "--windows", type=int, metavar="N", help="windows read of a text that was read by windows (default 3)"
+    )
 
 
 def _input(text: str) -> Path | TextIO:

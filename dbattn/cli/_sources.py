@@ -66,8 +66,8 @@ class Sources:
 
 
 def neutral_trace(opened: Opened) -> Trace:
-    """What a question about nothing in particular reads; the cache is left as it was."""
-    with opened.handle.trace() as trace:
+    """What a question about nothing in particular reads, of the same windows; the cache is left as it was."""
+    with opened.handle.trace() as trace, opened.handle.same_windows():
         list(answer_tokens(opened.model, question_ids(NEUTRAL, opened.tokenizer), opened.cache, None, 1))
     opened.take_back()
     return trace

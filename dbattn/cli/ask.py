@@ -51,6 +51,7 @@ def run_ask(
     model: Path | None,
     weights: str,
     k: int | None,
+    windows: int | None,
     max_tokens: int,
     show_sources: bool,
     dense: bool,
@@ -66,15 +67,17 @@ def run_ask(
     """
     check_output("--json", json_path)
     console = line_console(stderr=True, quiet=quiet)
-    with opened(context, model, weights, k, console) as about:
+    with opened(context, model, weights, k, console, windows) as about:
         asked = about.asked(question, max_tokens)
-        neutral = neutral_trace(about) if show_sources else None
         # The figures are of this question alone.
         about.handle.restart_report()
-        with about.handle.trace() if neutral is not None else nullcontext() as trace:
+        with about.handle.trace() if show_sources else nullcontext() as trace:
             answer = _stream(about, asked, max_tokens)
-        sources = None if trace is None or neutral is None else find_sources(about, trace, neutral)
         summary = about.handle.report().summary
+        sources = None
+        if trace is not None:
+            about.take_back()
+            sources = find_sources(about, trace, neutral_trace(about))
         second = None
         if dense:
             about.take_back()

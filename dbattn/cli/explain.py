@@ -20,6 +20,7 @@ def run_explain(
     model: Path | None,
     weights: str,
     k: int | None,
+    windows: int | None,
     layer: int | None,
     json_path: Path | TextIO | None,
     quiet: bool,
@@ -35,7 +36,7 @@ def run_explain(
     def explain(number: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
         plans[number] = db.explain(query, scale=scale, softcap=softcap)
 
-    with opened(context, model, weights, k, Console(stderr=True, quiet=quiet)) as about:
+    with opened(context, model, weights, k, Console(stderr=True, quiet=quiet), windows) as about:
         layers = len(about.cache.layers)
         if layer is not None and not 0 <= layer < layers:
             raise ValueError(f"--layer is {layer}, expected 0 to {layers - 1}")
@@ -44,7 +45,7 @@ def run_explain(
         with about.handle.watch(explain):
             next(step)
     plan = sum_plans(list(plans.values())) if layer is None else plans[layer]
-    if about.handle.windows is not None:
-        print(f"rows: {about.handle.windows}")
+    if (reading := about.handle.reading(about.cache)) is not None:
+        print(f"rows: {reading}")
     print(plan)
     write_json(json_path, plan.to_dict())

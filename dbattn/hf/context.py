@@ -48,11 +48,9 @@ def save_context(
                 f"layer {number} keeps a state of linear attention beside its rows, which cannot be saved: "
                 "expected only layers that attend to all rows"
             )
-        if layer.db is None or not len(layer.db):
+        if not layer.get_seq_length():
             raise ValueError(f"layer {number} of the cache has no rows: nothing to save")
-        if layer.db.is_reading:
-            layer.db.sync()
-        databases.append((layer.db.store, layer.db.index))
+        databases.append(layer.whole())
     if token_ids is None:
         token_ids, rows = session.tokens_of(cache), len(databases[0][0])
         if token_ids is None or token_ids.shape[1] < rows:

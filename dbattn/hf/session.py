@@ -17,9 +17,10 @@ from index_kernels.integer import is_integer
 
 from ..config import RetrievalConfig
 from ..query.stats import RunningStats
-from ..windows import Windows
+from ..windows import Reading, Windows
 from .adapters import Adapters, in_words
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
+from .choice import choose_windows
 from .shared_context import SharedContext
 from .switches import Switches
 from .window_cache import WindowCache, WindowLayer
@@ -142,15 +143,47 @@ class Session:
     def add_window(self, cache: DynamicCache, read: WindowCache, token_ids: Tensor, windows: Windows) -> None:
         """Append the newest rows of a window that was read, those of ``token_ids [B, n]``, to a cache of ours."""
         self.note_call(cache, token_ids)
-        newest = read.get_seq_length() - token_ids.shape[1]
         for layer, window in zip(cache.layers, read.layers, strict=True):
-            keys, values, queries = window.rows(newest)
-            if layer.db is None:
-                layer.lazy_initialization(keys, values)
-            layer.db.insert(keys, values, queries)
+            layer.add_window(*window.newest(token_ids.shape[1]))
         first = self._first(cache)
         assert first is not None
-        first.windows = windows
+        first.windows, first.reading = windows, None
+
+    def choose_windows(self, cache: DynamicCache, model: Any, asked: Tensor | None) -> Reading | None:
+        """Let a cache that has been read by windows read those for what comes now, ``asked [B, m]``.
+
+        Only what comes right after the context chooses; what follows reads the same. None where there are no windows.
+
+        Raises:
+            ValueError: token ids are missing.
+            SnapshotError (a ValueError): a file with rows of them is damaged.
+        """
+        first = self._first(cache)
+        if first is None or first.windows is None or first.base is None:
+            return None
+        rows, windows = len(first.base), first.windows
+        if first.reading is not None and (cache.get_seq_length() > rows or self.switches.same_windows):
+            return first.reading
+        numbers, most = tuple(range(len(windows.of(windows.rows)))), self.config.n_windows
+        if most is not None and most < len(numbers) and self.switches.retrieve:
+            if asked is None:
+                raise ValueError(
+                    "windows are chosen by the token ids of a question, but the call has none (inputs_embeds?): pass "
+                    "input_ids, or wrap the model with n_windows=None to read all windows"
+                )
+            stores = [layer.base for layer in cache.layers]
+            numbers = choose_windows(model, stores, windows, first.token_ids, asked, most)
+        reading = Reading(windows, numbers, rows)
+        if reading != first.reading:
+            for layer in cache.layers:
+                layer.read(reading.runs)
+        first.reading = reading
+        return reading
+
+    def reading_of(self, cache: Cache | None) -> Reading | None:
+        """Which windows a cache reads; None where there are none, or none has been chosen yet."""
+        first = self._first(cache) if isinstance(cache, DynamicCache) else None
+        return None if first is None else first.reading
 
     def fill(self, cache: DynamicCache) -> None:
         """Give an empty cache of ours the context's rows; all caches share them, see ``AttentionDB.fork``.
@@ -167,7 +200,10 @@ class Session:
                 f"{in_words(now)}: make that active again, or wrap the model anew with another context"
             )
         for layer, db in zip(cache.layers, self.context.layers, strict=True):
-            layer.begin_with(db)
+            if self.windows is None:
+                layer.begin_with(db)
+            else:
+                layer.begin_with_windows(db.store)
         first = self._first(cache)
         assert first is not None
         if self.token_ids is not None:
@@ -182,7 +218,10 @@ class Session:
         ours = HybridDatabaseLayer(self, layer_index, layer) if hybrid else DatabaseLayer(self, layer_index)
         if not layer.get_seq_length():
             return ours
-        ours.update(layer.keys, layer.values)
+        if isinstance(layer, DatabaseLayer) and layer.base is not None:
+            ours.begin_with_windows(layer.whole()[0])
+        else:
+            ours.update(layer.keys, layer.values)
         if isinstance(layer, DatabaseLayer):
             ours.token_ids, ours.adapters, ours.windows = layer.token_ids, layer.adapters, layer.windows
             assert ours.db is not None
@@ -212,7 +251,6 @@ class ForwardPass:
         layers = getattr(self.cache, "layers", ())
         holder = layers[number] if number < len(layers) else self.cache
         if isinstance(holder, WindowLayer):
-            holder.queries.append(query.detach())
             return
         if holder is None:
             reason = "no cache (use_cache=False)"

@@ -19,3 +19,5 @@ class Switches:
     retrieve: bool = True
     audits: list[AuditReport] | None = None
     watcher: Watcher | None = None
+    # What follows a context directly reads the windows that were read before, and chooses none.
+    same_windows: bool = False

@@ -19,7 +19,7 @@ from ..query.audit import AuditReport
 from ..query.plan import QueryPlan, sum_plans
 from ..query.stats import RunningStats
 from ..snapshot import SaveReport, SnapshotWriter
-from ..windows import Windows
+from ..windows import Reading, Windows
 from .adapters import active_adapters
 from .cache import SERVED
 from .context import open_context, save_context
@@ -136,6 +136,10 @@ class Handle:
         """How the context was read, where that was by windows."""
         return self._session.windows
 
+    def reading(self, cache: DynamicCache) -> Reading | None:
+        """Which windows a cache reads, since a question came; None where there are none, or none came yet."""
+        return self._session.reading_of(cache)
+
     def new_cache(self) -> DynamicCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
 
@@ -143,9 +147,14 @@ class Handle:
         (``AttentionDB.fork``): the first one reads the context into memory, the next ones take next to no time and
         memory. Crop it back after a question, or take a new one.
 
+        Of a context that was read by windows no rows are read yet. What comes right after it chooses windows
+        (``RetrievalConfig.n_windows``; see ``reading``), whose rows are copied from the files, and all that follows
+        sees these, until the cache is cropped back to the context. Inside ``dense()`` all windows are read.
+
         Raises:
             ValueError: the model's adapters have changed since the context was opened.
-            SnapshotError (a ValueError): the first time, a file of the context is damaged; names it.
+            SnapshotError (a ValueError): the first time, a file of the context is damaged; names it. The first
+                question that reads windows raises it of their files.
         """
         cache = DynamicCache(config=self.model.config)
         self._session.adopt(cache)
@@ -232,7 +241,8 @@ class Handle:
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
-        return Report.of(self._session.stats, self._session.windows_of(self._session.newest))
+        newest = self._session.newest
+        return Report.of(self._session.stats, self._session.windows_of(newest), self._session.reading_of(newest))
 
     def restart_report(self) -> None:
         """Let ``report`` count from here on."""
@@ -280,6 +290,12 @@ class Handle:
             yield
 
     @contextmanager
+    def same_windows(self) -> Iterator[None]:
+        """Let what follows a context inside the block read the windows that its cache read before, and choose none."""
+        with self._session.switched(same_windows=True):
+            yield
+
+    @contextmanager
     def audit(self) -> Iterator[list[AuditReport]]:
         """Audit every retrieving call inside the block; yields the list that its reports are added to."""
         audits: list[AuditReport] = []
@@ -303,7 +319,10 @@ class Handle:
         def add(layer: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
             retrieve = self._session.switches.retrieve
             weights = db.row_weights(query, scale=scale, softcap=softcap, retrieve=retrieve)
-            trace.add(weights.total, weights.for_unread)
+            reading = self._session.reading_of(self._session.newest)
+            trace.add(
+                *(each if reading is None else reading.spread(each) for each in (weights.total, weights.for_unread))
+            )
 
         with self.watch(add):
             yield trace
@@ -355,9 +374,9 @@ class Handle:
         sharpening = 1.0
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
-            if (windows := self._session.windows_of(cache)) is not None:
-                args, kwargs = (), given | {"position_ids": _positions(given, cache, windows)}
-                sharpening = windows.sharpening
+            if (reading := self._session.choose_windows(cache, self.model, given.get("input_ids"))) is not None:
+                args, kwargs = (), given | {"position_ids": _positions(given, cache, reading.windows)}
+                sharpening = reading.windows.sharpening_over(reading.read)
             self._session.note_call(cache, given.get("input_ids"))
         forward_pass.set(ForwardPass(self._session, cache, served, sharpening))
         return args, kwargs
