@@ -22,7 +22,6 @@ from ..windows import Windows
 from ._console import line_console, long_work
 from ._opened import load, serving
 
-
 # Tokens between two saves. The newest file of rows is written anew by each.
 SAVE_EVERY, SAVE_EVERY_BY_WINDOWS = 2048, 8192
 

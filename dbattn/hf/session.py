@@ -175,9 +175,10 @@ class Session:
             numbers = choose_windows(model, stores, windows, first.token_ids, asked, most)
         reading = Reading(windows, numbers, rows)
         if reading != first.reading:
+            first.reading = None  # should a file be damaged, nothing has been chosen
             for layer in cache.layers:
                 layer.read(reading.runs)
-        first.reading = reading
+            first.reading = reading
         return reading
 
     def reading_of(self, cache: Cache | None) -> Reading | None:

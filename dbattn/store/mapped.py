@@ -38,8 +38,8 @@ class MappedRows:
     device: torch.device
 
     def together(self) -> tuple[Tensor, Tensor]:
-        """Buffers of their own, keys and values, with all rows in them."""
-        return self._copied(0, len(self), max(len(self), 64))
+        """Buffers of their own, keys and values, with all rows in them and room for an eighth more."""
+        return self._copied(0, len(self), len(self) + max(len(self) // 8, 64))
 
     def between(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of rows ``first .. stop``: a view where one part has them, else a copy."""
