@@ -80,7 +80,7 @@ class RetrievalConfig:
             What lists get wrong enters the rows themselves; it was measured on SmolLM2 alone.
 
         n_windows: windows that a question reads of a text that was read by windows, in a wrapped model: the newest, and
-            those after which the question is likeliest. None: all.
+            those that have most of the question's rarer tokens. None: all.
 
     Raises:
         ValueError: an option out of range, or one that belongs to another index.

@@ -5,16 +5,19 @@ tokens of the window before (the overlap), then its own; only the rows of its ow
 text, no position is beyond the trained range, and a question, which follows the newest window, sees the rows of windows
 as if each stood right before it. After parallel context windows (Ratner et al. 2023); that many of them need a sharper
 softmax is from adaptive parallel encoding (Yang et al. 2025). A small model finds nothing in dozens of windows at once:
-a question reads a few, those after which it is likeliest to be asked (as superposition prompting prunes documents,
-Merth et al. 2024); see ``Reading``.
+a question reads a few, those that have most of its words; see ``choose`` and ``Reading``.
 """
 
 import math
 from dataclasses import dataclass, replace
 
-from torch import Tensor, cat
+import torch
+from torch import Tensor
 
 from index_kernels.integer import is_integer
+
+# Of BM25; and how many tokens of a question are looked at, the newest.
+K1, B, ASKED = 1.2, 0.75, 256
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,33 @@ class Windows:
         )
 
 
+def choose(windows: Windows, text: Tensor | None, asked: Tensor, most: int) -> tuple[int, ...]:
+    """The numbers of ``most`` windows, rising: the newest, and those that have most of the question's rarer tokens.
+
+    By BM25 (k1 = 1.2, b = 0.75); of windows that are alike, the later one.
+
+    Args:
+        windows: there are at least ``most``.
+        text: token ids ``[B, n]`` of their rows, which choose together; None where they are not known.
+        asked: token ids ``[B, m]`` of the question, of which the newest 256 count.
+    """
+    parts = windows.of(windows.rows)
+    shared = torch.zeros(len(parts), dtype=torch.float64)
+    if text is not None:
+        bounds = torch.tensor([part.stop for part in parts])
+        sizes = torch.tensor([part.stop - part.first for part in parts], dtype=torch.float64)
+        for ids, question in zip(text[:, : windows.rows], asked[:, -ASKED:].cpu(), strict=True):
+            for token in question.unique():
+                at = (ids == token).nonzero()[:, 0]
+                counts = torch.bincount(torch.bucketize(at, bounds, right=True), minlength=len(parts)).double()
+                have = int((counts > 0).sum())
+                rarity = math.log(1 + (len(parts) - have + 0.5) / (have + 0.5))
+                shared += rarity * counts * (K1 + 1) / (counts + K1 * (1 - B + B * sizes / sizes.mean()))
+    newest = len(parts) - 1
+    best = sorted(range(newest), key=lambda number: (float(shared[number]), number), reverse=True)
+    return (*sorted(best[: most - 1]), newest)
+
+
 @dataclass(frozen=True)
 class Reading:
     """The windows that a question reads, by number; others do not exist for it and what follows it.
@@ -154,7 +184,7 @@ class Reading:
         for first, stop in self.runs:
             parts += [weights.new_zeros(*weights.shape[:-1], first - row), weights[..., at : at + stop - first]]
             at, row = at + stop - first, stop
-        return cat([*parts, weights.new_zeros(*weights.shape[:-1], self.rows - row), weights[..., at:]], dim=-1)
+        return torch.cat([*parts, weights.new_zeros(*weights.shape[:-1], self.rows - row), weights[..., at:]], dim=-1)
 
     @property
     def is_whole(self) -> bool:

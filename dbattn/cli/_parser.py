@@ -83,15 +83,15 @@ def _add_ingest(commands: Any) -> None:
         "chunk and saves; a second Ctrl-C ends at once. A text that has grown at its end is read on.\n"
         "\n"
         "A text that is longer than what the model reads at once is read in windows, each alone (after the first\n"
-        "tokens of the text and the end of the window before), in time linear in its length; a question then sees\n"
-        "all of them, each as if it stood right before it. So the model may find what is said in one place; it does\n"
-        "not follow a plot: what must be put together from several windows it has never read together. And the more\n"
-        "windows, the less it finds: SmolLM2 names 7 or 8 of ten needles in 8 windows, and none in 58.",
+        "tokens of the text and the end of the window before), in time linear in its length; a question then reads\n"
+        "three of them, each as if it stood right before it: the newest, and two that have most of the question's\n"
+        "rarer words. So the model may find what is said in one place, if it is asked for in the text's words; it\n"
+        "does not follow a plot: what must be put together from several windows it has never read together.",
         "  dbattn ingest book.txt --out book.dbattn\n"
         "  dbattn ingest book.txt --out book.dbattn --model ./my-model --save-every 8192\n"
         "  dbattn ingest - --out book.dbattn                            what a pipe brings\n"
         "  dbattn ingest book.txt --out book.dbattn --tokens 7936       only its beginning\n"
-        "  dbattn ingest book.txt --out book.dbattn --window-tokens 4096 --storage int8",
+        "  dbattn ingest book.txt --out book.dbattn --window-tokens 4096 --storage float16",
     )
     ingest.add_argument("file", type=_input, metavar="FILE", help="UTF-8 text; - is standard input")
     ingest.add_argument("--out", type=Path, required=True, metavar="CONTEXT", help="snapshot folder, made or resumed")
@@ -131,7 +131,8 @@ def _add_ask(commands: Any) -> None:
         '  dbattn ask book.dbattn "What is the room number?"\n'
         '  dbattn ask book.dbattn "What is the room number?" --show-sources\n'
         '  dbattn ask book.dbattn "What is the room number?" --dense    also densely: where do the answers differ?\n'
-        '  dbattn ask book.dbattn "Who wrote the letter?" --k 256 --max-tokens 100 --quiet',
+        '  dbattn ask book.dbattn "Who wrote the letter?" --k 256 --max-tokens 100 --quiet\n'
+        '  dbattn ask book.dbattn "Who wrote the letter?" --windows 5   of a long text, read five windows',
     )
     _add_question(ask)
     ask.add_argument("--max-tokens", type=int, default=48, metavar="N", help="length of the answer (default 48)")
@@ -143,7 +144,7 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument(
         "--dense",
         action="store_true",
-        help="answer again from every row, and show where the two answers differ and what each took",
+        help="answer again from every row (of all windows), and show where the two answers differ and what each took",
     )
     ask.add_argument("--json", type=_output, metavar="OUT", help="also write answer, sources and figures to this file")
     ask.add_argument("--quiet", action="store_true", help="print no figures")

@@ -119,8 +119,8 @@ def _how(total: int, windows: Windows, lm: Any, file: str) -> str:
     at_once = "" if limit is None else f" (the model reads {limit} at once)"
     return (
         f"{file} has {total} tokens{at_once}: read in {len(windows.of(total))} windows of {windows.tokens}, each "
-        "alone. What is said in one place can be asked about (the more windows, the less a small model finds); what "
-        "follows from several places far apart (a plot, a count, a summary) cannot be expected"
+        "alone. What is said in one place can be asked about, in words of that place; what follows from several places "
+        "far apart (a plot, a count, a summary) cannot be expected"
     )
 
 

@@ -17,10 +17,9 @@ from index_kernels.integer import is_integer
 
 from ..config import RetrievalConfig
 from ..query.stats import RunningStats
-from ..windows import Reading, Windows
+from ..windows import Reading, Windows, choose
 from .adapters import Adapters, in_words
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
-from .choice import choose_windows
 from .shared_context import SharedContext
 from .switches import Switches
 from .window_cache import WindowCache, WindowLayer
@@ -149,7 +148,7 @@ class Session:
         assert first is not None
         first.windows, first.reading = windows, None
 
-    def choose_windows(self, cache: DynamicCache, model: Any, asked: Tensor | None) -> Reading | None:
+    def choose_windows(self, cache: DynamicCache, asked: Tensor | None) -> Reading | None:
         """Let a cache that has been read by windows read those for what comes now, ``asked [B, m]``.
 
         Only what comes right after the context chooses; what follows reads the same. None where there are no windows.
@@ -171,8 +170,7 @@ class Session:
                     "windows are chosen by the token ids of a question, but the call has none (inputs_embeds?): pass "
                     "input_ids, or wrap the model with n_windows=None to read all windows"
                 )
-            stores = [layer.base for layer in cache.layers]
-            numbers = choose_windows(model, stores, windows, first.token_ids, asked, most)
+            numbers = choose(windows, first.token_ids, asked, most)
         reading = Reading(windows, numbers, rows)
         if reading != first.reading:
             first.reading = None  # should a file be damaged, nothing has been chosen

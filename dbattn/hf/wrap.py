@@ -374,7 +374,7 @@ class Handle:
         sharpening = 1.0
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
-            if (reading := self._session.choose_windows(cache, self.model, given.get("input_ids"))) is not None:
+            if (reading := self._session.choose_windows(cache, given.get("input_ids"))) is not None:
                 args, kwargs = (), given | {"position_ids": _positions(given, cache, reading.windows)}
                 sharpening = reading.windows.sharpening_over(reading.read)
             self._session.note_call(cache, given.get("input_ids"))
