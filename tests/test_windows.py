@@ -254,6 +254,26 @@ def test_a_copy_of_a_cache_goes_on_by_itself_and_a_pickle_holds_all_rows(model, 
         assert torch.equal(ordinary.layers[1].keys[:, :, :ROWS], handle.new_cache().layers[1].keys)
 
 
+def test_a_cache_of_windows_moves_to_the_next_wrap_and_outlives_it(model, ids, folder, two_of_four):
+    config, token = replace(CONFIG, n_windows=2), torch.tensor([[3]])
+    with torch.inference_mode():
+        with wrap(model, config, context=folder) as handle:
+            cache = handle.new_cache()
+            model(QUESTION, past_key_values=cache)
+            expected = model(token, past_key_values=cache).logits
+            keys = cache.layers[1].keys
+        with wrap(model, replace(config, storage="float16")) as handle:
+            model(token, past_key_values=cache)
+            assert torch.equal(cache.layers[1].keys[:, :, : ROWS + 8], keys)
+            # Rows after the windows' are always read.
+            assert handle.reading(cache).read == len(rows_of(CHOSEN)) + 8
+            cache.crop(ROWS - cache.get_seq_length())
+            model(QUESTION, past_key_values=cache)
+            torch.testing.assert_close(model(token, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-5)
+        # A model that is not wrapped sees all rows.
+        assert model(token, past_key_values=cache).logits.shape == expected.shape
+
+
 def read_on(handle, ids):
     """A cache of the context that ends with its newest full window."""
     cache = handle.new_cache()
@@ -386,11 +406,20 @@ def test_ask_info_and_explain_say_that_windows_were_read(context, model_folder, 
     info = describe(context)
     assert info.windows is not None
     assert info.rows > 3 * 400
+    # Kept as int8, in the order of the text.
+    assert (info.layers[0].dtype, info.layers[0].indexed) == ("int8", 0)
     words = re.escape(f"{info.rows} tokens read in {len(info.windows.of(info.rows))} windows of 400")
     model = ["--model", str(model_folder)]
     capsys.readouterr()
     assert main(["ask", str(context), "What is a module?", *model, "--max-tokens", "4"]) == 0
-    assert re.search(f"Rows: {words}", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(f"Rows: {words}.*the question reads 3 of them", said)
+    options = ["--windows", "1", "--max-tokens", "2", "--show-sources"]
+    assert main(["ask", str(context), "What is a module?", *model, *options]) == 0
+    newest = info.windows.of(info.rows)[-1]
+    assert f"reads 1 of them (tokens {newest.first} to {newest.stop - 1})" in capsys.readouterr().err
+    assert main(["ask", str(context), "What?", *model, "--windows", "0"]) == 2
+    assert "--windows is 0, expected at least 1" in capsys.readouterr().err
     assert main(["explain", str(context), "What is a module?", *model]) == 0
     assert re.search(f"rows: {words}.*position {info.windows.span}", capsys.readouterr().out)
     assert main(["info", str(context), "--json", str(tmp_path / "i.json")]) == 0

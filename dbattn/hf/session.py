@@ -217,12 +217,13 @@ class Session:
         ours = HybridDatabaseLayer(self, layer_index, layer) if hybrid else DatabaseLayer(self, layer_index)
         if not layer.get_seq_length():
             return ours
-        if isinstance(layer, DatabaseLayer) and layer.base is not None:
-            ours.begin_with_windows(layer.whole()[0])
-        else:
-            ours.update(layer.keys, layer.values)
         if isinstance(layer, DatabaseLayer):
             ours.token_ids, ours.adapters, ours.windows = layer.token_ids, layer.adapters, layer.windows
+            if layer.base is not None:
+                ours.begin_with_windows(layer.whole()[0])
+                return ours
+        ours.update(layer.keys, layer.values)
+        if isinstance(layer, DatabaseLayer):
             assert ours.db is not None
             assert layer.db is not None
             if layer.db.store.has_padding:

@@ -60,7 +60,10 @@ class MappedRows:
 
     def and_more(self, keys: Tensor, values: Tensor) -> "MappedRows":
         """These rows and, after them, others, which are copied."""
-        return MappedRows((*self.parts, Part(keys.clone(), values.clone())), self.device)
+        part = Part(new_buffer(keys, keys.shape[2]), new_buffer(values, values.shape[2]))
+        part.keys.copy_(keys)
+        part.values.copy_(values)
+        return MappedRows((*self.parts, part), self.device)
 
     def first(self, rows: int) -> "MappedRows":
         """The first rows alone."""
