@@ -130,11 +130,8 @@ class DataFile:
         self._fd = os.open(path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._fd)
         self._tensors = _open_tensors(path)
-
-    @property
-    def names(self) -> list[str]:
-        """Of its tensors."""
-        return list(self._tensors.keys())
+        # Of its tensors.
+        self.names: list[str] = list(self._tensors.keys())
 
     def tensor(self, name: str) -> Tensor:
         """One of its tensors, mapped."""
