@@ -19,7 +19,7 @@ process's on the clock and of the processor: on a shared machine only the latter
   python -m benchmarks.bench_windows --context book.dbattn      needles that dbattn ingest read along with a text
 
 JSON: results[] = {way, tokens, windows, s, cpu_s, found, found_by_depth, nll, question_s, passages, passages_alone,
-rows_read, ms_per_token, bytes_per_token (of windows), all: {found, found_by_depth, nll, question_s} or null}.
+rows_read, ms_per_token, cpu_ms_per_token, bytes_per_token (of windows), all: {found, found_by_depth, nll, question_s} or null}.
 """
 
 import argparse
@@ -128,16 +128,17 @@ def _nll(logits: Tensor, ids: Tensor) -> float:
     return float(-logits.log_softmax(dim=-1).gather(1, ids[:, None]).mean())
 
 
-def ms_per_token(handle: Handle, tokenizer: Any, cache: DynamicCache) -> float:
-    """Median of some decode steps after a question."""
-    rows, token, times = cache.get_seq_length(), torch.tensor([[1]]), []
+def ms_per_token(handle: Handle, tokenizer: Any, cache: DynamicCache) -> tuple[float, float]:
+    """Medians of some decode steps after a question: on the clock, and of the processor, all threads together."""
+    rows, token, times, cpu_times = cache.get_seq_length(), torch.tensor([[1]]), [], []
     handle.model(question_ids(NEEDLES[0].question, tokenizer), past_key_values=cache, logits_to_keep=1)
     for _ in range(STEPS):
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         token = handle.model(token, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
         times.append(1e3 * (time.perf_counter() - began))
+        cpu_times.append(1e3 * (time.process_time() - cpu))
     cache.crop(rows - cache.get_seq_length())
-    return statistics.median(times[1:])
+    return statistics.median(times[1:]), statistics.median(cpu_times[1:])
 
 
 def judge(handle: Handle, tokenizer: Any, cache: DynamicCache, ids: Tensor, *, all_too: bool) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def judge(handle: Handle, tokenizer: Any, cache: DynamicCache, ids: Tensor, *, a
     handle.restart_report()
     result = needles_found(handle, tokenizer, cache)
     result["rows_read"] = handle.report().summary.rows_read
-    result["ms_per_token"] = ms_per_token(handle, tokenizer, cache)
+    result["ms_per_token"], result["cpu_ms_per_token"] = ms_per_token(handle, tokenizer, cache)
     result["passages"] = passages(handle, ids, cache)
     result["all"] = None
     with handle.dense():
@@ -204,7 +205,7 @@ def bench_context(context: Path, path: Path | None, args: argparse.Namespace) ->
 def _print(results: Sequence[dict[str, Any]]) -> None:
     columns = (
         "way", "tokens", "windows", "s", "CPU s", "found", "by depth", "nll", "question s", "passages", "alone",
-        "rows read", "ms/token", "bytes/token", "all: found", "nll",
+        "rows read", "ms/token", "CPU", "bytes/token", "all: found", "nll",
     )  # fmt: skip
     rows = []
     for r in results:
@@ -212,7 +213,7 @@ def _print(results: Sequence[dict[str, Any]]) -> None:
         depths = "".join("x" if found else "." for found in r["found_by_depth"])
         rows.append([
             r["way"], r["tokens"], r["windows"], r["s"], r["cpu_s"], r["found"], depths, r["nll"], r["question_s"],
-            r["passages"], r["passages_alone"], r["rows_read"], r["ms_per_token"], r.get("bytes_per_token"),
+            r["passages"], r["passages_alone"], r["rows_read"], r["ms_per_token"], r["cpu_ms_per_token"], r.get("bytes_per_token"),
             whole.get("found"), whole.get("nll"),
         ])  # fmt: skip
     print_table("needles in a long text, found of 10", columns, rows, width=190)
