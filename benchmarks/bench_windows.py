@@ -19,7 +19,8 @@ process's on the clock and of the processor: on a shared machine only the latter
   python -m benchmarks.bench_windows --context book.dbattn      needles that dbattn ingest read along with a text
 
 JSON: results[] = {way, tokens, windows, s, cpu_s, found, found_by_depth, nll, question_s, passages, passages_alone,
-rows_read, ms_per_token, cpu_ms_per_token, bytes_per_token (of windows), all: {found, found_by_depth, nll, question_s} or null}.
+rows_read, ms_per_token, cpu_ms_per_token, bytes_per_token (of windows), all: {found, found_by_depth, nll, question_s} or
+null}.
 """
 
 import argparse
@@ -213,8 +214,8 @@ def _print(results: Sequence[dict[str, Any]]) -> None:
         depths = "".join("x" if found else "." for found in r["found_by_depth"])
         rows.append([
             r["way"], r["tokens"], r["windows"], r["s"], r["cpu_s"], r["found"], depths, r["nll"], r["question_s"],
-            r["passages"], r["passages_alone"], r["rows_read"], r["ms_per_token"], r["cpu_ms_per_token"], r.get("bytes_per_token"),
-            whole.get("found"), whole.get("nll"),
+            r["passages"], r["passages_alone"], r["rows_read"], r["ms_per_token"], r["cpu_ms_per_token"],
+            r.get("bytes_per_token"), whole.get("found"), whole.get("nll"),
         ])  # fmt: skip
     print_table("needles in a long text, found of 10", columns, rows, width=190)
 
