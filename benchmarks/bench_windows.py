@@ -19,8 +19,8 @@ process's on the clock and of the processor: on a shared machine only the latter
   python -m benchmarks.bench_windows --context book.dbattn      needles that dbattn ingest read along with a text
 
 JSON: results[] = {way, tokens, windows, s, cpu_s, found, found_by_depth, nll, question_s, passages, passages_alone,
-rows_read, ms_per_token, cpu_ms_per_token, bytes_per_token (of windows), all: {found, found_by_depth, nll, question_s} or
-null}.
+rows_read, ms_per_token, cpu_ms_per_token, bytes_per_token (of windows), all: {found, found_by_depth, nll, question_s}
+or null}.
 """
 
 import argparse
