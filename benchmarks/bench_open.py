@@ -35,6 +35,7 @@ from dbattn.hf.decoder import find_decoder
 from dbattn.hf.fingerprint import fingerprint
 from dbattn.snapshot import describe, save
 
+from . import readme
 from ._common import console, print_table, write_json
 
 CACHES, LAST, TOKENS = 100, 10, 8
@@ -155,8 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f"{info.rows:,} rows, {len(info.layers)} layers, {info.nbytes / (1 << 20):,.0f} MB on disk")
     columns = ("step", "ms", "own MB", "shared MB")
     print_table("a context and its caches", columns, [list(result.values()) for result in results])
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
     write_json(args.json, "open", {**settings, "rows": info.rows, "layers": len(info.layers)}, results)
+    if args.json is not None:
+        readme.write(args.json.parent)
 
 
 if __name__ == "__main__":

@@ -269,6 +269,34 @@ def _prefill(results: Record) -> list[str]:
     return [*lines, "", *_table(head, sides)]
 
 
+def _windows(results: Sequence[Record]) -> list[str]:
+    rows = [
+        [f"{r['way']}", f"{r['tokens']:,}", r["windows"], f"{r['found']} of {len(r['found_by_depth'])}", r["nll"],
+         r["question_s"], r["rows_read"], r["ms_per_token"], r["cpu_ms_per_token"], r.get("bytes_per_token"),
+         r["passages"], r["passages_alone"], r["all"] and r["all"]["found"]]
+        for r in results
+    ]  # fmt: skip
+    head = [
+        "read", "tokens", "windows", "needles", "nll", "question, s", "rows read", "ms a token", "of the processor",
+        "bytes a token", "passages", "without the text", "needles, all windows read",
+    ]  # fmt: skip
+    return [
+        "Ten needles, evenly spread; nll is the negative log-likelihood per token of their numbers. Passages: that of",
+        "96 tokens that the text has said, after the 32 before them. The question's seconds include choosing windows.",
+        "",
+        *_table(head, rows),
+    ]
+
+
+def _open(results: Sequence[Record]) -> list[str]:
+    rows = [[r["step"], r["ms"], r["own_mb"], r["shared_mb"]] for r in results]
+    return [
+        "Memory is the process's own that no file holds, for each cache; and what pages hold that caches share.",
+        "",
+        *_table(["step", "ms", "own MB", "shared MB"], rows),
+    ]
+
+
 def _frontier(results: Sequence[Record]) -> list[str]:
     lines = [
         "Each index with each tail, layers 8 and 22; k is of rows per query and KV head. Bytes are all that is read."
@@ -390,6 +418,8 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "decode": ("One decode step", _decode),
     "model": ("The whole model", _model),
     "prefill": ("Prompts through lists", _prefill),
+    "windows": ("Texts longer than the model's range", _windows),
+    "open": ("Opening a context", _open),
     "insert": ("Inserting", _insert),
     "plan": ("Plans and bounds", _plan),
     "layers": ("Layers of several models", _layers),
@@ -406,6 +436,8 @@ _COMMANDS = {
     "fidelity": "python -m benchmarks.bench_fidelity",
     "prefill": "python -m benchmarks.bench_prefill",
     "serve": "python -m benchmarks.bench_serve",
+    "windows": "python -m benchmarks.bench_windows",
+    "open": "python -m benchmarks.bench_open",
     "arena": "make arena",
     "tasks": "make tasks",
     "families": "python -m benchmarks.families",

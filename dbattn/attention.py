@@ -79,6 +79,8 @@ class AttentionDB:
         self._prompt_log = PromptLog()
         # Whether a prompt is being read, so that the index is behind; see ``sync``.
         self.is_reading = False
+        # Why rows are not put into the index, and so scanned; "" where they are.
+        self.unindexed = ""
 
     def insert(
         self, keys: Tensor, values: Tensor, queries: Tensor | None = None, *, start: Tensor | None = None
@@ -146,7 +148,9 @@ class AttentionDB:
         """
         self.store.set_start(self.store.start)
         self.is_reading = reading and self.index.in_pieces
-        if self.is_reading or self.store.is_empty or (on_device(self.store.start) and not self._may_retrieve()):
+        if self.is_reading or self.unindexed or self.store.is_empty:
+            return
+        if on_device(self.store.start) and not self._may_retrieve():
             return
         if self.index.is_due(len(self.store)):
             self.store.look_at_rows()  # while they stand where they came
@@ -395,7 +399,10 @@ class AttentionDB:
             raise SnapshotError(
                 f"{path} holds {len(snapshot.info.layers)} layers of a model, expected one: wrap(model, context=path)"
             )
-        return cls.of_snapshot(snapshot, 0, snapshot.config(config), torch.device(device))
+        snapshot.check()
+        db = cls.of_snapshot(snapshot, 0, snapshot.config(config), torch.device(device))
+        db.store.check_mapped()
+        return db
 
     @classmethod
     def of_snapshot(
@@ -515,11 +522,15 @@ class AttentionDB:
         plan = chosen()
         if not plan.is_dense and self.index.calibrate(call):
             plan = chosen()
+        if self.unindexed and retrieve:
+            plan = replace(plan, reason=self.unindexed)
         brought = steps_of_call(call)
         return replace(plan, steps=(*plan.steps, *brought)) if brought else plan
 
     def _block_plans(self, call: Call) -> list[BlockPlan]:
         """How a prompt is read block by block; empty where all of it is read densely."""
+        if self.unindexed:
+            return []
         backend = resolve_backend(call.query)
         return block_plans(call, backend=backend, threads=torch.get_num_threads() if backend == "numba" else None)
 

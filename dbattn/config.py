@@ -82,6 +82,8 @@ class RetrievalConfig:
         rows: where rows on a GPU are kept: on the "device", or in pinned memory of the "host", from where the GPU reads
             those it needs ("segmented" only; summaries of lists are on the GPU): contexts end where the host's memory
             does. It is a wish to retrieve, see ``dense_below``. Not part of a snapshot, which opens with either.
+        n_windows: windows that a question reads of a text that was read by windows, in a wrapped model: the newest, and
+            those that have most of the question's rarer tokens. None: all.
 
     Raises:
         ValueError: an option out of range, or one that belongs to another index.
@@ -103,12 +105,13 @@ class RetrievalConfig:
     neighbors: int | None = None
     prefill: str = "dense"
     rows: str = "device"
+    n_windows: int | None = 3
 
     def __post_init__(self) -> None:
         if self.index != "auto" and self.index not in INDEX_TRAITS:
             raise ValueError(f"index is {self.index!r}, expected one of auto, {', '.join(INDEX_TRAITS)}")
-        for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("max_queries", 1)):
-            if getattr(self, name) is not None or name != "k":
+        for name, least in (("k", 1), ("n_sink", 0), ("window", 1), ("max_queries", 1), ("n_windows", 1)):
+            if getattr(self, name) is not None or name not in ("k", "n_windows"):
                 check_integer(name, getattr(self, name), least)
         below = self.dense_below
         if below not in (None, "auto"):

@@ -29,7 +29,8 @@ def lists_opened(query, table, how, got, exact_lse):
     """Which lists were opened, bool ``[B, Hkv, L]``: their rows differ in weight, or were read."""
     lists = table.levels(torch.device("cpu")).lists
     logits, spread = summary_logits(query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
-    costs = list_costs(logits, spread, lists, exact_lse[..., 0])
+    weights = None if how.head_weights is None else torch.tensor(how.head_weights)
+    costs = list_costs(logits, spread, lists, exact_lse[..., 0], weights)
     opened = torch.zeros_like(lists.size, dtype=torch.bool)
     group = query.shape[1] // lists.size.shape[1]
     for b, h, i in lists.size.nonzero().tolist():
@@ -69,7 +70,10 @@ def check(run, device, name, tail=True, everything=False):  # noqa: F811
     assert got.rows_read <= how.rows_read * len(query)
     assert got.rows_coded <= how.rows_coded * len(query)
     whole = whole_mass(logits, lists, exact[1][..., 0])
-    shares = torch.exp(coded.logits - whole.view(*coded.logits.shape[:3], 1)).sum(dim=2)
+    shares = torch.exp(coded.logits - whole.view(*coded.logits.shape[:3], 1))
+    if how.head_weights is not None:
+        shares = shares * torch.tensor(how.head_weights).view(-1, group, 1)
+    shares = shares.sum(dim=2)
     for b in range(len(query)):
         left = shares[b][~taken[b] & (coded.place[b] >= 0)]
         if taken[b].any() and len(left):

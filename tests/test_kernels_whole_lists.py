@@ -89,7 +89,8 @@ def check(run, device, name, case, tail):
     assert (read <= budget).all()
     # No list that was left costs clearly more than one that was opened, and what was left would not have fitted.
     logits, spread = summary_logits(query, levels, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
-    costs = list_costs(logits, spread, levels, by_source[0][..., 0]).masked_fill(levels.size == 0, 0)
+    weights = None if how.head_weights is None else torch.tensor(how.head_weights)
+    costs = list_costs(logits, spread, levels, by_source[0][..., 0], weights).masked_fill(levels.size == 0, 0)
     if budget >= keys.shape[1] * SEALED:
         assert torch.equal(opened, levels.size > 0)
         return

@@ -1,8 +1,10 @@
 """Texts longer than a model's own window: how they are cut and read, where a question stands, what a kill leaves."""
 
+import copy
 import json
 import math
 import os
+import pickle
 import re
 import signal
 from contextlib import contextmanager
@@ -16,14 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from dbattn import RetrievalConfig
+from dbattn import AttentionDB, RetrievalConfig
 from dbattn.cli import main
 from dbattn.hf import Handle, wrap
-from dbattn.snapshot import SnapshotError, SnapshotWriter, describe
+from dbattn.snapshot import SnapshotError, SnapshotWriter, describe, save
 from dbattn.text.haystack import read_haystack
 from dbattn.windows import Windows
 
 WINDOWS = Windows(prefix=8, overlap=32, tokens=256)
+WINDOWS_READ = replace(WINDOWS, rows=1000)
 CONFIG = RetrievalConfig(max_queries=64)
 ROWS = 1000
 QUESTION = torch.arange(5, 12)[None]
@@ -59,7 +62,7 @@ def plain_copy(cache, model, rows):
     """The first rows of a cache in one of transformers."""
     plain = DynamicCache(config=model.config)
     for number, layer in enumerate(cache.layers):
-        plain.update(layer.db.keys[:, :, :rows].clone(), layer.db.values[:, :, :rows].clone(), number)
+        plain.update(layer.keys[:, :, :rows].clone(), layer.values[:, :, :rows].clone(), number)
     return plain
 
 
@@ -112,9 +115,7 @@ def test_a_text_of_one_window_is_what_it_is_without_windows(model, ids):
 
 
 @contextmanager
-def sharpened(model):
-    """The plain model with the logits that ``ROWS`` rows in windows are given."""
-    factor = math.log(ROWS) / math.log(WINDOWS.span)
+def logits_times(model, factor):
     for layer in model.model.layers:
         layer.self_attn.scaling *= factor
     yield
@@ -134,7 +135,7 @@ def test_a_question_stands_where_the_newest_window_ends_and_sees_every_row_with_
             )
             cache.crop(ROWS - cache.get_seq_length())
             logits = model(QUESTION, past_key_values=cache).logits
-        with sharpened(model):
+        with logits_times(model, math.log(ROWS) / math.log(WINDOWS.span)):
             at = torch.arange(WINDOWS.span, WINDOWS.span + QUESTION.shape[1])[None]
             expected = model(QUESTION, past_key_values=plain, position_ids=at).logits
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
@@ -145,6 +146,171 @@ def test_a_question_stands_where_the_newest_window_ends_and_sees_every_row_with_
                 at = torch.tensor([[WINDOWS.span + QUESTION.shape[1] + step]])
                 token = model(token, past_key_values=plain, position_ids=at).logits[:, -1:].argmax(dim=-1)
     assert generated[0, text.shape[1] :].tolist() == tokens
+
+
+CHOSEN = (1, 3)
+
+
+@pytest.fixture
+def two_of_four(monkeypatch):
+    """Whatever is asked reads the windows ``CHOSEN``; what was asked comes in the list."""
+    asked = []
+
+    def choose(windows, text, question, most):
+        asked.append(question)
+        return CHOSEN
+
+    monkeypatch.setattr("dbattn.hf.session.choose", choose)
+    return asked
+
+
+def rows_of(windows):
+    """The rows that are read where these windows are."""
+    of = WINDOWS.of(ROWS)
+    return [*range(WINDOWS.prefix), *(row for number in windows for row in range(of[number].first, of[number].stop))]
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_a_question_and_what_follows_see_the_chosen_windows_alone(model, ids, two_of_four, tmp_path, storage):
+    rows = rows_of(CHOSEN)
+    with torch.inference_mode():
+        with wrap(model, replace(CONFIG, storage=storage, n_windows=2)) as handle:
+            handle.save(tmp_path / "a", read(handle, ids))
+        with wrap(model, context=tmp_path / "a") as handle:
+            cache = handle.new_cache()
+            plain = DynamicCache(config=model.config)
+            for number, layer in enumerate(cache.layers):
+                plain.update(layer.keys[:, :, rows].clone(), layer.values[:, :, rows].clone(), number)
+            logits = model(QUESTION, past_key_values=cache).logits
+            reading = handle.reading(cache)
+            assert (reading.numbers, reading.read, cache.get_seq_length()) == (CHOSEN, len(rows), ROWS + 7)
+            said = str(handle.report().summary)
+            assert f"Windows were chosen: all {len(cache.layers)} decode calls scanned" in said
+            assert "the question reads 2 of them (tokens 296 to 551, 808 to 999)" in said
+            assert handle.report().summary.rows_stored == ROWS + 7
+            second = model(torch.tensor([[3]]), past_key_values=cache).logits
+            assert len(two_of_four) == 1  # what follows a question chooses nothing
+            # Back at the context, and through generate, which counts all rows.
+            cache.crop(ROWS - cache.get_seq_length())
+            text = torch.cat([handle.context, QUESTION], dim=1)
+            got = model.generate(text, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0)
+            assert torch.equal(two_of_four[1], QUESTION)
+        with logits_times(model, math.log(len(rows)) / math.log(WINDOWS.span)):
+            at = torch.arange(WINDOWS.span, WINDOWS.span + 8)[None]
+            expected = model(QUESTION, past_key_values=plain, position_ids=at[:, :7]).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+            assert got[0, ROWS + 7] == expected[0, -1].argmax()
+            expected = model(torch.tensor([[3]]), past_key_values=plain, position_ids=at[:, 7:]).logits
+            torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_files_of_windows_that_are_not_read_are_not_touched(model, ids, two_of_four, tmp_path, monkeypatch):
+    monkeypatch.setattr("dbattn.snapshot.writer.ROWS_PER_FILE", 64)
+    with torch.inference_mode():
+        with wrap(model, replace(CONFIG, n_windows=2)) as handle:
+            handle.save(tmp_path / "a", read(handle, ids))
+        before = {path: path.read_bytes() for path in tmp_path.glob("a/rows-*")}
+        read_rows = set(rows_of(CHOSEN))
+        for path, content in before.items():
+            first, stop = map(int, path.name.split("-")[1:3])
+            if not read_rows & set(range(first, stop)):
+                path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+                spoilt = path
+        with wrap(model, context=tmp_path / "a") as handle:
+            cache = handle.new_cache()
+            model(QUESTION, past_key_values=cache)
+            cache.crop(ROWS - cache.get_seq_length())
+            with handle.dense(), pytest.raises(SnapshotError, match="is damaged"):
+                model(QUESTION, past_key_values=cache)
+            # Refused as often as it is asked for, and the cache is of use afterwards.
+            with handle.dense(), pytest.raises(SnapshotError, match="is damaged"):
+                model(QUESTION, past_key_values=cache)
+            model(QUESTION, past_key_values=cache)
+        for path, content in before.items():
+            path.write_bytes(content)
+        chosen = next(path for path in before if int(path.name.split("-")[1]) == 320)
+        chosen.write_bytes(before[chosen][:-1] + bytes([before[chosen][-1] ^ 1]))
+        with (
+            wrap(model, context=tmp_path / "a") as handle,
+            pytest.raises(SnapshotError, match=f"{chosen.name} is damaged"),
+        ):
+            model(QUESTION, past_key_values=handle.new_cache())
+    assert spoilt != chosen
+
+
+def test_a_copy_of_a_cache_goes_on_by_itself_and_a_pickle_holds_all_rows(model, ids, folder, two_of_four):
+    with torch.inference_mode(), wrap(model, replace(CONFIG, n_windows=2), context=folder) as handle:
+        cache, token = handle.new_cache(), torch.tensor([[3]])
+        model(QUESTION, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        expected = model(token, past_key_values=cache).logits
+        assert torch.equal(model(token, past_key_values=twin).logits, expected)
+        twin.crop(ROWS - twin.get_seq_length())
+        assert (twin.get_seq_length(), cache.get_seq_length()) == (ROWS, ROWS + 8)
+        handle.read_window(torch.cat([ids, ids[:, :48]], dim=1), (more := read_on(handle, ids)), WINDOWS)
+        assert more.get_seq_length() == ROWS + 48
+        ordinary = pickle.loads(pickle.dumps(cache))
+        assert ordinary.layers[1].keys.shape[2] == ROWS + 8
+        assert torch.equal(ordinary.layers[1].keys[:, :, :ROWS], handle.new_cache().layers[1].keys)
+
+
+def test_a_cache_of_windows_moves_to_the_next_wrap_and_outlives_it(model, ids, folder, two_of_four):
+    config, token = replace(CONFIG, n_windows=2), torch.tensor([[3]])
+    with torch.inference_mode():
+        with wrap(model, config, context=folder) as handle:
+            cache = handle.new_cache()
+            model(QUESTION, past_key_values=cache)
+            expected = model(token, past_key_values=cache).logits
+            keys = cache.layers[1].keys
+        with wrap(model, replace(config, storage="float16")) as handle:
+            model(token, past_key_values=cache)
+            assert torch.equal(cache.layers[1].keys[:, :, : ROWS + 8], keys)
+            # Rows after the windows' are always read.
+            assert handle.reading(cache).read == len(rows_of(CHOSEN)) + 8
+            cache.crop(ROWS - cache.get_seq_length())
+            model(QUESTION, past_key_values=cache)
+            torch.testing.assert_close(model(token, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-5)
+        # A model that is not wrapped sees all rows.
+        assert model(token, past_key_values=cache).logits.shape == expected.shape
+
+
+def read_on(handle, ids):
+    """A cache of the context that ends with its newest full window."""
+    cache = handle.new_cache()
+    cache.crop(WINDOWS.full(ROWS) - ROWS)
+    return cache
+
+
+def test_a_context_that_was_saved_with_lists_opens_with_the_same_rows(model, ids, folder, two_of_four, tmp_path):
+    with torch.inference_mode(), wrap(model, replace(CONFIG, n_windows=2)) as handle:
+        cache = read(handle, ids)
+        databases = []
+        for layer in cache.layers:
+            store = layer.base
+            db = AttentionDB(store.num_kv_heads, store.head_dim, config=CONFIG)
+            db.insert(store.keys, store.values)
+            databases.append((db.store, db.index))
+        assert len(databases[0][1])
+        save(tmp_path / "old", databases, CONFIG, model=describe(folder).model, token_ids=ids, windows=WINDOWS_READ)
+        expected = model(QUESTION, past_key_values=cache).logits
+    for path in (folder, tmp_path / "old"):
+        with torch.inference_mode(), wrap(model, replace(CONFIG, n_windows=2), context=path) as handle:
+            assert torch.equal(model(QUESTION, past_key_values=handle.new_cache()).logits, expected)
+
+
+def test_a_question_reads_the_windows_that_have_its_rarer_tokens(model, ids, folder):
+    with torch.inference_mode(), wrap(model, replace(CONFIG, n_windows=2), context=folder) as handle:
+        for number in range(3):
+            cache, window = handle.new_cache(), WINDOWS.of(ROWS)[number]
+            # Tokens that only this window has.
+            others = set(torch.cat([ids[0, : window.first], ids[0, window.stop :]]).tolist())
+            own = [token for token in ids[0, window.first : window.stop].tolist() if token not in others][:12]
+            model(torch.tensor([own]), past_key_values=cache)
+            assert handle.reading(cache).numbers == (number, 3)
+        with pytest.raises(ValueError, match="windows are chosen by the token ids of a question"):
+            model(inputs_embeds=torch.zeros(1, 3, model.config.hidden_size), past_key_values=handle.new_cache())
+    with pytest.raises(ValueError, match="n_windows is 0, expected an integer of at least 1"):
+        RetrievalConfig(n_windows=0)
 
 
 def test_a_context_keeps_its_windows_and_a_saved_question_goes_on_from_there(model, ids, folder, tmp_path):
@@ -240,11 +406,20 @@ def test_ask_info_and_explain_say_that_windows_were_read(context, model_folder, 
     info = describe(context)
     assert info.windows is not None
     assert info.rows > 3 * 400
+    # Kept as int8, in the order of the text.
+    assert (info.layers[0].dtype, info.layers[0].indexed) == ("int8", 0)
     words = re.escape(f"{info.rows} tokens read in {len(info.windows.of(info.rows))} windows of 400")
     model = ["--model", str(model_folder)]
     capsys.readouterr()
     assert main(["ask", str(context), "What is a module?", *model, "--max-tokens", "4"]) == 0
-    assert re.search(f"Rows: {words}", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(f"Rows: {words}.*the question reads 3 of them", said)
+    options = ["--windows", "1", "--max-tokens", "2", "--show-sources"]
+    assert main(["ask", str(context), "What is a module?", *model, *options]) == 0
+    newest = info.windows.of(info.rows)[-1]
+    assert f"reads 1 of them (tokens {newest.first} to {newest.stop - 1})" in capsys.readouterr().err
+    assert main(["ask", str(context), "What?", *model, "--windows", "0"]) == 2
+    assert "--windows is 0, expected at least 1" in capsys.readouterr().err
     assert main(["explain", str(context), "What is a module?", *model]) == 0
     assert re.search(f"rows: {words}.*position {info.windows.span}", capsys.readouterr().out)
     assert main(["info", str(context), "--json", str(tmp_path / "i.json")]) == 0
@@ -332,7 +507,7 @@ def test_the_benchmark_looks_for_needles_each_way(model_folder, tmp_path):
 
     (tmp_path / "text.txt").write_text(read_haystack()[:8000])
     words = ["--tokens", "1500", "--text", str(tmp_path / "text.txt"), "--model", str(model_folder)]
-    words += ["--window-tokens", "600", "--overlap", "100", "--json", str(tmp_path / "w.json")]
+    words += ["--window-tokens", "600", "--overlap", "100", "--read", "2", "--json", str(tmp_path / "w.json")]
     bench_windows.main(["--ways", "one", "windows", "yarn", *words])
     one, windows, yarn = json.loads((tmp_path / "w.json").read_text())["results"]
     assert one["tokens"] == windows["tokens"] == yarn["tokens"] > 1500
@@ -341,5 +516,7 @@ def test_the_benchmark_looks_for_needles_each_way(model_folder, tmp_path):
     assert yarn["nll"] == pytest.approx(one["nll"], rel=1e-4)
     assert windows["nll"] != one["nll"]
     assert windows["passages_alone"] == pytest.approx(one["passages_alone"], rel=1e-4)
-    assert windows["bytes_per_token"] > 2 * 2 * 2 * 8 * 4  # layers, keys and values, KV heads, numbers, bytes
-    assert windows["retrieved"]["ms_per_token"] > 0
+    assert windows["bytes_per_token"] > 2 * 2 * 2 * (8 + 4)  # layers, keys and values, KV heads, int8 and its scale
+    assert windows["ms_per_token"] > 0
+    assert windows["rows_read"] < windows["tokens"]
+    assert windows["all"] is None

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,21 @@ def serving(model: Any, config: RetrievalConfig | None, context: Path | None) ->
 
 
 @contextmanager
-def opened(context: Path, model: Path | None, weights: str, k: int | None, console: Console) -> Iterator[Opened]:
-    """A context ready for a question, read as it was ingested to be, or with ``k`` rows per query and KV head.
+def opened(
+    context: Path, model: Path | None, weights: str, k: int | None, console: Console, windows: int | None = None
+) -> Iterator[Opened]:
+    """A context ready for a question, read as it was ingested to be.
+
+    ``k``: with so many rows per query and KV head. ``windows``: with so many windows, where it was read by windows.
 
     Raises:
         FileNotFoundError, ValueError: the context or the model is missing, damaged, or they do not belong together.
     """
     config = reading_config(context, k)
+    if windows is not None:
+        if windows < 1:
+            raise ValueError(f"--windows is {windows}, expected at least 1")
+        config = replace(config, n_windows=windows)
     lm, tokenizer = load(model, weights, console)
     began = time.perf_counter()
     with serving(lm, config, context) as handle:

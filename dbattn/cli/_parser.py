@@ -85,15 +85,15 @@ def _add_ingest(commands: Any) -> None:
         "chunk and saves; a second Ctrl-C ends at once. A text that has grown at its end is read on.\n"
         "\n"
         "A text that is longer than what the model reads at once is read in windows, each alone (after the first\n"
-        "tokens of the text and the end of the window before), in time linear in its length; a question then sees\n"
-        "all of them, each as if it stood right before it. So the model may find what is said in one place; it does\n"
-        "not follow a plot: what must be put together from several windows it has never read together. And the more\n"
-        "windows, the less it finds: SmolLM2 names 7 or 8 of ten needles in 8 windows, and none in 58.",
+        "tokens of the text and the end of the window before), in time linear in its length; a question then reads\n"
+        "three of them, each as if it stood right before it: the newest, and two that have most of the question's\n"
+        "rarer words. So the model may find what is said in one place, if it is asked for in the text's words; it\n"
+        "does not follow a plot: what must be put together from several windows it has never read together.",
         "  dbattn ingest book.txt --out book.dbattn\n"
         "  dbattn ingest book.txt --out book.dbattn --model ./my-model --save-every 8192\n"
         "  dbattn ingest - --out book.dbattn                            what a pipe brings\n"
         "  dbattn ingest book.txt --out book.dbattn --tokens 7936       only its beginning\n"
-        "  dbattn ingest book.txt --out book.dbattn --window-tokens 4096 --storage int8",
+        "  dbattn ingest book.txt --out book.dbattn --window-tokens 4096 --storage float16",
     )
     ingest.add_argument("file", type=_input, metavar="FILE", help="UTF-8 text; - is standard input")
     ingest.add_argument("--out", type=Path, required=True, metavar="CONTEXT", help="snapshot folder, made or resumed")
@@ -112,10 +112,13 @@ def _add_ingest(commands: Any) -> None:
     ingest.add_argument(
         "--storage",
         choices=STORAGES,
-        help="keep rows as this type; int8 is a quarter of float32 (default: as they come)",
+        help="keep rows as this type; int8 is a quarter of float32 (default: as they come, by windows int8)",
     )
     ingest.add_argument(
-        "--save-every", type=int, default=2048, metavar="N", help="tokens between two saves (default 2048)"
+        "--save-every",
+        type=int,
+        metavar="N",
+        help="tokens between two saves (default 2048, by windows 8192)",
     )
     ingest.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -130,7 +133,8 @@ def _add_ask(commands: Any) -> None:
         '  dbattn ask book.dbattn "What is the room number?"\n'
         '  dbattn ask book.dbattn "What is the room number?" --show-sources\n'
         '  dbattn ask book.dbattn "What is the room number?" --dense    also densely: where do the answers differ?\n'
-        '  dbattn ask book.dbattn "Who wrote the letter?" --k 256 --max-tokens 100 --quiet',
+        '  dbattn ask book.dbattn "Who wrote the letter?" --k 256 --max-tokens 100 --quiet\n'
+        '  dbattn ask book.dbattn "Who wrote the letter?" --windows 5   of a long text, read five windows',
     )
     _add_question(ask)
     ask.add_argument("--max-tokens", type=int, default=48, metavar="N", help="length of the answer (default 48)")
@@ -142,7 +146,7 @@ def _add_ask(commands: Any) -> None:
     ask.add_argument(
         "--dense",
         action="store_true",
-        help="answer again from every row, and show where the two answers differ and what each took",
+        help="answer again from every row (of all windows), and show where the two answers differ and what each took",
     )
     ask.add_argument("--json", type=_output, metavar="OUT", help="also write answer, sources and figures to this file")
     ask.add_argument("--quiet", action="store_true", help="print no figures")
@@ -340,6 +344,9 @@ def _add_question(command: Any) -> None:
     _add_model(command)
     _add_weights(command)
     command.add_argument("--k", type=int, help="rows retrieved per query and KV head (default: as planned)")
+    command.add_argument(
+        "--windows", type=int, metavar="N", help="windows read of a text that was read by windows (default 3)"
+    )
 
 
 def _input(text: str) -> Path | TextIO:

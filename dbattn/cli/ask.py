@@ -51,6 +51,7 @@ def run_ask(
     model: Path | None,
     weights: str,
     k: int | None,
+    windows: int | None,
     max_tokens: int,
     show_sources: bool,
     dense: bool,
@@ -66,17 +67,16 @@ def run_ask(
     """
     check_output("--json", json_path)
     console = line_console(stderr=True, quiet=quiet)
-    with opened(context, model, weights, k, console) as about:
+    with opened(context, model, weights, k, console, windows) as about:
         asked = about.asked(question, max_tokens)
         finder = SourceFinder(about.model, about.tokenizer, about.handle) if show_sources else None
-        if finder is not None:
-            finder.neutral  # noqa: B018  # read before the figures of this question begin
         # The figures are of this question alone.
         about.handle.restart_report()
         with about.handle.trace() if finder is not None else nullcontext() as trace:
             answer = _stream(about, asked, max_tokens)
-        sources = None if trace is None or finder is None else finder.sources(trace)
         summary = about.handle.report().summary
+        reading = about.handle.reading(about.cache)
+        sources = None if trace is None or finder is None else finder.sources(trace, reading)
         second = None
         if dense:
             about.take_back()

@@ -20,6 +20,7 @@ def run_explain(
     model: Path | None,
     weights: str,
     k: int | None,
+    windows: int | None,
     layer: int | None,
     json_path: Path | TextIO | None,
     quiet: bool,
@@ -35,7 +36,7 @@ def run_explain(
     def explain(number: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
         plans[number] = db.explain(query, scale=scale, softcap=softcap)
 
-    with opened(context, model, weights, k, Console(stderr=True, quiet=quiet)) as about:
+    with opened(context, model, weights, k, Console(stderr=True, quiet=quiet), windows) as about:
         there = about.databases
         if layer is not None and layer not in there:
             expected = f"0 to {there[-1]}" if len(there) > there[-1] else f"one of {', '.join(map(str, there))}"
@@ -45,7 +46,7 @@ def run_explain(
         with about.handle.watch(explain):
             next(step)
     plan = sum_plans(list(plans.values())) if layer is None else plans[layer]
-    if about.handle.windows is not None:
-        print(f"rows: {about.handle.windows}")
+    if (reading := about.handle.reading(about.cache)) is not None:
+        print(f"rows: {reading}")
     print(plan)
     write_json(json_path, plan.to_dict())

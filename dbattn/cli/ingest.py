@@ -19,6 +19,9 @@ from ..windows import Windows
 from ._console import first_ctrl_c, line_console, long_work
 from ._opened import load, serving
 
+# Tokens between two saves. The newest file of rows is written anew by each.
+SAVE_EVERY, SAVE_EVERY_BY_WINDOWS = 2048, 8192
+
 
 class StopAsked(Exception):
     """Ctrl-C was heard inside a window."""
@@ -34,12 +37,13 @@ def run_ingest(
     storage: str | None,
     tokens: int | None,
     window_tokens: int | None,
-    save_every: int,
+    save_every: int | None,
     quiet: bool,
 ) -> None:
     """Read what ``out`` does not hold yet of a text, saving every ``save_every`` tokens; nothing to do is no error.
 
-    A text that is longer than what the model reads at once is read by windows.
+    A text that is longer than what the model reads at once is read by windows, whose rows are kept as int8 if nothing
+    else is asked for.
 
     Raises:
         ValueError: options that do not fit the model, a folder that holds another text, another model's rows or
@@ -70,14 +74,16 @@ def run_ingest(
         if writer.exists:
             windows = _windows(out, windows, window_tokens, name)
         else:
-            config = RetrievalConfig(index=index or "auto", storage=storage, max_queries=QUESTION_TOKENS)
+            kept = storage or (None if windows is None else "int8")
+            config = RetrievalConfig(index=index or "auto", storage=kept, max_queries=QUESTION_TOKENS)
         with serving(lm, config, out if writer.exists else None) as handle:
             held = _held(handle, ids, out, name) if writer.exists else 0
             began = time.perf_counter()
             if held < ids.shape[1]:
                 if windows is not None:
                     console.print(_how(ids.shape[1], windows, lm, name))
-                _read(lm, handle, writer, ids, held, windows, save_every, console)
+                every = save_every or (SAVE_EVERY if windows is None else SAVE_EVERY_BY_WINDOWS)
+                _read(lm, handle, writer, ids, held, windows, every, console)
     info = describe(out)
     size = f"{info.nbytes / 1e6:,.1f} MB on disk, {info.nbytes / info.rows:,.0f} bytes a token"
     if held == ids.shape[1]:
@@ -110,8 +116,8 @@ def _how(total: int, windows: Windows, lm: Any, file: str) -> str:
     at_once = "" if limit is None else f" (the model reads {limit} at once)"
     return (
         f"{file} has {total} tokens{at_once}: read in {len(windows.of(total))} windows of {windows.tokens}, each "
-        "alone. What is said in one place can be asked about (the more windows, the less a small model finds); what "
-        "follows from several places far apart (a plot, a count, a summary) cannot be expected"
+        "alone. What is said in one place can be asked about, in words of that place; what follows from several places "
+        "far apart (a plot, a count, a summary) cannot be expected"
     )
 
 

@@ -27,8 +27,8 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is untyped here
 
     @staticmethod
     def takes(cache: DynamicCache) -> bool:
-        """Whether a cache can be part of a batch: all its layers are databases, with no state of another kind."""
-        return all(type(layer) is DatabaseLayer for layer in cache.layers)
+        """Whether a cache can be part of a batch: all layers are databases, with no other state and no windows."""
+        return all(type(layer) is DatabaseLayer and layer.base is None for layer in cache.layers)
 
 
 class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # as above

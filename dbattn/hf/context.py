@@ -56,11 +56,9 @@ def save_context(
             if kind_of(layer) not in KEPT and kind_of(layer) != "DummyLayer":
                 raise ValueError(f"layer {number} is a {kind_of(layer)} of transformers, which cannot be saved")
             continue
-        if layer.db is None or not len(layer.db):
+        if not layer.get_seq_length():
             raise ValueError(f"layer {number} of the cache has no rows: nothing to save")
-        if layer.db.is_reading:
-            layer.db.sync()
-        databases.append((layer.db.store, layer.db.index))
+        databases.append(layer.whole())
     rows, mark = len(databases[0][0]), Mark.of(cache)
     if mark.states and session.was_interrupted(cache):
         raise ValueError("a call on this cache was interrupted: states that not all layers went on to cannot be saved")

@@ -10,7 +10,7 @@ import torch
 
 from ..query.audit import figure, percentile95
 from ..query.stats import RunningStats
-from ..windows import Windows
+from ..windows import Reading, Windows
 from .layer_report import (
     CLOSE,
     FAR,
@@ -45,8 +45,9 @@ class Summary:
         prompts_by_lists: what was read of prompts through lists, in words; "" for nothing.
         left: reasons that hold for whole layers, with the number of layers.
         rows_read: rows read per query, mean over all decode calls, those answered densely included; None without any.
-        rows_stored: rows in the fullest layer.
-        bytes_share: bytes that decode calls read over those that dense scans would have read; None without any.
+        rows_stored: rows in the fullest layer, those of windows that are not read included.
+        bytes_share: bytes that decode calls read over those that dense scans of all that would have read; None without
+            any.
         error, error_p95: relative error of the attention output, mean and 95th percentile over the audited queries (one
             per head and position); None where nothing was audited.
         expected_error: what audits of sampled queries and of answers let expect, mean over the layers that have such
@@ -56,7 +57,9 @@ class Summary:
         seconds, seconds_dense: see LayerReport, over all layers; None with fewer than 5 timed calls.
         timed: audited calls behind them.
         within: with ``max_error``, share of audited queries whose error kept the bound.
-        windows: how the rows were read, in words, where that was by windows; else "".
+        windows: how the rows were read, in words, where that was by windows, and which of these the newest question
+            reads; else "".
+        windows_read: the share of these windows' rows, where not all are read; else None.
         exact: what became of drafts, in words, where answers are exact; else "".
     """
 
@@ -81,6 +84,7 @@ class Summary:
     within: float | None
     prompts_by_lists: str = ""
     windows: str = ""
+    windows_read: float | None = None
     exact: str = ""
 
     @property
@@ -88,6 +92,11 @@ class Summary:
         """One line: is it safe, and what does it save?"""
         if not self.calls:
             return "No decode call yet: nothing to judge"
+        if not self.retrieving and self.windows_read is not None:
+            return (
+                f"Windows were chosen: all {self.calls} decode calls scanned the rows of those that the question "
+                f"reads, {percent(self.windows_read)} of the text's, and no others"
+            )
         if not self.retrieving:
             return (
                 f"Nothing was retrieved: all {self.calls} decode calls scanned everything, so answers are dense's, "
@@ -183,15 +192,26 @@ class Report:
     summary: Summary
 
     @classmethod
-    def of(cls, stats: Sequence[RunningStats], windows: Windows | None = None, exact: str = "") -> "Report":
-        """Summarise the statistics of each layer; ``windows``: how the rows of the newest cache were read.
+    def of(
+        cls,
+        stats: Sequence[RunningStats],
+        windows: Windows | None = None,
+        reading: Reading | None = None,
+        exact: str = "",
+    ) -> "Report":
+        """Summarise the statistics of each layer.
 
+        ``windows``, ``reading``: how the rows of the newest cache were read, and which of the windows it reads.
         ``exact``: what became of drafts, in words.
         """
         layers = tuple(layer_report(i, s) for i, s in enumerate(stats))
-        return cls(
-            layers, replace(_summary(stats, layers), windows="" if windows is None else str(windows), exact=exact)
-        )
+        summary = replace(_summary(stats, layers), windows=str(reading or windows or ""), exact=exact)
+        if reading is not None and not reading.is_whole:
+            rows = summary.rows_stored + reading.rows - reading.read
+            share = None if summary.bytes_share is None else summary.bytes_share * summary.rows_stored / max(1, rows)
+            read = reading.read / reading.rows
+            summary = replace(summary, rows_stored=rows, bytes_share=share, windows_read=read)
+        return cls(layers, summary)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data: the summary, and every layer whole."""

@@ -17,7 +17,7 @@ from index_kernels.integer import is_integer
 
 from ..config import RetrievalConfig
 from ..query.stats import RunningStats
-from ..windows import Windows
+from ..windows import Reading, Windows, choose
 from .adapters import Adapters, in_words
 from .batch import BatchCache
 from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
@@ -106,25 +106,22 @@ class Session:
         first = self._first(cache)
         return first is not None and first.unfinished > 0
 
-    def note_batch(self, batch: BatchCache, token_ids: Tensor) -> tuple[Tensor, float]:
-        """Remember the token ``[B, 1]`` of each cache; their position ids ``[B, 1]``, and the sharpening of all.
+    def note_batch(self, batch: BatchCache, token_ids: Tensor) -> Tensor:
+        """Remember the token ``[B, 1]`` of each cache; their position ids ``[B, 1]``.
 
         Raises:
-            ValueError: more than a token each, caches that are not this session's, or that were read by other windows.
+            ValueError: more than a token each, or caches that are not this session's, or were read by windows.
         """
-        windows = {self.windows_of(cache) for cache in batch.caches}
         ours = all(layer.session is self for cache in batch.caches for layer in cache.layers)
-        if token_ids.shape != (len(batch.caches), 1) or not ours or len(windows) > 1:
+        if token_ids.shape != (len(batch.caches), 1) or not ours or not all(map(BatchCache.takes, batch.caches)):
             raise ValueError(
                 f"a batch of {len(batch.caches)} caches was given tokens {list(token_ids.shape)}: expected one token "
-                "each, and caches of this model that begin with the same context"
+                "each, and caches of this model that were not read by windows"
             )
         positions = [[cache.get_seq_length()] for cache in batch.caches]
         for cache, token in zip(batch.caches, token_ids.split(1), strict=True):
             self.note_call(cache, token)
-        (read_by,) = windows
-        moved = torch.tensor(positions, device=token_ids.device) + (0 if read_by is None else read_by.shift)
-        return moved, 1.0 if read_by is None else read_by.sharpening
+        return torch.tensor(positions, device=token_ids.device)
 
     def note_missing_context(self, cache: Any, token_ids: Tensor | None) -> None:
         """Say once where a call begins with neither the context's rows nor its tokens."""
@@ -181,18 +178,57 @@ class Session:
         """Append the newest rows of a window that was read, those of ``token_ids [B, n]``, to a cache of ours."""
         self.note_call(cache, token_ids)
         self.note_end(cache)
-        newest = read.get_seq_length() - token_ids.shape[1]
         for layer, window in zip(cache.layers, read.layers, strict=True):
-            keys, values, queries = window.rows(newest)
-            if layer.db is None:
-                layer.lazy_initialization(keys, values)
-            layer.db.insert(keys, values, queries)
+            layer.add_window(*window.newest(token_ids.shape[1]))
         first = self._first(cache)
         assert first is not None
-        first.windows = windows
+        first.windows, first.reading = windows, None
 
-    def fill(self, cache: ContextCache) -> None:
+    def choose_windows(self, cache: DynamicCache, asked: Tensor | None) -> Reading | None:
+        """Let a cache that has been read by windows read those for what comes now, ``asked [B, m]``.
+
+        Only what comes right after the context chooses; what follows reads the same. None where there are no windows.
+
+        Raises:
+            ValueError: token ids are missing.
+            SnapshotError (a ValueError): a file with rows of them is damaged.
+        """
+        first = self._first(cache)
+        if first is None or first.windows is None or first.base is None:
+            return None
+        rows, windows = len(first.base), first.windows
+        if first.reading is not None and (cache.get_seq_length() > rows or self.switches.same_windows):
+            return first.reading
+        numbers, most = tuple(range(len(windows.of(windows.rows)))), self.config.n_windows
+        if most is not None and most < len(numbers) and self.switches.retrieve:
+            if asked is None:
+                raise ValueError(
+                    "windows are chosen by the token ids of a question, but the call has none (inputs_embeds?): pass "
+                    "input_ids, or wrap the model with n_windows=None to read all windows"
+                )
+            numbers = choose(windows, first.token_ids, asked, most)
+        reading = Reading(windows, numbers, rows)
+        if reading != first.reading:
+            self._read(cache, reading)
+        return reading
+
+    def _read(self, cache: DynamicCache, reading: Reading) -> None:
+        """Let a cache that has been read by windows read some of them."""
+        first = cache.layers[0]
+        first.reading = None  # should a file be damaged, nothing has been chosen
+        for layer in cache.layers:
+            layer.read(reading.runs)
+        first.reading = reading
+
+    def reading_of(self, cache: Cache | None) -> Reading | None:
+        """Which windows a cache reads; None where there are none, or none has been chosen yet."""
+        first = self._first(cache) if isinstance(cache, DynamicCache) else None
+        return None if first is None else first.reading
+
+    def fill(self, cache: ContextCache, reading: Reading | None = None) -> None:
         """Give an empty cache of ours the context's rows; all caches share them, see ``AttentionDB.fork``.
+
+        ``reading``: which windows it reads, if they are known already.
 
         Raises:
             ValueError: the model's adapters have changed since the context was opened.
@@ -207,7 +243,10 @@ class Session:
             )
         databases = [layer for layer in cache.layers if isinstance(layer, DatabaseLayer)]
         for layer, db in zip(databases, self.context.layers, strict=True):
-            layer.begin_with(db)
+            if self.windows is None:
+                layer.begin_with(db)
+            else:
+                layer.begin_with_windows(db.store)
         first = databases[0]
         mark = Mark(first.get_seq_length(), self.context.states)
         mark.put_back(cache)
@@ -215,6 +254,8 @@ class Session:
         if self.token_ids is not None:
             first.token_ids = self.token_ids
         first.adapters, first.windows = [(0, self.context_adapters)], self.windows
+        if reading is not None:
+            self._read(cache, reading)
 
     def _first(self, cache: DynamicCache) -> DatabaseLayer | None:
         return next((layer for layer in cache.layers if isinstance(layer, DatabaseLayer)), None)
@@ -224,9 +265,13 @@ class Session:
         ours = HybridDatabaseLayer(self, layer_index, layer) if hybrid else DatabaseLayer(self, layer_index)
         if not layer.get_seq_length():
             return ours
-        ours.update(layer.keys, layer.values)
         if isinstance(layer, DatabaseLayer):
             ours.token_ids, ours.adapters, ours.windows = layer.token_ids, layer.adapters, layer.windows
+            if layer.base is not None:
+                ours.begin_with_windows(layer.whole()[0])
+                return ours
+        ours.update(layer.keys, layer.values)
+        if isinstance(layer, DatabaseLayer):
             assert ours.db is not None
             assert layer.db is not None
             if layer.db.store.has_padding:
@@ -254,7 +299,6 @@ class ForwardPass:
         layers = getattr(self.cache, "layers", ())
         holder = layers[number] if number < len(layers) else self.cache
         if isinstance(holder, WindowLayer):
-            holder.queries.append(query.detach())
             return
         if holder is None:
             reason = "no cache (use_cache=False)"

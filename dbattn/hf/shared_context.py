@@ -1,4 +1,4 @@
-"""SharedContext: the rows of a snapshot in memory once, for all caches that begin with them."""
+"""SharedContext: the rows of a snapshot once, for all caches that begin with them."""
 
 import threading
 
@@ -10,7 +10,10 @@ from ..snapshot import LayerState, Snapshot
 
 
 class SharedContext:
-    """The layers of a snapshot as databases, read when a cache first asks for them; all caches hold forks of them."""
+    """The layers of a snapshot as databases, read when a cache first asks for them; all caches hold forks of them.
+
+    Rows that were read by windows stay in their files, where caches find those that they read.
+    """
 
     def __init__(self, snapshot: Snapshot, config: RetrievalConfig, device: torch.device) -> None:
         self._snapshot: Snapshot | None = snapshot
@@ -37,6 +40,10 @@ class SharedContext:
         layers, self.states = [], snapshot.states(self._device)
         for number in range(len(snapshot.info.layers)):
             db = AttentionDB.of_snapshot(snapshot, number, self._config, self._device)
-            db.fork()  # moves the rows to where forks share them
+            if snapshot.info.windows is None:
+                db.fork()  # moves the rows to where forks share them
+            else:
+                db.release()
+                db.store.freeze()
             layers.append(db)
         return layers

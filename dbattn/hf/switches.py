@@ -23,3 +23,5 @@ class Switches:
     drafts: bool = True
     audits: list[AuditReport] | None = None
     watcher: Watcher | None = None
+    # What follows a context directly reads the windows that were read before, and chooses none.
+    same_windows: bool = False

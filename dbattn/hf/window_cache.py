@@ -1,8 +1,7 @@
-"""WindowCache: the rows of one window while it is read, and the queries that they were asked."""
+"""WindowCache: the rows of one window while it is read."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -12,16 +11,11 @@ CHUNK = 1024
 
 
 class WindowLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
-    """A plain layer that also keeps the queries ``[B, Hq, n, D]`` of its rows; no database, so nothing is indexed."""
+    """A plain layer; no database, so nothing is indexed."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.queries: list[Tensor] = []
-
-    def rows(self, first: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and queries from position ``first`` on; queries are None where attention was not dbattn's."""
-        queries = torch.cat(self.queries, dim=2)[:, :, first:] if self.queries else None
-        return self.keys[:, :, first:], self.values[:, :, first:], queries
+    def newest(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the newest rows."""
+        return self.keys[:, :, -rows:], self.values[:, :, -rows:]
 
 
 class WindowCache(DynamicCache):  # type: ignore[misc]  # as above

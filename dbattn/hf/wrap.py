@@ -20,7 +20,7 @@ from ..query.plan import QueryPlan, sum_plans
 from ..query.stats import RunningStats
 from ..snapshot import SaveReport, SnapshotWriter
 from ..store import check_host_rows
-from ..windows import Windows
+from ..windows import Reading, Windows
 from .adapters import active_adapters
 from .batch import BatchCache
 from .cache import SERVED
@@ -165,7 +165,11 @@ class Handle:
         """What became of drafted tokens, where answers are exact; ``restart_report`` counts anew."""
         return self._session.drafts
 
-    def new_cache(self) -> ContextCache:
+    def reading(self, cache: DynamicCache) -> Reading | None:
+        """Which windows a cache reads, since a question came; None where there are none, or none came yet."""
+        return self._session.reading_of(cache)
+
+    def new_cache(self, reading: Reading | None = None) -> ContextCache:
         """A cache for the wrapped model, its layers databases already; to read a text once and ask often.
 
         It begins with the context's rows, if there is a context. All such caches share them, and own what comes after
@@ -173,13 +177,19 @@ class Handle:
         memory. Crop it back after a question, or take a new one. Where layers keep only the newest rows of a window, or
         a state of all that was read, it can be cropped to where the context ends, and to few other lengths.
 
+        Of a context that was read by windows no rows are read yet. What comes right after it chooses windows
+        (``RetrievalConfig.n_windows``; see ``reading``), whose rows are copied from the files, and all that follows
+        sees these, until the cache is cropped back to the context. Inside ``dense()`` all windows are read. Inside
+        ``same_windows()`` a question reads those of ``reading``, if it is given.
+
         Raises:
             ValueError: the model's adapters have changed since the context was opened.
-            SnapshotError (a ValueError): the first time, a file of the context is damaged; names it.
+            SnapshotError (a ValueError): the first time, a file of the context is damaged; names it. The first
+                question that reads windows raises it of their files.
         """
         cache = ContextCache(self.model.config)
         self._session.adopt(cache)
-        self._session.fill(cache)
+        self._session.fill(cache, reading)
         return cache
 
     def read_window(
@@ -263,9 +273,13 @@ class Handle:
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
-        drafts = self._session.drafts
-        windows = self._session.windows_of(self._session.newest)
-        return Report.of(self._session.stats, windows, "" if drafts is None else str(drafts))
+        drafts, newest = self._session.drafts, self._session.newest
+        return Report.of(
+            self._session.stats,
+            self._session.windows_of(newest),
+            self._session.reading_of(newest),
+            "" if drafts is None else str(drafts),
+        )
 
     @property
     def stats(self) -> list[RunningStats]:
@@ -321,6 +335,12 @@ class Handle:
             yield
 
     @contextmanager
+    def same_windows(self) -> Iterator[None]:
+        """Let what follows a context inside the block read the windows that its cache read before, and choose none."""
+        with self._session.switched(same_windows=True):
+            yield
+
+    @contextmanager
     def audit(self) -> Iterator[list[AuditReport]]:
         """Audit every retrieving call inside the block; yields the list that its reports are added to."""
         audits: list[AuditReport] = []
@@ -344,7 +364,10 @@ class Handle:
         def add(layer: int, db: AttentionDB, query: Tensor, scale: float, softcap: float | None) -> None:
             retrieve = self._session.switches.retrieve
             weights = db.row_weights(query, scale=scale, softcap=softcap, retrieve=retrieve)
-            trace.add(weights.total, weights.for_unread)
+            reading = self._session.reading_of(self._session.newest)
+            trace.add(
+                *(each if reading is None else reading.spread(each) for each in (weights.total, weights.for_unread))
+            )
 
         with self.watch(add):
             yield trace
@@ -393,16 +416,16 @@ class Handle:
             forward_pass.set(ForwardPass(self._session, cache, served))
             return args, kwargs
         if isinstance(cache, BatchCache):
-            positions, sharpening = self._session.note_batch(cache, given["input_ids"])
-            forward_pass.set(ForwardPass(self._session, cache, served, sharpening))
+            positions = self._session.note_batch(cache, given["input_ids"])
+            forward_pass.set(ForwardPass(self._session, cache, served))
             return (), given | {"position_ids": positions}
         self._session.note_missing_context(cache, given.get("input_ids"))
         sharpening = 1.0
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
-            if (windows := self._session.windows_of(cache)) is not None:
-                args, kwargs = (), given | {"position_ids": _positions(given, cache, windows)}
-                sharpening = windows.sharpening
+            if (reading := self._session.choose_windows(cache, given.get("input_ids"))) is not None:
+                args, kwargs = (), given | {"position_ids": _positions(given, cache, reading.windows)}
+                sharpening = reading.windows.sharpening_over(reading.read)
             self._session.note_call(cache, given.get("input_ids"))
         forward_pass.set(ForwardPass(self._session, cache, served, sharpening))
         return args, kwargs
@@ -411,7 +434,8 @@ class Handle:
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         # The hook is called after errors, too, which have no output.
         if output is not None and (under_way := forward_pass.get()) is not None:
-            self._session.note_end(under_way.cache)
+            for cache in getattr(under_way.cache, "caches", (under_way.cache,)):
+                self._session.note_end(cache)
         forward_pass.set(None)
 
 

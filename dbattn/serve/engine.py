@@ -136,7 +136,6 @@ class Generation:
                 # Its own where figures of this answer alone are asked for.
                 layer.db.stats = RunningStats(ladder=stats.ladder) if self.wants_sources else stats
         if self.wants_sources and self.served.finder is not None:
-            self.served.finder.neutral  # noqa: B018  # read before the trace begins
             self._trace = self._context.run(self._entered.enter_context, self.served.handle.trace())
 
     def read(self, tokens: int = 1) -> None:
@@ -180,10 +179,11 @@ class Generation:
 
     def _found(self) -> Evidence:
         stats = [layer.db.stats for layer in self._cache.layers if getattr(layer, "db", None) is not None]
-        found = Report.of(stats).summary
+        reading = self.served.handle.reading(self._cache)
+        found = Report.of(stats, self.served.handle.windows, reading).summary
         error = 0.0 if not found.retrieving else found.expected_error if found.error is None else found.error
         finder = self.served.finder
-        sources = None if finder is None or self._trace is None else finder.sources(self._trace)
+        sources = None if finder is None or self._trace is None else finder.sources(self._trace, reading)
         return Evidence(found.rows_read or float(found.rows_stored), found.rows_stored, error, sources)
 
 

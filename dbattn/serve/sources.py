@@ -7,6 +7,7 @@ from typing import Any
 from ..hf import Handle
 from ..hf.trace import Trace
 from ..text.prompt import Passage, answer_tokens, passages, question_ids
+from ..windows import Reading
 
 SHOWN = 3
 # Asked to learn what every question reads: the newest passages, and rows that attention is parked on.
@@ -73,24 +74,27 @@ class SourceFinder:
         assert handle.context is not None
         self._model, self._tokenizer, self._handle = model, tokenizer, handle
         self._ids = handle.context[0].tolist()
+        # The neutral question of the newest answer, and the windows that it was asked of.
+        self._newest: tuple[Reading | None, Trace] | None = None
 
-    @cached_property
-    def neutral(self) -> Trace:
-        """What a question about nothing in particular reads."""
-        asked = question_ids(NEUTRAL, self._tokenizer).to(self._model.device)
-        with self._handle.trace() as trace:
-            list(answer_tokens(self._model, asked, self._handle.new_cache(), None, 1))
-        return trace
+    def _neutral(self, reading: Reading | None) -> Trace:
+        """What a question about nothing in particular reads, of the same windows."""
+        if self._newest is None or self._newest[0] != reading:
+            asked = question_ids(NEUTRAL, self._tokenizer).to(self._model.device)
+            with self._handle.trace() as trace, self._handle.same_windows():
+                list(answer_tokens(self._model, asked, self._handle.new_cache(reading), None, 1))
+            self._newest = reading, trace
+        return self._newest[1]
 
     @cached_property
     def _passages(self) -> list[Passage]:
         return passages(self._ids, self._tokenizer)
 
-    def sources(self, trace: Trace) -> Sources:
-        """The passages that ``trace`` reads more than the neutral question does."""
+    def sources(self, trace: Trace, reading: Reading | None = None) -> Sources:
+        """The passages that ``trace`` reads more than the neutral question does; ``reading``: of which windows."""
         rows, parts = len(self._ids), self._passages
         first = max(self._handle.config.n_sink, parts[0].first)
-        asked, usual = (one.mass[0] / max(1, one.total) for one in (trace, self.neutral))
+        asked, usual = (one.mass[0] / max(1, one.total) for one in (trace, self._neutral(reading)))
         shares = []
         for mass in (asked, usual):
             of_text = max(float(mass[first:rows].sum()), 1e-12)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,15 +126,12 @@ class DataFile:
         if found != size:
             raise SnapshotError(f"{path} is damaged: it has {found} bytes, expected {size}")
         self.path = path
-        self._sha256 = sha256
+        self._sha256, self._checking = sha256, threading.Lock()
         self._fd = os.open(path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._fd)
         self._tensors = _open_tensors(path)
-
-    @property
-    def names(self) -> list[str]:
-        """Of its tensors."""
-        return list(self._tensors.keys())
+        # Of its tensors.
+        self.names: list[str] = list(self._tensors.keys())
 
     def tensor(self, name: str) -> Tensor:
         """One of its tensors, mapped."""
@@ -148,15 +146,16 @@ class DataFile:
         Raises:
             SnapshotError: they have another SHA-256.
         """
-        if not self._close.alive:
-            return
-        with os.fdopen(os.dup(self._fd), "rb") as file:
-            file.seek(0)
-            if hashlib.file_digest(file, "sha256").hexdigest() != self._sha256:
-                raise SnapshotError(
-                    f"{self.path} is damaged: its bytes are not those that were saved (SHA-256 differs)"
-                )
-        self._close()
+        with self._checking:
+            if not self._close.alive:
+                return
+            with os.fdopen(os.dup(self._fd), "rb") as file:
+                file.seek(0)
+                if hashlib.file_digest(file, "sha256").hexdigest() != self._sha256:
+                    raise SnapshotError(
+                        f"{self.path} is damaged: its bytes are not those that were saved (SHA-256 differs)"
+                    )
+            self._close()
 
 
 def digest_of(path: Path) -> str:

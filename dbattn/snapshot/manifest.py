@@ -173,13 +173,15 @@ class SnapshotInfo:
             SnapshotError: it is not one, of another format version, altered, or contradicts itself; says where.
         """
         try:
-            info = cls(path, **_parsed(raw))
+            data = _json(raw)
+            written = (_dump(data) + "\n").encode()
+            info = cls(path, **_parsed(data))
             _check_cover(info)
         except RecursionError:
             raise SnapshotError(f"{path / MANIFEST} is not a manifest: it is nested too deeply") from None
         except (ValueError, TypeError) as error:
             raise SnapshotError(f"{path / MANIFEST} is refused: {error}") from None
-        if info.to_bytes() != raw:
+        if written != raw:
             raise SnapshotError(f"{path / MANIFEST} is damaged: its bytes are not those that were saved")
         return info
 
@@ -188,11 +190,14 @@ def _dump(data: Any) -> str:
     return json.dumps(data, indent=1, allow_nan=False)
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
+def _json(raw: bytes) -> Any:
     try:
-        data = json.loads(raw.decode("ascii"))
+        return json.loads(raw.decode("ascii"))
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from None
+
+
+def _parsed(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f'it has no "format": "{FORMAT}"')
     if data.get("format_version") != VERSION:
@@ -203,7 +208,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     if hashlib.sha256(_dump(body).encode()).hexdigest() != data["sha256"]:
         raise ValueError("it is damaged: its SHA-256 is not the one it names")
     if isinstance(data["config"], dict):
-        data["config"].setdefault("prefill", "dense")  # snapshots of before there was a choice
+        # Snapshots of before there was a choice.
+        for name in ("prefill", "n_windows"):
+            data["config"].setdefault(name, getattr(RetrievalConfig(), name))
     config = _Fields(data["config"], "config", " ".join(name for name in RetrievalConfig().to_dict() if name != "rows"))
     return {
         "rows": fields.integer("rows"),

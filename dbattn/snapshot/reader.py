@@ -1,4 +1,4 @@
-"""Opening a snapshot: files are mapped, and every byte is checked before a store or an index takes any of them."""
+"""Opening a snapshot: files are mapped, and every byte of one is checked before any of them can reach an answer."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ from index_kernels.packed import SCALE_BYTES
 
 from ..config import RetrievalConfig
 from ..index import KeyIndex
-from ..store import KVStore, MappedRows, QuerySample, check_range
+from ..store import KVStore, MappedRows, Part, QuerySample, check_range
 from .folder import MANIFEST, DataFile, SnapshotError, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
 from .states import LayerState
@@ -37,7 +37,8 @@ def describe(path: str | os.PathLike[str]) -> SnapshotInfo:
 class Snapshot:
     """A snapshot whose files are open; ``restore`` fills a store and an index from them.
 
-    Opening does not read the files: their bytes are checked by the first ``restore``, all of them, before it takes any.
+    Opening does not read the files. ``restore`` checks those that it takes lists or queries from; rows that no index
+    has moved stay in their files, and each of these is checked when rows of it are first asked for.
 
     Attributes:
         info: what the manifest says.
@@ -107,23 +108,25 @@ class Snapshot:
     def restore(self, number: int, store: KVStore, index: KeyIndex, device: torch.device) -> None:
         """Make an empty store and an empty index of the right kind what layer ``number`` was.
 
-        Rows stay mapped until the store is asked for them; an index of FAISS asks at once.
+        Rows stay mapped until the store is asked for them; an index of FAISS asks at once. A file of rows that is
+        damaged is refused then.
 
         Raises:
             SnapshotError: a file is damaged, or holds something else than what the manifest says; names the file.
         """
-        self.check()
         if not self.info.rows:
             return
         layer, folder = self.info.layers[number], self.info.path
-        own = {
-            file: _of_layer(number, opened)
-            for file, opened in sorted(self._files.items(), key=lambda item: item[0].first)
-            if number in file.layers and file.kind not in ("tokens", "queries", "states")
-        }
+        own = {}
+        for file, opened in sorted(self._files.items(), key=lambda item: item[0].first):
+            if number in file.layers and file.kind not in ("tokens", "states"):
+                if file.kind != "rows":
+                    opened.check()
+                if file.kind != "queries":
+                    own[file] = _of_layer(number, opened)
         parts = [self._rows(file, layer, arrays) for file, arrays in own.items() if file.kind != "index"]
         start = torch.tensor(layer.start, dtype=torch.int64)
-        store.restore(MappedRows(parts, device), start, layer.settled, rotated=layer.rotated)
+        store.restore(MappedRows(tuple(parts), device), start, layer.settled, rotated=layer.rotated)
         self._restore_queries(number, store, device)
         states = {file: arrays for file, arrays in own.items() if arrays or file.kind == "segment"}
         runs = [(file.name, file.first, file.stop, arrays) for file, arrays in states.items()]
@@ -178,10 +181,10 @@ class Snapshot:
                     raise SnapshotError(f"{self.info.path / file.name} is refused: layer {number}: {error}") from None
                 store.take_sample(sample)
 
-    def _rows(self, file: FileInfo, layer: LayerInfo, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Take keys and values out of a file's arrays of one layer."""
+    def _rows(self, file: FileInfo, layer: LayerInfo, arrays: dict[str, Tensor]) -> Part:
+        """Take keys and values out of a file's arrays of one layer; their numbers are not looked at yet."""
         where = self.info.path / file.name
-        both = []
+        both = {}
         for name, dim in (("keys", layer.head_dim), ("values", layer.value_dim)):
             rows = arrays.pop(name, None)
             width = dim + SCALE_BYTES * (layer.dtype == "int8")
@@ -189,12 +192,27 @@ class Snapshot:
             if rows is None or list(rows.shape) != shape or str(rows.dtype) != f"torch.{layer.dtype}":
                 found = "missing" if rows is None else f"{rows.dtype} {list(rows.shape)}"
                 raise SnapshotError(f"{where} is refused: {name} are {found}, expected torch.{layer.dtype} {shape}")
+            both[name] = rows
+        return Part(both["keys"], both["values"], _RowsCheck(self._files[file], both))
+
+
+class _RowsCheck:
+    """Refuses rows of a file that are not what was saved, or out of range, before they are first read."""
+
+    def __init__(self, file: DataFile, rows: dict[str, Tensor]) -> None:
+        self._file: DataFile | None = file
+        self._rows = rows
+
+    def __call__(self) -> None:
+        if self._file is None:
+            return
+        self._file.check()
+        for name, rows in self._rows.items():
             try:
                 check_range(name, rows)
             except ValueError as error:
-                raise SnapshotError(f"{where} is refused: {error}") from None
-            both.append(rows)
-        return both[0], both[1]
+                raise SnapshotError(f"{self._file.path} is refused: {error}") from None
+        self._file = None
 
 
 def _structure(config: RetrievalConfig) -> dict[str, int | str | None]:

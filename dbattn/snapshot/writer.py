@@ -33,7 +33,7 @@ from .folder import (
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, ModelInfo, SnapshotInfo
 from .states import LayerState
 
-# Rows of a file, for an index that leaves rows where they are.
+# Rows of a file, where no index has moved them.
 ROWS_PER_FILE = 4096
 # Layers share a file up to this size: few files, but never all layers of a large segment in memory at once.
 BYTES_PER_FILE = 256 << 20
@@ -226,7 +226,8 @@ def _runs(layers: Sequence[Layer]) -> list[FileInfo]:
         rows, bounds = len(store), index.bounds
         if index.moves_rows:
             runs = [("segment", *run) for run in pairwise(bounds)]
-            runs += [("rows", bounds[-1], rows)] if rows > bounds[-1] else []
+            if rows > bounds[-1]:
+                runs += [("rows", *run) for run in pairwise([*range(bounds[-1], rows, ROWS_PER_FILE), rows])]
         else:
             runs = [("rows", *run) for run in pairwise([*range(0, rows, ROWS_PER_FILE), rows])]
             runs += [("index", *run) for run in pairwise(bounds)]
@@ -243,7 +244,7 @@ def _parts(run: FileInfo, done: set[int], layers: Sequence[Layer]) -> Iterator[F
         if number in done:
             continue
         store = layers[number][0]
-        size = (run.stop - run.first) * sum(rows[:, :, :1].nbytes for rows in store.rows)
+        size = (run.stop - run.first) * store.row_bytes * store.num_kv_heads * len(store.start)
         if part and size > room:
             yield replace(run, layers=tuple(part))
             part, room = [], BYTES_PER_FILE
@@ -264,8 +265,8 @@ def _tensors(file: FileInfo, layers: Sequence[Layer]) -> dict[str, Tensor]:
                 tensors[f"layer.{number}.{name}"] = part.cpu().contiguous()
             continue
         if file.kind != "index":
-            for name, rows in zip(("keys", "values"), store.rows, strict=True):
-                tensors[f"layer.{number}.{name}"] = rows[:, :, file.first : file.stop].detach().cpu().contiguous()
+            for name, rows in zip(("keys", "values"), store.between(file.first, file.stop), strict=True):
+                tensors[f"layer.{number}.{name}"] = rows.detach().cpu().contiguous()
         if file.kind != "rows":
             for name, array in index.state(file.first, file.stop).items():
                 tensors[f"layer.{number}.{name}"] = torch.from_numpy(np.ascontiguousarray(array))
@@ -273,7 +274,7 @@ def _tensors(file: FileInfo, layers: Sequence[Layer]) -> dict[str, Tensor]:
 
 
 def _facts(store: KVStore, index: KeyIndex) -> LayerInfo:
-    dtype = None if store.is_empty else str(store.rows[0].dtype).removeprefix("torch.")
+    dtype = None if store.is_empty else str(store.kept_dtype).removeprefix("torch.")
     start = () if store.is_empty else tuple(store.start.tolist())
     rotated = store.rotated and not store.is_empty
     return LayerInfo(

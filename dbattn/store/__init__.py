@@ -1,7 +1,7 @@
 """The rows of a layer: KVStore keeps them, RowSource and StateSource are rows of other origin."""
 
 from .host import check_host_rows
-from .mapped import MappedRows, new_buffer
+from .mapped import MappedRows, Part, new_buffer
 from .noise import exponential_noise
 from .pages import Pages, Spread
 from .queries import QuerySample
@@ -13,6 +13,7 @@ __all__ = [
     "KVStore",
     "MappedRows",
     "Pages",
+    "Part",
     "QuerySample",
     "RowSource",
     "Spread",

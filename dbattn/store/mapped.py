@@ -1,5 +1,6 @@
 """Rows that are mapped from files, and the buffers that rows are kept in."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,30 +10,88 @@ from torch import Tensor
 from .host import host_buffer
 
 
-@dataclass(frozen=True)
-class MappedRows:
-    """Rows that lie in parts, one after the other, each (keys ``[B, Hkv, n, D]``, values ``[B, Hkv, n, Dv]``).
+def _nothing() -> None:
+    return None
 
-    The parts are mapped from files and never written; copies of a store share them. Rows are wanted on ``device``.
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that lie together: keys ``[B, Hkv, n, D]``, values ``[B, Hkv, n, Dv]``.
+
+    ``check`` is called before their numbers are read, every time; it raises where they are not what was saved.
     """
 
-    parts: list[tuple[Tensor, Tensor]]
+    keys: Tensor
+    values: Tensor
+    check: Callable[[], None] = _nothing
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True)
+class MappedRows:
+    """Rows that lie in parts, one after the other, and are wanted on ``device``.
+
+    The parts are mapped from files, or were in memory before; they are never written, and copies of a store share them.
+    """
+
+    parts: tuple[Part, ...]
     device: torch.device
 
     def together(self, *, host: bool = False) -> tuple[Tensor, Tensor]:
-        """Buffers of their own, keys and values, with all rows in them; ``host``: see ``new_buffer``."""
-        both = []
-        for parts in zip(*self.parts, strict=True):
-            buffer = new_buffer(parts[0], max(len(self), 64), self.device, host=host)
-            at = 0
-            for part in parts:
-                buffer[:, :, at : at + part.shape[2]] = part
-                at += part.shape[2]
-            both.append(buffer)
-        return both[0], both[1]
+        """Buffers of their own, keys and values, with all rows and room for more; ``host``: see ``new_buffer``."""
+        return self._copied(0, len(self), len(self) + max(len(self) // 8, 64), host=host)
+
+    def between(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows ``first .. stop``: a view where one part has them, else a copy."""
+        at = 0
+        for part in self.parts:
+            if at <= first and stop <= at + len(part):
+                part.check()
+                keys, values = (rows[:, :, first - at : stop - at] for rows in (part.keys, part.values))
+                return keys.to(self.device), values.to(self.device)
+            at += len(part)
+        return self._copied(first, stop, stop - first)
+
+    def checked(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each part, all of which may be read."""
+        for part in self.parts:
+            part.check()
+        return [(part.keys, part.values) for part in self.parts]
+
+    def and_more(self, keys: Tensor, values: Tensor) -> "MappedRows":
+        """These rows and, after them, others, which are copied."""
+        part = Part(new_buffer(keys, keys.shape[2]), new_buffer(values, values.shape[2]))
+        part.keys.copy_(keys)
+        part.values.copy_(values)
+        return MappedRows((*self.parts, part), self.device)
+
+    def first(self, rows: int) -> "MappedRows":
+        """The first rows alone."""
+        kept, at = [], 0
+        for part in self.parts:
+            if at < rows:
+                some = slice(0, min(len(part), rows - at))
+                kept.append(Part(part.keys[:, :, some], part.values[:, :, some], part.check))
+            at += len(part)
+        return MappedRows(tuple(kept), self.device)
+
+    def _copied(self, first: int, stop: int, room: int, *, host: bool = False) -> tuple[Tensor, Tensor]:
+        first_part = self.parts[0]
+        keys, values = (new_buffer(rows, room, self.device, host=host) for rows in (first_part.keys, first_part.values))
+        at = 0
+        for part in self.parts:
+            low, high = max(first, at), min(stop, at + len(part))
+            if low < high:
+                part.check()
+                for buffer, rows in ((keys, part.keys), (values, part.values)):
+                    buffer[:, :, low - first : high - first] = rows[:, :, low - at : high - at]
+            at += len(part)
+        return keys, values
 
     def __len__(self) -> int:
-        return sum(keys.shape[2] for keys, _ in self.parts)
+        return sum(len(part) for part in self.parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MappedRows":
         return self

@@ -12,7 +12,7 @@ from index_kernels.ops import FLOATS
 from index_kernels.reference import softcapped
 
 from .host import check_host_rows
-from .mapped import MappedRows, new_buffer
+from .mapped import MappedRows, Part, new_buffer
 from .pages import Shared, Spread
 from .queries import STRIDE, QuerySample
 from .storage import LOOKED_AT, check_queries, check_range, on_device, stored
@@ -111,13 +111,25 @@ class KVStore:
         keys, values = (
             stored(name, self.turn(rows), self.storage) for name, rows in (("keys", keys), ("values", values))
         )
-        added = keys.shape[2]
-        self._reserve(keys, values, self._length + added)
-        for buffer, rows in zip(self.buffers, (keys, values), strict=True):
-            buffer.narrow(2, self._length, added).copy_(rows.detach())
-        self._length += added
-        if added > 1 or not on_device(keys):
+        self._write(keys.detach(), values.detach())
+        if keys.shape[2] > 1 or not on_device(keys):
             self._looked_at = self._length
+
+    def append_kept(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows as a store of the same kind keeps them, from ``rows`` or ``between``, after the newest."""
+        self._write(keys, values)
+        self._looked_at = self._settled = self._length
+
+    def _write(self, keys: Tensor, values: Tensor) -> None:
+        added = keys.shape[2]
+        if self._mapped is not None:
+            # Until somebody wants them together, rows that are mapped stay so.
+            self._mapped = self._mapped.first(self._length).and_more(keys, values)
+        else:
+            self._reserve(keys, values, self._length + added)
+            for buffer, rows in zip(self.buffers, (keys, values), strict=True):
+                buffer.narrow(2, self._length, added).copy_(rows)
+        self._length += added
 
     def widen(self, dtype: torch.dtype) -> torch.dtype:
         """Keep rows in a float type that holds those of ``dtype`` too, and return it: the wider one of both.
@@ -156,6 +168,15 @@ class KVStore:
         self._mapped, self._length, self._settled, self.rotated = rows, len(rows), settled, rotated
         self._looked_at = len(rows)
         self._set_start(start.to(rows.device))
+
+    def check_mapped(self) -> None:
+        """Look at all rows that are still in files.
+
+        Raises:
+            SnapshotError (a ValueError): a file that is damaged, or holds numbers out of range.
+        """
+        if self._mapped is not None:
+            self._mapped.checked()
 
     def can_start_at(self, start: Tensor) -> bool:
         """Whether ``set_start`` would accept ``start [B]``."""
@@ -259,13 +280,11 @@ class KVStore:
 
     def _moved_to_pages(self) -> Shared | None:
         mapped, rows = self._mapped, self._length
-        if mapped is None:
-            keys, values = self.rows
-            mapped = MappedRows([(keys, values)], keys.device)
-        if mapped.device.type != "cpu":
+        parts = [self.rows] if mapped is None else mapped.first(rows).checked()
+        if self.device.type != "cpu":
             return None
         room = rows + max(rows // 8, SPARE_ROWS)
-        shared = Shared.of([Spread(parts, room) for parts in zip(*mapped.parts, strict=True)], rows)
+        shared = Shared.of([Spread(each, room) for each in zip(*parts, strict=True)], rows)
         if shared is not None:
             # In this order: another thread may fork the same store.
             keys, values = shared.pages.view()
@@ -308,6 +327,36 @@ class KVStore:
         keys, values = self.rows
         return (keys.clone(), values.clone()) if self.host and queries > 1 else (keys, values)
 
+    def freeze(self) -> None:
+        """Leave the present rows as they are: copies of the store share them, and more rows become parts beside them.
+
+        So they take the memory of their numbers, and no more, until somebody wants them together.
+        """
+        if self._mapped is None and self._buffers is not None:
+            self._mapped, self._buffers = MappedRows((Part(*self.rows),), self.device), None
+            self._shared = None
+
+    def between(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The rows that stand at ``first .. stop``, as ``rows`` has them; where they are mapped, only these are read.
+
+        Raises:
+            SnapshotError (a ValueError): the file that has them is damaged.
+        """
+        if self._mapped is not None:
+            return self._mapped.between(first, stop)
+        keys, values = self.rows
+        return keys[:, :, first:stop], values[:, :, first:stop]
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """What numbers of rows are kept as; packed ones as int8."""
+        return self._like[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are, or will be."""
+        return self._like[0].device if self._mapped is None else self._mapped.device
+
     @property
     def keys(self) -> Tensor:
         """Keys ``[B, Hkv, n, D]`` as floats: a zero-copy view, of packed rows a float32 copy.
@@ -334,7 +383,7 @@ class KVStore:
     def row_bytes(self) -> int:
         """Bytes of one row: a key and a value."""
         if not self._row_bytes:
-            self._row_bytes = sum(buffer.element_size() * buffer.shape[3] for buffer in self.buffers)
+            self._row_bytes = sum(buffer.element_size() * buffer.shape[3] for buffer in self._like)
         return self._row_bytes
 
     @property
@@ -370,8 +419,9 @@ class KVStore:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, spare capacity included; for saved rows not asked for yet, what they will take."""
-        parts = self._mapped.parts if self._mapped is not None else [self._buffers] if self._buffers is not None else []
-        return sum(buffer.nbytes for part in parts for buffer in part)
+        if self._mapped is not None:
+            return sum(part.keys.nbytes + part.values.nbytes for part in self._mapped.parts)
+        return 0 if self._buffers is None else sum(buffer.nbytes for buffer in self._buffers)
 
     @property
     def own_nbytes(self) -> int:
@@ -391,6 +441,13 @@ class KVStore:
 
     def _plain(self, rows: Tensor) -> Tensor:
         return self.turn(floats(rows)) if rows.dtype == torch.int8 else rows
+
+    @property
+    def _like(self) -> tuple[Tensor, Tensor]:
+        """Some of the rows, of whose shape and type all are; mapped ones are not read."""
+        if self._mapped is None:
+            return self.buffers
+        return self._mapped.parts[0].keys, self._mapped.parts[0].values
 
     @property
     def _has_buffers(self) -> bool:
@@ -427,7 +484,7 @@ class KVStore:
         return self._grown(rows, rows, rows.shape[2]) if self.host else rows
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
-        held = self.buffers if self._has_buffers else (None, None)
+        held = self._like if self._has_buffers else (None, None)
         for name, rows, dim, buffer in (
             ("keys", keys, self.head_dim, held[0]),
             ("values", values, self.value_dim, held[1]),
@@ -441,9 +498,9 @@ class KVStore:
                 raise ValueError(f"{name} have dtype {rows.dtype}, expected one of float32, float16, bfloat16")
             if buffer is None:
                 continue
-            if (self.storage is None and rows.dtype != buffer.dtype) or rows.device != buffer.device:
+            if (self.storage is None and rows.dtype != buffer.dtype) or rows.device != self.device:
                 raise ValueError(
-                    f"{name} are {rows.dtype} on {rows.device}, the store holds {buffer.dtype} on {buffer.device}"
+                    f"{name} are {rows.dtype} on {rows.device}, the store holds {buffer.dtype} on {self.device}"
                 )
         if keys.shape[:3] != values.shape[:3]:
             raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} differ in batch, heads or rows")
