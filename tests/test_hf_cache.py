@@ -10,7 +10,7 @@ from test_hf import RETRIEVING, assert_close, generate, prompt, tiny
 from transformers import DynamicCache
 
 from dbattn import AttentionDB, RetrievalConfig
-from dbattn.hf import Windows, wrap
+from dbattn.hf import wrap
 from dbattn.hf.batch import BatchCache
 
 SEALING = {"index": "segmented", "k": 10**6, "window": 8, "n_sink": 2, "dense_below": 0, "audit_rate": 0.0}
@@ -201,15 +201,12 @@ def test_a_call_that_begins_without_the_context_says_so_once(tmp_path):
             assert all("without the context" in layer.remarks for layer in handle.report().layers)
 
 
-@pytest.mark.parametrize("windows", [None, Windows(prefix=4, overlap=8, tokens=64)])
-def test_caches_of_any_length_take_a_step_together_as_each_would_alone(windows, tmp_path):
+def test_caches_of_any_length_take_a_step_together_as_each_would_alone(tmp_path):
     model, generator = tiny(max_position_embeddings=1024), torch.Generator().manual_seed(1)
     text = torch.randint(2, 126, (1, 200), generator=generator)
     with torch.inference_mode(), wrap(model, RETRIEVING) as handle:
         cache = handle.new_cache()
-        while windows is not None and cache.get_seq_length() < 200:
-            handle.read_window(text, cache, windows)
-        model(text[:, :50] if windows else text, past_key_values=cache)
+        model(text, past_key_values=cache)
         handle.save(tmp_path / "text", cache)
     with torch.inference_mode(), wrap(model, RETRIEVING, context=tmp_path / "text") as handle:
         alone, together = ([handle.new_cache() for _ in range(3)] for _ in range(2))

@@ -462,11 +462,11 @@ def test_text_comes_whole_until_the_first_stop_is_complete_however_it_is_cut(tex
     assert until.has_ended == any(stop in text for stop in stops)
 
 
-def said_after(served, ids, conversations, owner, tokens=4):
+def said_after(served, ids, conversations, owner, tokens=4, **options):
     """Let an engine answer; the ids afterwards."""
     config = copy.deepcopy(served.model.generation_config)
     config.max_new_tokens = tokens
-    made = Generation(served, ids, config, put=lambda token: True, owner=owner)
+    made = Generation(served, ids, config, put=lambda token: True, owner=owner, **options)
     Engine(conversations).answer(made)
     return made
 
@@ -513,6 +513,33 @@ def test_an_engine_says_what_models_of_every_kind_say_and_goes_back_where_they_c
         assert made[0].tokens_reused == (0 if family == "gemma2" else 59)
         with pytest.raises(ValueError, match="the prompt is empty"):
             Generation(one, [], config, put=lambda token: True)
+
+
+def test_a_context_read_by_windows_is_answered_from_those_that_the_question_chooses(model_folder, tmp_path):
+    (tmp_path / "long.txt").write_text(read_haystack()[:6000])
+    words = ["ingest", str(tmp_path / "long.txt"), "--out", str(tmp_path / "long"), "--model", str(model_folder)]
+    assert main([*words, "--window-tokens", "400", "--quiet"]) == 0
+    with wrapped(*load_model(model_folder), "tiny", {"long": tmp_path / "long"}) as served:
+        long, conversations = served["tiny@long"], Conversations(1 << 28)
+        ids = conversation_ids(long, QUESTION)
+        made = said_after(long, ids, conversations, "a", wants_sources=True)
+        found = made.evidence
+        assert made.outcome == "done"
+        assert 0 < found.rows_read < 0.8 * found.of
+        assert found.of >= len(long.ids)
+        said, cache = torch.tensor([ids]), long.handle.new_cache()
+        options = {"do_sample": False, "max_new_tokens": 4, "attention_mask": torch.ones_like(said)}
+        again = long.model.generate(said, past_key_values=cache, **options)
+        holes = {"attention_mask": (said != ids[3]).long(), "past_key_values": long.handle.new_cache()}
+        with pytest.raises(ValueError, match="not causal with left padding: no such mask can be honoured over windows"):
+            long.model.generate(said, **options | holes)
+        assert made.ids == again[0].tolist()
+        for source in found.sources.found:
+            assert (
+                long.tokenizer.decode(long.ids[source.passage.first : source.passage.stop]).strip()
+                == source.passage.text
+            )
+        assert said_after(long, [*made.ids, ids[-1]], conversations, "a").tokens_reused > len(ids)
 
 
 def test_two_conversations_that_begin_alike_do_not_take_each_others_rows(served):

@@ -82,6 +82,8 @@ def attention_function(
             assert isinstance(out, Tensor)
             return _as_sdpa_returns(out), None
         reason = "the mask is not causal with left padding" if in_order else "the model's attention is not causal here"
+        if layer.base is not None:
+            raise ValueError(f"{reason}: no such mask can be honoured over windows, some of which are not read")
         layer.session.note_dense(layer.layer_index, reason, query, key, value)
         db.release()
     elif layer is not None:

@@ -151,8 +151,9 @@ class Snapshot:
         Raises:
             SnapshotError: a file is damaged, or holds something else than what the manifest says; names the file.
         """
-        self.check()
         found = {file: opened for file, opened in self._files.items() if file.kind == "states"}
+        for opened in found.values():
+            opened.check()
         states = []
         for info in self.info.states:
             arrays = {name: array for opened in found.values() for name, array in _of_layer(info.layer, opened).items()}
