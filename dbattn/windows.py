@@ -69,9 +69,9 @@ class Windows:
         return min(0, self.span - self.rows)
 
     @property
-    def sharpening(self) -> float:
-        """Factor of the logits of what follows, where all windows are read; see ``sharpening_over``."""
-        return self.sharpening_over(self.rows)
+    def count(self) -> int:
+        """How many windows the rows make."""
+        return 1 + -(-max(0, self.rows - self.span) // self.tokens)
 
     def sharpening_over(self, rows: int) -> float:
         """Factor of the logits of what sees so many rows of windows: what one of them says would drown in the others.
@@ -115,7 +115,7 @@ class Windows:
 
     def __str__(self) -> str:
         return (
-            f"{self.rows} tokens read in {len(self.of(self.rows))} windows of {self.tokens}, each after the first "
+            f"{self.rows} tokens read in {self.count} windows of {self.tokens}, each after the first "
             f"{self.prefix} of the text and {self.overlap} or more of the window before; what follows stands at "
             f"position {self.rows + self.shift}"
         )
@@ -189,7 +189,7 @@ class Reading:
     @property
     def is_whole(self) -> bool:
         """Whether all windows are read."""
-        return len(self.numbers) == len(self.windows.of(self.windows.rows))
+        return len(self.numbers) == self.windows.count
 
     def __str__(self) -> str:
         sharpening = f"logits times {self.windows.sharpening_over(self.read):.3g}"

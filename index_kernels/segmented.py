@@ -60,6 +60,8 @@ def attend_segmented(
     """
     if query.shape[2] != 1:
         raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
+    if how.head_weights is not None and len(how.head_weights) != query.shape[1]:
+        raise ValueError(f"head_weights are {len(how.head_weights)}, expected one for each of {query.shape[1]} heads")
     chosen = resolve_backend(query, backend)
     if chosen == "numba":
         answer: SegmentedAnswer = _fused().attend_segmented(

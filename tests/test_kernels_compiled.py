@@ -102,8 +102,10 @@ def launch_segmented(dtype, dim):
     lists.reserve([0, ROWS], ROWS)
     lists.lists.used[:] = ROWS // 32
     start = torch.zeros(1, dtype=torch.int64)
-    for softcap, tail, by_code in ((None, True, False), (30.0, False, False), (None, True, True), (30.0, False, True)):
-        how = ListReading(ROWS - 100, ROWS, 4, 400, 400, ROWS, 0.1, softcap, 0.4, 0.7, tail)
+    weights = tuple(map(float, range(8)))
+    kinds = ((None, True, False, None), (30.0, False, False, weights), (30.0, True, True, weights))
+    for softcap, tail, by_code, head_weights in kinds:
+        how = ListReading(ROWS - 100, ROWS, 4, 400, 400, ROWS, 0.1, softcap, 0.4, 0.7, tail, head_weights)
         launch(
             "attend_segmented", query, rows, rows, lists.table, how, start=start, budget=400, by_code=by_code,
             details=False, file="segmented",

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
 from dbattn.hf import wrap
 from dbattn.index._calibration import Audited, solve
+from dbattn.index._list_scan import budget
 from dbattn.snapshot import SnapshotError
 from dbattn.store.queries import GIVEN, STRIDE, QuerySample
+from index_kernels import attend_segmented
 
 SEGMENTED = RetrievalConfig(index="segmented", k=50, dense_below=0, n_sink=2, window=8, audit_rate=0.0)
 
@@ -311,6 +313,19 @@ def test_rows_go_to_the_heads_whose_error_they_lower():
     db, query = calibrated(rows=(keys, values, queries))
     read = (db.row_weights(query).read > 0).sum(dim=-1)[0]
     assert read[0] < read[2] / 4
+
+
+def test_other_query_heads_than_those_sampled_may_ask():
+    db, query = calibrated()
+    more = query.repeat_interleave(2, dim=1)
+    out = db.attend(more)
+    assert torch.equal(out[:, ::2], out[:, 1::2])
+    weights = db.index.needs.head_weights
+    how = budget(len(db.index), 50).reading(
+        db._call(more, None), len(db.index), len(db), tail=True, head_weights=weights
+    )
+    with pytest.raises(ValueError, match="head_weights are 4, expected one for each of 8 heads"):
+        attend_segmented(more, *db.store.buffers, db.index.table, how, start=db.store.start)
 
 
 def test_a_budget_does_not_depend_on_how_rows_arrived_or_what_was_asked_between():

@@ -515,7 +515,10 @@ def test_an_engine_says_what_models_of_every_kind_say_and_goes_back_where_they_c
             Generation(one, [], config, put=lambda token: True)
 
 
-def test_a_context_read_by_windows_is_answered_from_those_that_the_question_chooses(model_folder, tmp_path):
+def test_a_context_read_by_windows_is_answered_from_those_that_the_whole_question_chooses(
+    model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dbattn.serve.engine.PIECE", 8)
     (tmp_path / "long.txt").write_text(read_haystack()[:6000])
     words = ["ingest", str(tmp_path / "long.txt"), "--out", str(tmp_path / "long"), "--model", str(model_folder)]
     assert main([*words, "--window-tokens", "400", "--quiet"]) == 0
@@ -539,7 +542,22 @@ def test_a_context_read_by_windows_is_answered_from_those_that_the_question_choo
                 long.tokenizer.decode(long.ids[source.passage.first : source.passage.stop]).strip()
                 == source.passage.text
             )
-        assert said_after(long, [*made.ids, ids[-1]], conversations, "a").tokens_reused > len(ids)
+        assert said_after(long, [*made.ids, ids[-1]], conversations, "a").tokens_reused == len(long.ids)
+
+
+def test_an_answer_that_fails_ends_alone(served):
+    book, engine = served["tiny@book"], Engine(Conversations(1 << 28))
+    config = copy.deepcopy(book.model.generation_config)
+    config.max_new_tokens, config.do_sample = 3, True
+    made = [Generation(book, conversation_ids(book, "?"), config, put=lambda token: True, seed=1) for _ in range(2)]
+    first = made[0].prompt_tokens
+    made[0]._chooser._processors = lambda ids, scores: scores if ids.shape[1] == first else scores * float("nan")
+    for each in made:
+        engine.submit(each)
+    while not all(each.ended for each in made):
+        engine.round()
+    assert [each.outcome for each in made] == ["failed", "done"]
+    assert "no token has a probability" in str(made[0].error)
 
 
 def test_two_conversations_that_begin_alike_do_not_take_each_others_rows(served):

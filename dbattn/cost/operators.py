@@ -80,7 +80,7 @@ def plan_of(
         config,
         workload_of(shape, tokens, new, batch, config if retrieve else None),
         backend="numba" if threads else "reference",
-        threads=threads,
+        processor=threads,
         retrieve=retrieve,
         estimate=threads is not None and new == 1,
     )

@@ -125,6 +125,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     def begin_with_windows(self, base: KVStore) -> None:
         """Take over the rows of a text that was read by windows, which are frozen; none is read yet."""
         self.base, self.db, self._taken = copy.copy(base), None, 0
+        self.base.sample = None  # that of others; nobody asks these rows
         self._note_kind(base)
 
     def _note_kind(self, store: KVStore) -> None:

@@ -32,6 +32,12 @@ def open_context(context: str | os.PathLike[str], decoder: nn.Module, layers: Se
             check_states(info.states, layers, info.rows, info.batch)
         except ValueError as error:
             differs = str(error)
+    if differs is None and info.windows is not None:
+        limit = getattr(decoder.config, "max_position_embeddings", None)
+        if info.states:
+            differs = "it was read by windows, and has layers that cannot be"
+        elif limit is not None and info.windows.span > limit:
+            differs = f"its windows have {info.windows.span} positions, the model was made for {limit}"
     if differs is not None:
         raise SnapshotError(f"{context} is the context of another model: {differs}")
     return snapshot

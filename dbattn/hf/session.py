@@ -112,8 +112,10 @@ class Session:
         Raises:
             ValueError: more than a token each, or caches that are not this session's, or were read by windows.
         """
-        ours = all(layer.session is self for cache in batch.caches for layer in cache.layers)
-        if token_ids.shape != (len(batch.caches), 1) or not ours or not all(map(BatchCache.takes, batch.caches)):
+        ours = all(map(BatchCache.takes, batch.caches)) and all(
+            layer.session is self for cache in batch.caches for layer in cache.layers
+        )
+        if token_ids.shape != (len(batch.caches), 1) or not ours:
             raise ValueError(
                 f"a batch of {len(batch.caches)} caches was given tokens {list(token_ids.shape)}: expected one token "
                 "each, and caches of this model that were not read by windows"
@@ -197,10 +199,13 @@ class Session:
         if first is None or first.windows is None or first.base is None:
             return None
         rows, windows = len(first.base), first.windows
-        if first.reading is not None and (cache.get_seq_length() > rows or self.switches.same_windows):
-            return first.reading
-        numbers, most = tuple(range(len(windows.of(windows.rows)))), self.config.n_windows
-        if most is not None and most < len(numbers) and self.switches.retrieve:
+        held = first.reading
+        if held is not None and (cache.get_seq_length() > held.rows or self.switches.same_windows):
+            return held
+        numbers, most = tuple(range(windows.count)), self.config.n_windows
+        # Drafts are checked over what they read.
+        some = self.switches.retrieve or self.drafts is not None
+        if most is not None and most < len(numbers) and some:
             if asked is None:
                 raise ValueError(
                     "windows are chosen by the token ids of a question, but the call has none (inputs_embeds?): pass "
@@ -208,7 +213,7 @@ class Session:
                 )
             numbers = choose(windows, first.token_ids, asked, most)
         reading = Reading(windows, numbers, rows)
-        if reading != first.reading:
+        if reading != held:
             self._read(cache, reading)
         return reading
 

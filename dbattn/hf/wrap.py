@@ -64,7 +64,8 @@ def wrap(
         exact: ``model.generate`` gives dense's tokens (greedy; up to ties that rounding decides) or samples from its
             distribution: retrieval only drafts tokens, and one dense pass checks several. How many are drafted follows
             from what is accepted and from the times measured; none where that would not be faster, and for batches and
-            beams: ``report`` says so. Plain calls of the model are answered densely.
+            beams: ``report`` says so. Plain calls of the model are answered densely. Of a context that was read by
+            windows, both are over the windows that a question chooses.
 
     Raises:
         TypeError: a config that is no RetrievalConfig.
@@ -222,6 +223,8 @@ class Handle:
         if "position_ids" not in self._signature.parameters:
             raise ValueError(f"{type(self.model).__name__} takes no position_ids: it cannot read by windows")
         refuse_states(cache, "cannot read by windows, each of which has states of its own")
+        if before is not None and before.rows != held:
+            raise ValueError(f"the cache holds {held} rows, {before.rows} of windows: crop it to these first")
         if limit is not None and windows.span > limit:
             raise ValueError(f"windows have {windows.span} positions, the model was made for {limit}")
         if (held and before is None) or (before is not None and replace(before, rows=0) != replace(windows, rows=0)):
@@ -333,6 +336,16 @@ class Handle:
         """Answer every call inside the block densely; rows are indexed all the same."""
         with self._session.switched(retrieve=False, drafts=False):
             yield
+
+    def choose_windows(self, cache: DynamicCache, question: Tensor) -> Reading | None:
+        """Let a cache read the windows for a question, token ids ``[B, m]``, that will come in pieces.
+
+        Read these inside ``same_windows()``. None, and nothing done, where the context was not read by windows.
+
+        Raises:
+            SnapshotError (a ValueError): a file with rows of them is damaged.
+        """
+        return self._session.choose_windows(cache, question)
 
     @contextmanager
     def same_windows(self) -> Iterator[None]:

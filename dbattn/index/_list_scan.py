@@ -237,6 +237,8 @@ class ListScan(Step):
         store = call.store
         needs = call.index.needs
         weights = () if needs is None else needs.head_weights
+        if len(weights) != query.shape[1]:
+            weights = ()  # other queries ask than those that were sampled
         how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail, head_weights=weights)
         return attend_segmented(
             query, *store.buffers, index.table, how, start=store.start, by_code=store.host, details=call.measure

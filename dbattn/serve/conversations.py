@@ -32,7 +32,8 @@ class Conversations:
     from the first on; what follows the first difference is dropped. So nobody's answer depends on what another owner
     said, nor does the time until it comes tell whether somebody said it. A cache is lent to one request at a time:
     another one with the same beginning reads it anew. So does one that would drop more than half of what was kept, and
-    not the latest answer alone: two conversations that begin alike do not take each other's rows away.
+    not the latest answer alone: two conversations that begin alike do not take each other's rows away. Over a context
+    that was read by windows, each question chooses its own, and what was said before is read anew with these.
 
     Not safe for threads: the engine alone uses it.
     """
@@ -69,6 +70,8 @@ class Conversations:
 
     def keep(self, owner: str, served: Served, ids: list[int], asked: int, cache: Any) -> None:
         """Keep a cache with the rows of ``ids``, the latest answer from ``asked`` on; the least recently used go."""
+        if served.handle.windows is not None:
+            return  # the next question chooses other windows, which what was said has not seen
         said = ids[len(served.ids) :]
         nbytes = sum(_own_nbytes(layer) for layer in cache.layers)
         if not said or nbytes > self.memory:
@@ -97,6 +100,7 @@ def _common(one: list[int], other: list[int]) -> int:
 
 def _own_nbytes(layer: Any) -> int:
     """Bytes of a cache's layer that no other cache shares."""
-    beside = sum(value.nbytes for value in vars(layer).values() if isinstance(value, Tensor))
+    held = [value for each in vars(layer).values() for value in (each.values() if isinstance(each, dict) else (each,))]
+    beside = sum(value.nbytes for value in held if isinstance(value, Tensor))
     db = getattr(layer, "db", None)
     return beside + (0 if db is None else db.own_nbytes)

@@ -130,13 +130,17 @@ class Generation:
         """Find what rows there are."""
         self._cache = conversations.take(self.owner, self.served, self.ids)
         self.tokens_reused = self.prompt_tokens - self.unread
-        shared = self.served.handle.stats
+        handle = self.served.handle
+        if handle.choose_windows(self._cache, torch.tensor([self.ids[len(self.served.ids) :]])) is not None:
+            # The whole question has chosen; it is read in pieces.
+            self._context.run(self._entered.enter_context, handle.same_windows())
+        shared = handle.stats
         for layer, stats in zip(self._cache.layers, shared, strict=True):
             if getattr(layer, "db", None) is not None:
                 # Its own where figures of this answer alone are asked for.
                 layer.db.stats = RunningStats(ladder=stats.ladder) if self.wants_sources else stats
         if self.wants_sources and self.served.finder is not None:
-            self._trace = self._context.run(self._entered.enter_context, self.served.handle.trace())
+            self._trace = self._context.run(self._entered.enter_context, handle.trace())
 
     def read(self, tokens: int = 1) -> None:
         """Read the next ``tokens`` of what is unread; at its end, say the next token."""
@@ -151,7 +155,11 @@ class Generation:
         batch = BatchCache([each._cache for each in several])
         logits = _logits(several[0].served.model, [each.ids[-1:] for each in several], batch)
         for each, own in zip(several, logits, strict=True):
-            each._say(own)
+            try:
+                each._say(own)
+            except Exception as error:  # what one asked for is no fault of the others
+                logger.exception("an answer failed")
+                each.error = error
 
     def _say(self, logits: Tensor) -> None:
         token = self._chooser.choose(logits, self.ids)
@@ -162,7 +170,8 @@ class Generation:
 
     def end(self, conversations: Conversations, error: Exception | None = None) -> None:
         """Keep the rows, find the evidence."""
-        self.error = error
+        self.error = error or self.error
+        error = self.error
         try:
             if self._cache is not None and error is None:
                 if self.wants_sources:
@@ -307,7 +316,7 @@ class Engine:
             self._attempt(partial(generation.start, self.conversations), [generation])
 
     def _settle(self) -> None:
-        for each in [each for each in self._active if each.is_over or each.cancelled.is_set()]:
+        for each in [each for each in self._active if each.is_over or each.error or each.cancelled.is_set()]:
             self._active.remove(each)
             self._end(each)
 
@@ -349,7 +358,10 @@ class _Chooser:
             scores = self._processors(torch.tensor([ids], device=logits.device), scores)
         if not self._samples:
             return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
+        weights = scores.softmax(dim=-1)
+        if not bool(weights.isfinite().all()):
+            raise ValueError("sampling was asked for with options under which no token has a probability")
+        return int(torch.multinomial(weights, 1, generator=self._generator))
 
 
 def _logits(model: Any, tokens: list[list[int]], cache: Any) -> Tensor:

@@ -205,14 +205,14 @@ class _RowsCheck:
         self._rows = rows
 
     def __call__(self) -> None:
-        if self._file is None:
+        if (file := self._file) is None:
             return
-        self._file.check()
+        file.check()
         for name, rows in self._rows.items():
             try:
                 check_range(name, rows)
             except ValueError as error:
-                raise SnapshotError(f"{self._file.path} is refused: {error}") from None
+                raise SnapshotError(f"{file.path} is refused: {error}") from None
         self._file = None
 
 

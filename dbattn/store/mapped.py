@@ -60,9 +60,9 @@ class MappedRows:
             part.check()
         return [(part.keys, part.values) for part in self.parts]
 
-    def and_more(self, keys: Tensor, values: Tensor) -> "MappedRows":
-        """These rows and, after them, others, which are copied."""
-        part = Part(new_buffer(keys, keys.shape[2]), new_buffer(values, values.shape[2]))
+    def and_more(self, keys: Tensor, values: Tensor, *, host: bool = False) -> "MappedRows":
+        """These rows and, after them, others, which are copied; ``host``: see ``new_buffer``."""
+        part = Part(new_buffer(keys, keys.shape[2], host=host), new_buffer(values, values.shape[2], host=host))
         part.keys.copy_(keys)
         part.values.copy_(values)
         return MappedRows((*self.parts, part), self.device)

@@ -124,7 +124,7 @@ class KVStore:
         added = keys.shape[2]
         if self._mapped is not None:
             # Until somebody wants them together, rows that are mapped stay so.
-            self._mapped = self._mapped.first(self._length).and_more(keys, values)
+            self._mapped = self._mapped.first(self._length).and_more(keys, values, host=self.host)
         else:
             self._reserve(keys, values, self._length + added)
             for buffer, rows in zip(self.buffers, (keys, values), strict=True):
