@@ -80,12 +80,11 @@ def check(run, device, name, tail=True, everything=False):  # noqa: F811
             assert shares[b][taken[b]].min() >= 0.85 * left.max(), "the rows with the largest shares are read"
 
 
-@pytest.mark.parametrize("tail", [True, False])
 # Logits of large queries are known by code to a few units: what is read of them is anybody's choice.
 @pytest.mark.parametrize("name", sorted(FLOATS.keys() - {"large queries"}))
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_chosen_by_code_are_read_and_codes_and_summaries_answer_for_the_others(run, device, name, tail):  # noqa: F811
-    check(run, device, name, tail)
+def test_rows_chosen_by_code_are_read_and_codes_and_summaries_answer_for_the_others(run, device, name):  # noqa: F811
+    check(run, device, name, tail=name != "float32")
 
 
 @pytest.mark.parametrize("device", DEVICES)
