@@ -16,7 +16,7 @@ from dbattn import AttentionDB, RetrievalConfig
 from dbattn.index import index_class
 from dbattn.index._lists import Lists
 from dbattn.index.segmented import CLUSTERING, segment_bounds
-from dbattn.query.device_rates import name_of
+from dbattn.query.device_rates import event_seconds, name_of
 from dbattn.query.device_rates import seconds as call_seconds
 from dbattn.query.rates import rates
 from dbattn.store.host import host_buffer
@@ -26,7 +26,7 @@ from index_kernels.segmented import rows_opened
 from ._gpu_stores import DIM, HEADS, KV_HEADS, asked, dense64, relative_error
 
 WINDOW, N_SINK = 64, 4
-REPLAYS = 30
+REPLAYS, WARM = 30, 3
 # Asked one after the other of rows in host memory: what one has read is in no cache for the next.
 QUERIES = 12
 
@@ -42,20 +42,7 @@ def graph_seconds(steps: Sequence[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for step in steps:
             step()
-    return event_seconds(graph.replay) / len(steps)
-
-
-def event_seconds(run: Callable[[], object], replays: int = REPLAYS) -> float:
-    """Seconds between two events around a run, the median of some."""
-    times = []
-    for _ in range(replays + 3):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 1e3)
-    return float(statistics.median(times[3:]))
+    return event_seconds(graph.replay, REPLAYS, WARM) / len(steps)
 
 
 def flash(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -194,7 +181,7 @@ def offload(rows: int, reading: Callable[..., ListReading]) -> dict[str, Any]:
     line: dict[str, Any] = {
         "rows": rows, "bytes": size, "sealing": took, "error_copied": relative_error(copied(query), wanted[0]),
         "error_flash": relative_error(flash(query, keys, values), wanted[0]),
-        "copied": event_seconds(lambda: copied(query), 10),
+        "copied": event_seconds(lambda: copied(query), 10, WARM),
         "flash": graph_seconds([lambda: flash(query, keys, values)]),
         "on_device": graph_seconds([lambda: flash(query, *near)]), "steps": [],
     }  # fmt: skip

@@ -20,12 +20,12 @@ from .query.audit import AuditReport, audit_dense, audit_prompt
 from .query.audit import audit as compare
 from .query.call import Call
 from .query.choose import ROWS_PER_PLAN, choose_plan, recurring
-from .query.device_rates import gpu_of
 from .query.execute import Answer, run_plan
 from .query.expected import Expected
 from .query.ladder import Ladder, finish_climb
 from .query.plan import QueryPlan
 from .query.prompt import BlockPlan, PromptLog, block_plans, newest_part, read_prompt, whole
+from .query.rates import gpu_of
 from .query.stats import RunningStats
 from .query.steps import steps_of_call
 from .query.usage import Workload

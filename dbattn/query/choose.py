@@ -7,8 +7,9 @@ from typing import Protocol
 
 from ..config import RetrievalConfig
 from .plan import QueryPlan, Step
-from .rates import SCAN, TimedIndex, rates
+from .rates import SCAN, rates
 from .steps import DenseScan
+from .timed import TimedIndex
 from .usage import Rates, Workload
 
 # A GPU scans fewer bytes in less time than launching anything else takes.

@@ -16,8 +16,8 @@ from ..store import KVStore
 from .call import Call, RowIndex
 from .execute import run_plan
 from .plan import QueryPlan, Step
-from .rates import NoIndex, TimedIndex, rates
 from .steps import DenseScan
+from .timed import NoIndex, TimedIndex, store_of
 from .usage import Rates
 
 HEADS, GROUP, DIM, DTYPE = 8, 4, 128, torch.bfloat16
@@ -30,18 +30,6 @@ CALLS = 20
 def name_of(device: torch.device) -> str:
     """The GPU's name, by which its rates are kept."""
     return torch.cuda.get_device_name(device)
-
-
-def gpu_of(store: KVStore) -> str | None:
-    """The GPU whose rates are those of a store's rows; None where there are none.
-
-    Rates are of rows of 16 bits on the GPU itself, which torch's flash kernel scans. While a CUDA graph is captured
-    none are measured: those that are not known yet are not known then.
-    """
-    if store.host or store.row_bytes != 2 * (store.head_dim + store.value_dim):
-        return None
-    name = name_of(store.start.device)
-    return None if torch.cuda.is_current_stream_capturing() and not rates.cache_info().currsize else name
 
 
 @torch.no_grad()
@@ -90,10 +78,7 @@ def _measure_index(engine: type[TimedIndex]) -> Rates:
 
 
 def _store(rows: int) -> KVStore:
-    store = KVStore(HEADS, DIM, DIM)
-    store.append(_random(HEADS, rows), _random(HEADS, rows))
-    store.set_start(store.start)
-    return store
+    return store_of(_random(HEADS, rows), _random(HEADS, rows))
 
 
 def _call(store: KVStore, index: RowIndex, config: RetrievalConfig) -> Call:
@@ -112,7 +97,7 @@ def _run(steps: tuple[Step, ...], call: Call) -> Callable[[], object]:
 
 def seconds(runs: Sequence[Callable[[], object]]) -> float:
     """Seconds of one run, median: the longer of what host and device take, where one follows the other."""
-    return _timed(lambda: [run() for run in runs]) / len(runs)
+    return event_seconds(lambda: [run() for run in runs]) / len(runs)
 
 
 def device_seconds(runs: Sequence[Callable[[], object]]) -> float:
@@ -123,19 +108,19 @@ def device_seconds(runs: Sequence[Callable[[], object]]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         kept = [run() for run in runs]
-    found = _timed(graph.replay) / len(runs)
+    found = event_seconds(graph.replay) / len(runs)
     del kept
     return found
 
 
-def _timed(run: Callable[[], object]) -> float:
-    run()
+def event_seconds(run: Callable[[], object], calls: int = CALLS, warm: int = 1) -> float:
+    """Seconds between two events around a run, the median of ``calls`` after ``warm`` others."""
     times = []
-    for _ in range(CALLS):
+    for _ in range(warm + calls):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
         run()
         ended.record()
         ended.synchronize()
         times.append(began.elapsed_time(ended) / 1e3)
-    return float(statistics.median(times))
+    return float(statistics.median(times[warm:]))

@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Protocol, Self
 
 import torch
 
@@ -19,11 +18,13 @@ from index_kernels import read_bandwidth
 from ..config import RetrievalConfig
 from ..files import cache_folder, write_json
 from ..store import KVStore
+from . import device_rates
 from .call import Call, RowIndex
 from .execute import run_plan
-from .plan import QueryPlan, Step
+from .plan import QueryPlan
 from .steps import DenseScan
-from .usage import Needs, Rates, Work, Workload
+from .timed import NoIndex, TimedIndex, store_of
+from .usage import Rates, Work, Workload
 
 VERSION = 4
 HEADS, GROUP, DIM = 2, 3, 64
@@ -38,29 +39,6 @@ SCAN = Rates(1.3e-4, 0.0, 2.7e-11, 1.5e-11)
 TYPICAL_SCAN = Work(0, 1 << 23, 1 << 22)
 
 _log = logging.getLogger("dbattn")
-
-
-class TimedIndex(RowIndex, Protocol):
-    """What timing an index asks of its class; see ``index.KeyIndex``."""
-
-    name: str
-    built_in: Rates
-    typical: Work
-
-    @classmethod
-    def of(cls, config: RetrievalConfig) -> Self:
-        """An empty index."""
-
-    @classmethod
-    def work(cls, config: RetrievalConfig, work: Workload) -> Work:
-        """What it does for a call."""
-
-    @classmethod
-    def steps(cls, config: RetrievalConfig, work: Workload, own: Rates | None, scan: Rates | None) -> tuple[Step, ...]:
-        """The steps that answer a call."""
-
-    def extend(self, store: KVStore, lo: torch.Tensor) -> None:
-        """Take in the store's rows."""
 
 
 @cache
@@ -92,6 +70,18 @@ def rates(engine: type[TimedIndex] | None, processor: int | str) -> Rates | None
     return measured
 
 
+def gpu_of(store: KVStore) -> str | None:
+    """The GPU whose rates are those of a store's rows; None where there are none.
+
+    Rates are of rows of 16 bits on the GPU itself, which torch's flash kernel scans. While a CUDA graph is captured
+    none are measured: those that are not known yet are not known then.
+    """
+    if store.host or store.row_bytes != 2 * (store.head_dim + store.value_dim):
+        return None
+    name = device_rates.name_of(store.start.device)
+    return None if torch.cuda.is_current_stream_capturing() and not rates.cache_info().currsize else name
+
+
 def _measured_on_cpu(engine: type[TimedIndex] | None, threads: int) -> Rates | None:
     """None where other processes keep the CPU busy."""
     if engine is None:
@@ -106,28 +96,12 @@ def _measured_on_cpu(engine: type[TimedIndex] | None, threads: int) -> Rates | N
 
 def _measured_on(gpu: str, engine: type[TimedIndex] | None) -> Rates | None:
     """None where measuring fails."""
-    from .device_rates import measure_on
-
     try:
-        found = measure_on(gpu, engine)
+        found = device_rates.measure_on(gpu, engine)
     except Exception as error:  # whatever it was, calls are answered all the same: densely
         _log.warning("dbattn: it could not be measured: %s", error)
         return None
     return found if all(math.isfinite(rate) and rate >= 0 for rate in found) else None
-
-
-class NoIndex:
-    """A store's index that holds nothing."""
-
-    moves_rows = learnt = False
-    needs: Needs | None = None
-
-    def __len__(self) -> int:
-        return 0
-
-    def positions(self, slots: torch.Tensor) -> torch.Tensor:
-        """See RowIndex."""
-        return slots
 
 
 @torch.no_grad()
@@ -177,10 +151,7 @@ def _measure_index(engine: type[TimedIndex], scan: Rates) -> Rates:
 
 
 def _store(rows: int) -> KVStore:
-    store = KVStore(HEADS, DIM, DIM)
-    store.append(_random(HEADS, rows), _random(HEADS, rows))
-    store.set_start(store.start)
-    return store
+    return store_of(_random(HEADS, rows), _random(HEADS, rows))
 
 
 def _call(store: KVStore, index: RowIndex, config: RetrievalConfig) -> Call:
