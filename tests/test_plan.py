@@ -223,6 +223,18 @@ def test_rates_are_measured_once_kept_and_measured_again_when_damaged(monkeypatc
     assert len(measured) == 5
 
 
+@pytest.mark.parametrize("name", INDEX_TRAITS)
+def test_every_index_can_be_timed(name, monkeypatch):
+    # What is timed runs once: whether it answers is the question here, not how fast.
+    def run_once(run, other):
+        run()
+        other()
+        return 1e-3
+
+    monkeypatch.setattr(rates, "_seconds", run_once)
+    assert rates._measure_index(index_class(name), rates.SCAN).operation == rates.SCAN.operation
+
+
 def test_rates_of_a_gpu_are_kept_by_its_name_and_where_measuring_fails_there_are_none(monkeypatch, tmp_path):
     asked = []
 

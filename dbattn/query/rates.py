@@ -135,7 +135,7 @@ def _measure_index(engine: type[TimedIndex], scan: Rates) -> Rates:
         call = _call(store, index, config)
         return partial(run_plan, QueryPlan(engine.steps(config, call.workload, None, None), "timed"), call), call
 
-    other, _ = step(SMALL // 2, FEW)
+    other, _ = step(SMALL, FEW)
     for rows, k in ((SMALL, FEW), (LARGE, FEW), (LARGE, MANY)):
         run, call = step(rows, k)
         work = call.workload
