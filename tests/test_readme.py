@@ -83,7 +83,10 @@ def test_the_readmes_python_code_runs(tmp_path, monkeypatch, capsys):
     for block in PYTHON:
         exec(block.split(WRAPS)[0], names)
     assert names["out"].shape == names["query"].shape
-    assert "recall" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    rows, error = re.search(r"On these rows (\d+) of 12,280 are read, .* the answer is ([\d.]+) % off", README).groups()
+    assert f"{rows} of 12280 rows read" in printed
+    assert f"{float(error) / 100:.3f}" in re.search(r"relative error ([\d.]+)", printed)[1]
     # Opened again, it answers as before.
     assert torch.equal(names["db"].attend(names["query"]), names["out"])
 
