@@ -125,7 +125,7 @@ def _write_head(
     trace[segment] = write_lists(
         x, y, z, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:],
         lists.size[b, h, base:], lists.variance[b, h, base:], lists.key[b, h, base:], lists.value[b, h, base:],
-        codes[b, h], coded, segments.shape[b, h, segment], segments.cross[b, h, segment],
+        codes[b, h], coded, segments.shape[b, h, s], segments.cross[b, h, s],
     )  # fmt: skip
     to = segments.supers[b, h, segment]
     write_supers(

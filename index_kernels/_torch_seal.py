@@ -35,7 +35,7 @@ def seal(
     how: Clustering, learnt: LearntMetric, lists: ListArrays, supers: SuperListArrays, segments: SegmentArrays, *,
     start: Tensor, coded: bool,
 ) -> None:  # fmt: skip
-    """See seal.seal_rows; segments of one batch row, together where they are short."""
+    """See seal.seal_rows; segments of one batch row, together where they are short. Of moments: their sums."""
     for s, stop in _together(bounds):
         for b, begin in enumerate(start.tolist()):
             learnt_here = zip(learnt.metric[s:stop, b], learnt.holds[s:stop, b], strict=True)
@@ -43,7 +43,7 @@ def seal(
             arrays: Any = [type(part)._make(array[b] for array in part) for part in (lists, supers, segments)]
             _seal_row(
                 keys[b], values[b], positions[b], codes[b] if coded else None,
-                np.clip(bounds[s : stop + 1], begin, None), first_segment + s, how, metrics, *arrays,
+                np.clip(bounds[s : stop + 1], begin, None), first_segment, s, how, metrics, *arrays,
             )  # fmt: skip
             ends = (end[:, first_segment + stop] for end in arrays[2][:2])
             lists.used[b], supers.used[b] = ends
@@ -71,15 +71,20 @@ def unseal(keys: Tensor, values: Tensor, positions: Array, first: int, stop: int
 
 
 def _seal_row(
-    keys: Tensor, values: Tensor, positions: Array, codes: Array | None, bounds: Array, segment: int,
+    keys: Tensor, values: Tensor, positions: Array, codes: Array | None, bounds: Array, first_segment: int, s: int,
     how: Clustering, metrics: list[Tensor | None], lists: ListArrays, supers: SuperListArrays, segments: SegmentArrays,
 ) -> None:  # fmt: skip
-    """Make segments that end at ``bounds`` of one batch row; buffers and arrays are ``[Hkv, ...]`` each."""
+    """Make the segments from ``first_segment + s`` on, which end at ``bounds``, of one batch row.
+
+    Buffers and arrays are ``[Hkv, ...]`` each; sums of moments begin with those of ``first_segment``.
+    """
     heads, lo, stop, count = len(keys), int(bounds[0]), int(bounds[-1]), len(metrics)
     n = stop - lo
+    segment = first_segment + s
     ends = slice(segment + 1, segment + count + 1)
     if n <= 0:
         segments.lists[:, ends], segments.supers[:, ends] = (end[:, segment, None] for end in segments[:2])
+        segments.trace[:, segment : segment + count] = 0.0
         return
     came = [rows[:, lo:stop].contiguous() for rows in (keys, values)]
     parts = [slice(first - lo, last - lo) for first, last in pairwise(bounds.tolist())]
@@ -110,7 +115,7 @@ def _seal_row(
     for sums, rows, mean in ((segments.shape, x, found.key), (segments.cross, y, found.value)):
         other = (rows - mean[found.owner]).view(heads, n, -1)
         moments = torch.stack([residual[:, part].mT @ other[:, part] for part in parts], dim=1)
-        sums[:, segment : segment + count] = moments.cpu().numpy()
+        sums[:, s : s + count] = moments.cpu().numpy()
     squares = np.bincount(unit, found.variance * by_list.size * counted, minlength=heads * count)
     segments.trace[:, segment : segment + count] = squares.reshape(heads, count)
     for end, before in ((segments.lists, first), (segments.supers, first_super)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _torch_seal
 from .ops import resolve_backend
 from .packed import floats
-from .summaries import Array, Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
+from .summaries import SMALLEST_TRACE, Array, Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
 
 
 def seal_rows(
@@ -41,9 +41,27 @@ def seal_rows(
         coded: whether codes are written; who reads the lists for a prompt alone does without.
         backend: "auto", "reference" or "numba"; devices are served by the reference.
     """
+    count, moments = len(bounds) - 1, (segments.shape, segments.cross)
+    shape, cross = (np.zeros((*each.shape[:2], count, *each.shape[3:]), np.float32) for each in moments)
+    sums = segments._replace(shape=shape, cross=cross)
+    _seal(
+        keys, values, positions, codes, bounds, first_segment, how, learnt, lists, supers, sums, start, coded, backend
+    )
+    made = slice(first_segment, first_segment + count)
+    trace = np.maximum(segments.trace[:, :, made], SMALLEST_TRACE)[..., None, None]
+    for to, of in zip(moments, (shape, cross), strict=True):
+        to[:, :, made] = of / trace
+
+
+def _seal(
+    keys: Tensor, values: Tensor, positions: Array, codes: Array, bounds: list[int], first_segment: int,
+    how: Clustering, learnt: LearntMetric, lists: ListArrays, supers: SuperListArrays, sums: SegmentArrays,
+    start: Tensor, coded: bool, backend: str,
+) -> None:  # fmt: skip
+    """See seal_rows; ``sums`` hold sums of moments of the segments made, float32, the first one's first."""
     if resolve_backend(keys, backend) != "numba":
         _torch_seal.seal(
-            keys, values, positions, codes, bounds, first_segment, how, learnt, lists, supers, segments, start=start,
+            keys, values, positions, codes, bounds, first_segment, how, learnt, lists, supers, sums, start=start,
             coded=coded,
         )  # fmt: skip
         return
@@ -51,7 +69,7 @@ def seal_rows(
     bits = import_module("index_kernels._cpu_common").numpy_bits
     kernels.seal(
         bits(keys), bits(values), positions, codes, start.numpy(), np.asarray(bounds, np.int64), first_segment, *how,
-        _in_metric(keys, bounds, learnt, start), coded, *lists, *supers, *segments,
+        _in_metric(keys, bounds, learnt, start), coded, *lists, *supers, *sums,
     )  # fmt: skip
 
 

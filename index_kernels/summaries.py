@@ -17,6 +17,8 @@ from torch import Tensor
 from .packed import floats
 
 Array = np.ndarray[Any, Any]
+# What a trace of residuals is taken for where all rows are alike.
+SMALLEST_TRACE = 1e-20
 
 
 class ListArrays(NamedTuple):
@@ -44,8 +46,8 @@ class SuperListArrays(NamedTuple):
 class SegmentArrays(NamedTuple):
     """Segments ``[B, Hkv, capacity, ...]``: where their lists and super-lists begin and end, and sums over their rows.
 
-    shape ``[.., D, D]`` and cross ``[.., D, Dv]`` are sums of products of residuals (key - mean of its list), trace the
-    sum of their squares.
+    trace is the sum of the squares of their residuals (key - mean of its list), in the metric they were clustered in;
+    shape ``[.., D, D]`` and cross ``[.., D, Dv]``, float16, the sums of products of residuals over that.
     """
 
     lists: Array

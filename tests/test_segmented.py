@@ -5,6 +5,7 @@ from functools import partial
 from itertools import pairwise
 
 import conftest
+import numpy as np
 import pytest
 import torch
 from conftest import real_rows
@@ -202,6 +203,24 @@ def test_a_segment_saved_before_codes_were_kept_gets_them_when_it_is_loaded(stor
     ours, theirs = (index.table.codes[:, :, : len(loaded), :-4] for index in (db.index, loaded))
     assert (ours != theirs).mean() < 0.01
     assert len(loaded) == 2432
+
+
+def moments(index):
+    return index.table.shape, index.table.cross
+
+
+def test_moments_saved_as_sums_are_what_they_are_saved_as_now_when_they_are_loaded():
+    keys, values = clustered(2600)
+    db = database(keys, values, k=64)
+    loaded = make_index(db.config)
+    for first, stop in pairwise(db.index.bounds):
+        state = db.index.state(first, stop)
+        for name in ("segment_shape", "segment_cross"):
+            state[name] = state[name] * state["segment_trace"][..., None, None]
+            assert state[name].dtype == np.float32
+        loaded.load_state(db.store, db.store.start + db.config.n_sink, first, stop, state)
+    for ours, theirs in zip(moments(db.index), moments(loaded), strict=True):
+        np.testing.assert_allclose(theirs.view(np.float16), ours.view(np.float16), rtol=2e-3, atol=1e-6)
 
 
 def test_missing_numba_names_the_extra(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from index_kernels import ListArrays, SuperListArrays, floats
 from index_kernels.lists import row_places
 from index_kernels.packed import code_rows
-from index_kernels.summaries import Array
+from index_kernels.summaries import SMALLEST_TRACE, Array
 
 from ..store import KVStore, check_finite
 from ._lists import Lists, most_lists
@@ -59,10 +59,7 @@ def load_segment(lists: Lists, bounds: list[int], capacity: int, lo: Array, stat
     list_rows, super_lists = (expect(state, name, np.int32, *grid, None) for name in ("list_rows", "super_lists"))
     summaries = [_expect_summaries(state, "list", lists.lists, list_rows.shape[2])]
     summaries.append(_expect_summaries(state, "super", lists.supers, super_lists.shape[2]))
-    moments = {
-        name: expect(state, f"segment_{name}", np.float32, *grid, *getattr(lists.segments, name).shape[3:])
-        for name in _MOMENTS
-    }
+    moments = _expect_moments(state, lists)
     expect_no_more(state)
     listed = np.clip(stop - np.maximum(lo, first), 0, stop - first)
     most, most_supers = most_lists(stop - first, 1)
@@ -112,6 +109,19 @@ def _expect_summaries(state: Arrays, prefix: str, like: ListArrays | SuperListAr
     for name in _SUMMARY:
         array: Array = getattr(like, name)
         found[name] = expect(state, f"{prefix}_{name}", array.dtype, *array.shape[:2], count, *array.shape[3:])
+    return found
+
+
+def _expect_moments(state: Arrays, lists: Lists) -> Arrays:
+    """Take a segment's moments out of ``state``; snapshots of before hold sums in float32, not yet over the trace."""
+    grid, found = lists.lists.used.shape, {}
+    found["trace"] = expect(state, "segment_trace", np.float32, *grid)
+    over = np.maximum(found["trace"], SMALLEST_TRACE)[..., None, None]
+    for name in ("shape", "cross"):
+        kept, like = state.get(f"segment_{name}"), getattr(lists.segments, name)
+        are_sums = kept is not None and kept.dtype == np.float32
+        array = expect(state, f"segment_{name}", np.float32 if are_sums else like.dtype, *grid, *like.shape[3:])
+        found[name] = array / over if are_sums else array
     return found
 
 

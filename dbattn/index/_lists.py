@@ -8,7 +8,7 @@ from torch import Tensor
 
 from index_kernels import ListArrays, ListTable, SegmentArrays, SuperListArrays
 from index_kernels.packed import SCALE_BYTES, code_bytes
-from index_kernels.summaries import Array
+from index_kernels.summaries import SMALLEST_TRACE, Array
 
 from ..store import Pages, Spread
 
@@ -52,8 +52,8 @@ class Lists:
             zeros(small, 1), zeros(small, 0), zeros(real, 0), means(dim), means(value_dim), zeros(np.int64)
         )
         self.segments = SegmentArrays(
-            zeros(np.int64, 1), zeros(np.int64, 1), zeros(real, 0, dim, dim), zeros(real, 0, dim, value_dim),
-            zeros(real, 0),
+            zeros(np.int64, 1), zeros(np.int64, 1),
+            zeros(np.float16, 0, dim, dim), zeros(np.float16, 0, dim, value_dim), zeros(real, 0),
         )  # fmt: skip
         self.shape = zeros(np.uint16, dim, dim)
         self.cross = zeros(np.uint16, dim, value_dim)
@@ -97,11 +97,12 @@ class Lists:
         self._table = None
 
     def _moments(self, segments: int) -> tuple[Array, Array]:
-        """Residual covariance (trace 1) and key-value cross-covariance of each head, from its segments' sums."""
-        trace = np.maximum(self.segments.trace[:, :, :segments].sum(axis=2), 1e-20)[..., None, None]
+        """Residual covariance (trace 1) and key-value cross-covariance of each head: its segments', by their traces."""
+        trace = self.segments.trace[:, :, :segments]
+        share = (trace / np.maximum(trace.sum(axis=2, keepdims=True), SMALLEST_TRACE))[..., None, None]
         shape, cross = (
-            (sums[:, :, :segments].sum(axis=2) / trace).astype(np.float16).view(np.uint16)
-            for sums in (self.segments.shape, self.segments.cross)
+            (share * moments[:, :, :segments]).sum(axis=2).astype(np.float16).view(np.uint16)
+            for moments in (self.segments.shape, self.segments.cross)
         )
         return shape, cross
 
@@ -176,7 +177,7 @@ class Lists:
         summaries: int = int(self.lists.used.sum() + self.supers.used.sum()) * self.summary_bytes
         matrices = int(self.shape[0, 0].size + self.cross[0, 0].size)
         each_row = 4 + int(self.codes.shape[3])
-        return summaries + int(batch * heads) * (each_row * rows + matrices * (2 + 4 * segments))
+        return summaries + int(batch * heads) * (each_row * rows + matrices * (2 + 2 * segments))
 
     def __getstate__(self) -> dict[str, object]:
         # A copy must look at its own arrays.

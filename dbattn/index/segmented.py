@@ -116,7 +116,7 @@ class SegmentedIndex(KeyIndex):
         if not rows:
             return 0
         summaries = rows / ROWS_PER_LIST + rows / ROWS_PER_SUPER_LIST
-        moments = 2 * dim * dim * (2 + 4 * (len(segment_bounds(rows)) - 1))
+        moments = 2 * dim * dim * (2 + 2 * (len(segment_bounds(rows)) - 1))
         return int(summaries * (2 * vector_bytes(dim) + NUMBERS_BYTES)) + (4 + code_bytes(dim)) * rows + moments
 
     @classmethod

@@ -21,7 +21,6 @@ from torch import Tensor
 # Less than this is copied: a view has a price of its own, some 30 microseconds and an entry in the system's tables.
 LEAST_BYTES = 1 << 15
 PAGE = 1 << 14
-NUMPY = {torch.int8: np.int8, torch.int32: np.int32, torch.int64: np.int64, torch.float32: np.float32}
 # What one call of the system writes at most.
 WRITTEN_AT_ONCE = 1 << 30
 
@@ -107,7 +106,10 @@ class Pages:
     def arrays(self) -> list[np.ndarray[Any, Any]]:
         """The same as ``view``, as arrays."""
         whole = self._mapped().numpy()
-        return [np.ndarray(shape, NUMPY[dtype], whole, at) for at, _, dtype, shape in self._places]
+        return [
+            np.ndarray(shape, torch.empty(0, dtype=dtype).numpy().dtype, whole, at)
+            for at, _, dtype, shape in self._places
+        ]
 
     def _mapped(self) -> Tensor:
         with torch.inference_mode(False):
