@@ -3,7 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ from .query.plan import QueryPlan
 from .query.prompt import BlockPlan, PromptLog, block_plans, newest_part, read_prompt, whole
 from .query.rates import gpu_of
 from .query.stats import RunningStats
-from .query.steps import steps_of_call
-from .query.usage import Workload
+from .query.steps import with_brought
+from .query.usage import Needs, Workload
 from .query.weights import Weights, dense_weights, weights_of
 from .store import KVStore, RowSource, StateSource, on_device, rows_at
 
@@ -50,6 +50,14 @@ class Hits:
     ids: Tensor
     scores: Tensor
     exact: bool
+
+
+class _Prepared(NamedTuple):
+    """A plan that many calls in a row have, if they are the same in all it is chosen by, for ``rows`` rows or more."""
+
+    about: tuple[Any, ...]
+    rows: int
+    plan: QueryPlan
 
 
 class AttentionDB:
@@ -81,6 +89,7 @@ class AttentionDB:
         self.is_reading = False
         # Why rows are not put into the index, and so scanned; "" where they are.
         self.unindexed = ""
+        self._prepared: _Prepared | None = None
 
     def insert(
         self, keys: Tensor, values: Tensor, queries: Tensor | None = None, *, start: Tensor | None = None
@@ -114,7 +123,7 @@ class AttentionDB:
         except Exception:
             # Whatever the index made of the new rows goes with them; it is built again from the rows that stay.
             self.release()
-            self.index = make_index(self.config)
+            self.index, self._prepared = make_index(self.config), None
             self.store.truncate(before)
             raise
 
@@ -135,7 +144,7 @@ class AttentionDB:
         self.store.check_queries(queries, len(call.store.start), queries.shape[2], queries.device)
         first = len(self) - queries.shape[2]
         self.release()
-        self.index = make_index(self.config)
+        self.index, self._prepared = make_index(self.config), None
         self.store.learn(queries, first)
         self.sync()
 
@@ -207,6 +216,7 @@ class AttentionDB:
             stats.add_dense(plan.reason, answer.rows_read, 0 if prompt else answer.bytes_read, prompt=prompt)
         else:
             call.measure = audit
+            call.needs_lse = audit or return_lse or self.config.max_error is not None or len(plan.steps) > 1
             answer = self._answer(call, plan, learn=True)
             stats.add_answer(
                 answer.rows_retrieved, answer.rows_read, answer.bytes_read, call.bytes_dense, answer.counted
@@ -505,31 +515,39 @@ class AttentionDB:
     ) -> QueryPlan:
         """How a call will be answered under ``config`` (default: our own); ``exact`` in words and estimates, too."""
         index, config, backend = type(self.index), config or self.config, resolve_backend(call.query)
+        processor, rows, exact = self._processor(backend), len(self), exact or estimate
+        about: tuple[Any, ...] | None = None
+        if not exact:
+            store, given = self.store, None if self.store.sample is None else self.store.sample.given_rows
+            about = (
+                config, call.query.shape, store.starts, len(self.index), rows + -rows % ROWS_PER_PLAN, backend,
+                processor, retrieve, self.unindexed, given, self._needs,
+            )  # fmt: skip
+            kept = self._prepared
+            if kept is not None and kept.about == about and kept.rows <= rows:
+                return with_brought(kept.plan, call)
 
-        def chosen() -> QueryPlan:
-            expected = self._expected
-            work = call.workload._replace(needs=None if expected is None else expected.needs)
-            return choose_plan(
-                index,
-                config,
-                work if exact else recurring(index.hot, config, work),
-                backend=backend,
-                processor=self._processor(backend),
-                retrieve=retrieve,
-                estimate=estimate,
+        def chosen() -> tuple[QueryPlan, bool]:
+            work = call.workload._replace(needs=self._needs)
+            near = work if exact else recurring(index.hot, config, work)
+            plan = choose_plan(
+                index, config, near, backend=backend, processor=processor, retrieve=retrieve, estimate=estimate
             )
+            return plan, near is not work
 
-        plan = chosen()
+        plan, recurs = chosen()
         if not plan.is_dense and self.index.calibrate(call):
-            plan = chosen()
+            plan, _ = chosen()
+            recurs = False  # it is another call's by now
         if self.unindexed and retrieve:
             plan = replace(plan, reason=self.unindexed)
-        brought = steps_of_call(call)
-        return replace(plan, steps=(*plan.steps, *brought)) if brought else plan
+        if recurs and about is not None:
+            self._prepared = _Prepared(about, rows, plan)
+        return with_brought(plan, call)
 
     def _block_plans(self, call: Call) -> list[BlockPlan]:
         """How a prompt is read block by block; empty where all of it is read densely."""
-        if self.unindexed:
+        if self.unindexed or not call.is_prompt:
             return []
         backend = resolve_backend(call.query)
         return block_plans(call, backend=backend, threads=torch.get_num_threads() if backend == "numba" else None)
@@ -577,6 +595,12 @@ class AttentionDB:
             stats.ladder = ladder
             stats.rungs[climb.name] += 1
         return finish_climb(climb, call)
+
+    @property
+    def _needs(self) -> Needs | None:
+        """The budget that is needed, as far as anything tells."""
+        expected = self._expected
+        return None if expected is None else expected.needs
 
     @property
     def _expected(self) -> Expected | None:

@@ -40,34 +40,46 @@ def cycles(typingctx):
     return types.int64(), gen
 
 
+# Ranks fall into so many buckets, by the leading 11 bits after the sign of the (non-negative) float.
+BUCKETS = 2048
+
+
 @njit(inline="always")
-def _bucket(cost):
+def bucket_of(cost):
+    """Which of the BUCKETS a rank falls into."""
     return f32_bits(cost) >> I32(20)
+
+
+@inner
+def threshold(histogram, budget):
+    """The least bucket of those taken whole, of rows counted by bucket, and what they leave of a budget."""
+    cut = histogram.size
+    left = budget
+    while cut > 0 and histogram[cut - 1] <= left:
+        cut -= 1
+        left -= histogram[cut]
+    return cut, left
 
 
 @inner
 def choose(rank, size, b, count, budget, taken, chosen, nchosen):
     """Highest ranks first until `budget` rows are taken, over all KV heads of batch row b together.
 
-    A histogram over the leading 11 bits after the sign of the (non-negative) float finds the threshold without a sort;
-    inside the threshold's bucket the smaller index goes first. count [B, H] is the number of entries.
+    A histogram finds the threshold without a sort; inside the threshold's bucket the smaller index goes first.
+    count [B, H] is the number of entries.
     Writes taken[b, h, i] (0/1), chosen[b, h, :] ascending and nchosen[b, h].
     """
     H = rank.shape[1]
-    histogram = np.zeros(2048, np.int64)
+    histogram = np.zeros(BUCKETS, np.int64)
     for h in range(H):
         for i in range(count[b, h]):
-            histogram[_bucket(rank[b, h, i])] += size[b, h, i]
-    cut = histogram.size
-    left = budget
-    while cut > 0 and histogram[cut - 1] <= left:
-        cut -= 1
-        left -= histogram[cut]
+            histogram[bucket_of(rank[b, h, i])] += size[b, h, i]
+    cut, left = threshold(histogram, budget)
     rows = np.int64(0)
     for h in range(H):
         n = 0
         for i in range(count[b, h]):
-            bucket = _bucket(rank[b, h, i])
+            bucket = bucket_of(rank[b, h, i])
             take = bucket >= cut
             if bucket == cut - 1 and size[b, h, i] <= left:
                 left -= size[b, h, i]

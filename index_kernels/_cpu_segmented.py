@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from ._cpu_addresses import Addresses, at_address
 from ._cpu_code_vectors import code_lanes
-from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts, numpy_queries
+from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts
 from ._cpu_list_steps import cycles, log_sum_exp
 from ._cpu_segmented_read import answer_part
 from ._cpu_segmented_scan import (
@@ -25,122 +26,118 @@ from ._cpu_segmented_scan import (
     score_part,
 )
 from ._cpu_segmented_types import (
+    ASKED_AT,
+    BESIDE_AT,
     CYCLES,
     LISTS_READ,
     LISTS_SCORED,
+    MASSES_AT,
+    OF_STORE,
     ROWS_CODED,
     ROWS_READ,
+    STATES_AT,
     STATS,
+    SUPERS_AT,
     SUPERS_SCORED,
     VALUES_READ,
-    Masses,
     Reading,
     Rows,
-    Scratch,
-    States,
+    read_asked,
+    read_beside,
+    read_lists,
+    read_masses,
+    read_scratch,
+    read_states,
+    read_supers,
     scratch_for,
 )
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes
 from .lists import row_places, weights_by_place
-from .summaries import ListArrays, SegmentedAnswer, SuperListArrays
+from .summaries import SegmentedAnswer
 
 _lanes, _code_lanes = lru_cache(lanes), lru_cache(code_lanes)
 # The phases that run in parallel. Not Python's integers: Numba compiles a function once for each literal it gets.
 SCAN, SCORE, CODE, ANSWER = np.arange(4)
+# In place of lse and lse_by_source.
+_NOT_WANTED = torch.empty(0, 0, 0), torch.empty(0, 0, 0, 0)
 
 
 @inner_parallel
-def _each_part(
-    phase, asked, keys, values, lists, supers, codes, how, masses, scratch, states, cross, lanes, code_lanes
-):
-    """A phase's parts in parallel. One loop for all phases: Numba takes ten seconds to compile each loop."""
+def _each_part(phase, key_memory, value_memory, store, working, how, n, lanes, code_lanes):
+    """A phase's n parts in parallel. One loop for all phases: Numba takes ten seconds to compile each loop. It hands
+    every array of its body to every thread at a price, so the body looks up its own."""
     heads, ck, cv, width = lanes
     code_chunks, code_width = code_lanes
-    for i in prange(how.parts * asked.query.shape[0] * asked.query.shape[1]):
+    for i in prange(n):
         # An index of the loop is unsigned inside it and signed outside, which would compile the parts twice.
         w = np.int64(i)
+        lists, supers, beside = read_lists(store, 0), read_supers(store, SUPERS_AT), read_beside(store, BESIDE_AT)
+        scratch, asked = read_scratch(working, 0), read_asked(working, ASKED_AT)
+        states, masses = read_states(working, STATES_AT), read_masses(working, MASSES_AT)
+        step = beside.strides
+        keys, values = Rows(key_memory, step[0], step[1], step[2]), Rows(value_memory, step[3], step[4], step[5])
         if phase == SCAN:
             scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads, ck, cv, width)
         elif phase == SCORE:
             score_part(w, asked, lists, supers, how, scratch, heads, ck, width)
         elif phase == CODE:
-            code_part(w, asked, lists, codes, how, masses, scratch, heads, ck, width, code_chunks, code_width)
+            code_part(w, asked, lists, beside.codes, how, masses, scratch, heads, ck, width, code_chunks, code_width)
         else:
             answer_part(
-                w, asked, keys, values, lists, supers, how, masses, scratch, states, cross, heads, ck, cv, width
+                w, asked, keys, values, lists, supers, how, masses, scratch, states, beside.cross, heads, ck, cv, width
             )
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _attend_segmented(
-    query, weight, key_memory, kb, kh, kt, value_memory, vb, vh, vt, start, scale,
-    begin, size, variance, key, value, count,
-    first, super_size, super_variance, super_key, super_value, n_supers, shape, cross, codes,
+    query_at, out_at, lses_at, weight, key_memory, value_memory, store, working, scale,
     n_sink, sealed, length, opened, coded, read, softcap, alpha, beta, tail, parts, heads, ck, cv, width,
-    code_chunks, code_width, super_logit, super_rank, super_taken, super_chosen, super_count, super_offset, c_id,
-    c_size, c_variance, c_logit, c_rank, c_taken, c_chosen, c_count, c_total, mean, list_sum, list_lean, row_at,
-    row_list, row_logit, row_rank, row_taken, row_chosen, row_read, row_count, row_one, spent, out, lse,
-    lse_by_source, stats,
+    code_chunks, code_width,
 ):  # fmt: skip
-    """The door: Numba takes flat arguments fastest; the phases get them as the NamedTuples they came from.
+    """The door: few arguments, as each takes its time; arrays by address, in the tables of a store and of the scratch.
 
-    out [B, Hq, Dv], lse [B, Hq], lse_by_source [4, B, Hq] (sinks and hot rows, rows, codes, summaries), stats
-    [B, STATS].
+    query ``[B, Hq, D]``, out ``[B, Hq, Dv]``; lses ``[5, B, Hq]``: of all, then of sinks and hot rows, rows, codes,
+    summaries.
     """
     lanes_, code_lanes_ = (heads, ck, cv, width), (code_chunks, code_width)
-    keys, values = Rows(key_memory, kb, kh, kt), Rows(value_memory, vb, vh, vt)
-    lists = ListArrays(begin, size, variance, key, value, count)
-    supers = SuperListArrays(first, super_size, super_variance, super_key, super_value, n_supers)
-    how = Reading(n_sink, sealed, length, opened, coded, read, softcap, alpha, beta, tail, parts)
-    scratch = Scratch(
-        super_logit, super_rank, super_taken, super_chosen, super_count, super_offset, c_id, c_size, c_variance,
-        c_logit, c_rank, c_taken, c_chosen, c_count, c_total, mean, list_sum, list_lean, row_at, row_list,
-        row_logit, row_rank, row_taken, row_chosen, row_read, row_count, row_one, spent,
-    )  # fmt: skip
-    B, Hq, Dv = out.shape
-    n = 4 * parts
-    states = States(np.empty((n, B, Hq), F), np.empty((n, B, Hq), F), np.empty((n, B, Hq, Dv), F))
-    asked, any_two = ask(query, weight, start, scale, shape, sealed, n_sink, opened, lanes_)
-    peak, hot = np.empty((B, Hq), F), np.empty((B, Hq), F)
-    masses = Masses(peak, hot, np.zeros((B, Hq), F), np.empty((B, Hq), F))
-    _each_part(
-        SCAN, asked, keys, values, lists, supers, codes, how, masses, scratch, states, cross, lanes_, code_lanes_
-    )
+    lists, supers, beside = read_lists(store, 0), read_supers(store, SUPERS_AT), read_beside(store, BESIDE_AT)
+    scratch, asked = read_scratch(working, 0), read_asked(working, ASKED_AT)
+    states, masses = read_states(working, STATES_AT), read_masses(working, MASSES_AT)
+    how = Reading(n_sink, sealed, length, opened, coded, read, F(softcap), F(alpha), F(beta), tail, parts)
+    B, H, D, Dv = beside.cross.shape
+    Hq = H * len(heads)
+    query, out = at_address(query_at, (B, Hq, D), F), at_address(out_at, (B, Hq, Dv), F)
+    lses, stats, n = at_address(lses_at, (5, B, Hq), F), scratch.stats, B * H * parts
+    any_two = ask(query, weight, beside.start, F(scale), beside.shape, sealed, n_sink, opened, asked, lanes_)
+    _each_part(SCAN, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
     began = cycles()
     hot_masses(states, parts, masses)
     if any_two:
         open_supers(asked, supers, how, masses, scratch)
-        _each_part(
-            SCORE, asked, keys, values, lists, supers, codes, how, masses, scratch, states, cross, lanes_, code_lanes_
-        )
+        _each_part(SCORE, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
     choose_lists(asked, lists, supers, how, masses, scratch, stats)
     chose = cycles() - began
-    _each_part(
-        CODE, asked, keys, values, lists, supers, codes, how, masses, scratch, states, cross, lanes_, code_lanes_
-    )
+    _each_part(CODE, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
     began = cycles()
     choose_rows(how, masses, scratch, stats)
     chose += cycles() - began
-    _each_part(
-        ANSWER, asked, keys, values, lists, supers, codes, how, masses, scratch, states, cross, lanes_, code_lanes_
-    )
+    _each_part(ANSWER, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
     for source in range(4):
         for b in range(B):
             for i in range(Hq):
-                lse_by_source[source, b, i] = log_sum_exp(
+                lses[1 + source, b, i] = log_sum_exp(
                     states.top, states.total, source * parts, (source + 1) * parts, b, i
                 )
-    merge_parts(states.top, states.total, states.acc, n, out, lse)
-    H = key.shape[1]
+    merge_parts(states.top, states.total, states.acc, 4 * parts, out, lses[0])
     for b in range(B):
         for i in range(CYCLES, STATS):
             stats[b, i] = 0
     # Choosing runs on one thread while the others wait, so it counts on all of them.
     stats[0, CYCLES + 1] = chose * parts
-    for w in range(parts * B * H):
+    for w in range(n):
         for i in range(5):
-            stats[w % (B * H) // H, CYCLES + i] += spent[w, i]
+            stats[w % (B * H) // H, CYCLES + i] += scratch.spent[w, i]
 
 
 @lru_cache
@@ -149,40 +146,47 @@ def _weights(head_weights, heads):
     return np.ones(heads, F) if head_weights is None else np.array(head_weights, F)
 
 
-def attend_segmented(query, keys, values, table, how, *, start, details):
+def _placed(table, keys, values, start):
+    """Keys and values as flat memory, and the addresses of all else that a store's kernel reads."""
+    (key_memory, *key_steps), (value_memory, *value_steps) = flat_rows(keys), flat_rows(values)
+    steps = np.array([*key_steps, *value_steps])
+    arrays = *table.lists, *table.supers, steps, start.numpy(), table.shape, table.cross, table.codes
+    return key_memory, value_memory, Addresses.of(OF_STORE, arrays)
+
+
+def attend_segmented(query, keys, values, table, how, *, start, with_lse, details):
     """See segmented.attend_segmented."""
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = table.cross.shape[1], table.cross.shape[3]
     lists, supers = table.lists, table.supers
     parts = use_torchs_threads()
-    scratch, stats = scratch_for(
-        batch, kv_heads, heads // kv_heads, supers.size.shape[2], lists.size.shape[2],
+    scratch, working = scratch_for(
+        batch, kv_heads, heads // kv_heads, (dim, value_dim), supers.size.shape[2], lists.size.shape[2],
         min(how.sealed, how.rows_coded), parts,
     )  # fmt: skip
-    # Made by numpy, and with the axis of positions already: cheaper than torch's views of its own.
-    out, lses = np.empty((batch, heads, 1, value_dim), F), np.empty((5, batch, heads, 1), F)
-    lses_out, asked = lses[..., 0], numpy_queries(query)
-    reading = Reading(
-        how.n_sink, how.sealed, how.length, how.rows_opened, how.rows_coded, how.rows_read, F(how.softcap or 0.0),
-        F(how.alpha), F(how.beta), how.tail, parts,
-    )  # fmt: skip
+    if query.dtype != torch.float32 or not query.is_contiguous() or query.is_neg():
+        query = query.float().contiguous().resolve_neg()
+    out = torch.empty((batch, heads, 1, value_dim), dtype=torch.float32)
+    lses = torch.empty((5, batch, heads, 1), dtype=torch.float32)
+    key_memory, value_memory, store = table.beside(keys, values, start, _placed)
     began = time.perf_counter()
     _attend_segmented(
-        asked, _weights(how.head_weights, heads), *table.flat(keys, values, start, flat_rows), F(how.scale), *lists,
-        *supers, table.shape, table.cross, table.codes, *reading, *_lanes(heads // kv_heads, dim, value_dim),
-        *_code_lanes(dim), *scratch, out[:, :, 0], lses_out[0], lses_out[1:], stats,
+        query.data_ptr(), out.data_ptr(), lses.data_ptr(), _weights(how.head_weights, heads), key_memory, value_memory,
+        store.numbers, working, float(how.scale), how.n_sink, how.sealed, how.length, how.rows_opened, how.rows_coded,
+        how.rows_read, float(how.softcap or 0.0), how.alpha, how.beta, how.tail, parts,
+        *_lanes(heads // kv_heads, dim, value_dim), *_code_lanes(dim),
     )  # fmt: skip
     took = time.perf_counter() - began
     taken = unread = None
     if details:
-        taken, unread = _details(table, how, scratch, stats, torch.from_numpy(lses_out))
+        taken, unread = _details(table, how, scratch, lses[..., 0])
+    stats = scratch.stats
     counts = (stats[0] if batch == 1 else stats.sum(axis=0)).tolist()
     spent = counts[CYCLES:VALUES_READ]
     share = took / max(1, sum(spent))
     return SegmentedAnswer(
-        torch.from_numpy(out),
-        torch.from_numpy(lses[0]),
-        torch.from_numpy(lses[1:]),
+        out,
+        *((lses[0], lses[1:]) if with_lse else _NOT_WANTED),
         counts[ROWS_READ],
         counts[ROWS_CODED],
         counts[LISTS_READ],
@@ -194,7 +198,7 @@ def attend_segmented(query, keys, values, table, how, *, start, details):
     )
 
 
-def _details(table, how, scratch, stats, lses):
+def _details(table, how, scratch, lses):
     """Which rows the latest call read, and what others weigh through codes and summaries; see SegmentedAnswer."""
     batch, kv_heads, group, _ = scratch.logit.shape
     levels = table.levels(torch.device("cpu"))
@@ -211,7 +215,7 @@ def _details(table, how, scratch, stats, lses):
             weights[0][b, h][:, scored] = torch.from_numpy(scratch.logit[b, h, :, : len(scored)])
             logits = torch.from_numpy(scratch.row_logit[b, h, :, : len(place)])
             unread[b, h][:, place] = torch.exp(logits - lses[0].view(batch, kv_heads, group)[b, h, :, None]) * ~read
-        if how.tail and stats[b, SUPERS_SCORED] > 0:
+        if how.tail and scratch.stats[b, SUPERS_SCORED] > 0:
             weights[1][b, h] = torch.from_numpy(scratch.super_logit[b, h, :, : weights[1].shape[3]])
     # They are settled: those of all rows of a list, 0 where it was opened, and known up to a factor for each head.
     weights = [weight.flatten(1, 2) for weight in weights]

@@ -6,8 +6,8 @@
 import numpy as np
 
 from ._cpu_common import NEG, TILE, F, exp32, flush, inner, store_state
-from ._cpu_list_steps import add_tail, cycles, settle_tail
-from ._cpu_vectors import add_rows, score_rows
+from ._cpu_list_steps import add_tail, bucket_of, cycles, settle_tail
+from ._cpu_vectors import add_rows, prefetch, score_rows
 
 # Summary rows are read eight at a time; eights that hold under 1 / (TAIL_FLOOR * lists) of the mass are skipped.
 TAIL_FLOOR = F(60.0)
@@ -16,43 +16,56 @@ CODE_FLOOR = F(500.0)
 
 
 @inner
-def _read_rows(b, h, q, first, last, lists, keys, values, softcap, peak, scratch, logits, acc, top, total, lanes):
+def _read_rows(b, h, part, q, first, last, lists, keys, values, how, peak, scratch, logits, acc, top, total, lanes):
     """Add the rows taken of the chosen lists first..last of one KV head to its state, tile by tile, and take them out
     of their lists' sums."""
-    heads, ck, _, width = lanes
-    G = acc.shape[0]
-    taken, owner, coded = scratch.row_chosen[b, h], scratch.row_list[b, h], scratch.row_logit[b, h]
-    mean, sums, leans = scratch.mean[b, h], scratch.sum[b, h], scratch.lean[b, h]
-    place, chosen, at, begin = scratch.id[b, h], scratch.chosen[b, h], scratch.row_at[b, h], lists.begin[b, h]
-    key_at = b * keys.batch + h * keys.head
-    value_at = b * values.batch + h * values.head
-    tile_row = np.empty(TILE, np.int64)
-    tile_n = np.ones(TILE, np.int64)
+    place, size, chosen, at = scratch.id[b, h], scratch.size[b, h], scratch.chosen[b, h], scratch.row_at[b, h]
+    rank, taken, begin = scratch.row_rank[b, h], scratch.row_taken[b, h], lists.begin[b, h]
+    cut, more = scratch.row_cut[b], scratch.row_more[b, h, part]
+    key_at, value_at = b * keys.batch + h * keys.head, b * values.batch + h * values.head
+    n_key, n_value = len(lanes[1]) << (len(lanes[3]) - 1), len(lanes[2]) << (len(lanes[3]) - 1)
+    tile = np.empty((3, TILE), np.int64)
     filled = np.int64(0)
-    for c in range(scratch.row_read[b, h]):
-        e = taken[c]
-        j = np.int64(owner[e])
-        if j < first:
-            continue
-        if j >= last:
-            break
-        row = np.int64(begin[place[chosen[j]]]) + e - at[j]
-        score_rows(q, 0, keys.memory, key_at + row * keys.row, keys.row, 1, logits, filled, TILE, heads, ck, width)
-        tile_row[filled] = row
-        filled += 1
-        for g in range(G):
+    for j in range(first, last):
+        lo = np.int64(at[j])
+        away = np.int64(begin[place[chosen[j]]]) - lo
+        for e in range(lo, lo + size[chosen[j]]):
+            bucket = bucket_of(rank[e])
+            taken[e] = bucket >= cut
+            if bucket == cut - 1 and more > 0:
+                more -= 1
+                taken[e] = True
+            if not taken[e]:
+                continue
+            # They stand anywhere: all of a tile are asked for before the first is read.
+            row = e + away
+            prefetch(keys.memory, key_at + row * keys.row, n_key)
+            prefetch(values.memory, value_at + row * values.row, n_value)
+            tile[0, filled], tile[1, filled], tile[2, filled] = row, e, j
+            filled += 1
+            if filled == TILE:
+                _read_tile(b, h, q, tile, filled, keys, values, how, peak, scratch, logits, acc, top, total, lanes)
+                filled = np.int64(0)
+    _read_tile(b, h, q, tile, filled, keys, values, how, peak, scratch, logits, acc, top, total, lanes)
+
+
+@inner
+def _read_tile(b, h, q, tile, filled, keys, values, how, peak, scratch, logits, acc, top, total, lanes):
+    """Add the rows of a tile, of which it has the place in the store, among coded rows, and of the list."""
+    heads, ck, _, width = lanes
+    coded, mean, sums, leans = scratch.row_logit[b, h], scratch.mean[b, h], scratch.sum[b, h], scratch.lean[b, h]
+    key_at, value_at = b * keys.batch + h * keys.head, b * values.batch + h * values.head
+    for i in range(filled):
+        row, e, j = tile[0, i], tile[1, i], tile[2, i]
+        score_rows(q, 0, keys.memory, key_at + row * keys.row, keys.row, 1, logits, i, TILE, heads, ck, width)
+        for g in range(acc.shape[0]):
             x = exp32(coded[g, e] - peak[g])
             sums[g, j] -= x
             leans[g, j] -= x * (coded[g, e] - mean[g, j])
-        if filled == TILE:
-            flush(
-                values.memory, value_at, values.row, tile_row, tile_n, filled, filled, softcap, logits, acc, top, total,
-                lanes,
-            )  # fmt: skip
-            filled = np.int64(0)
     flush(
-        values.memory, value_at, values.row, tile_row, tile_n, filled, filled, softcap, logits, acc, top, total, lanes
-    )
+        values.memory, value_at, values.row, tile[0], np.ones(TILE, np.int64), filled, filled, how.softcap, logits, acc,
+        top, total, lanes,
+    )  # fmt: skip
 
 
 @inner
@@ -157,7 +170,10 @@ def answer_part(w, asked, keys, values, lists, supers, how, masses, scratch, sta
     n = scratch.count[b, h]
     first, last = n * part // parts, n * (part + 1) // parts
     peak = masses.peak[b, h * G : h * G + G]
-    _read_rows(b, h, q, first, last, lists, keys, values, how.softcap, peak, scratch, logits, acc, top, total, lanes)
+    step = lists.value.shape[3]
+    for j in range(first, last):
+        prefetch(lists.value[b, h], np.int64(scratch.id[b, h, scratch.chosen[b, h, j]]) * step, step)
+    _read_rows(b, h, part, q, first, last, lists, keys, values, how, peak, scratch, logits, acc, top, total, lanes)
     store_state(parts + part, b, h, acc, top, total, states.top, states.total, states.acc)
     unread = cycles()
     spent = scratch.spent[w]

@@ -10,30 +10,30 @@ import numpy as np
 
 from ._cpu_code_vectors import score_codes, weigh_codes
 from ._cpu_common import NEG, TILE, F, exp32, inner, load_query, scan_range, softcapped, store_state
-from ._cpu_list_steps import choose, correct, cycles, rank_entries, rescale
+from ._cpu_list_steps import BUCKETS, bucket_of, choose, correct, cycles, rank_entries, rescale, threshold
 from ._cpu_seal_lists import code_signs, round_to_int8, turn_for_codes
-from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_CODED, ROWS_READ, SUPERS_SCORED, Asked
-from ._cpu_vectors import add_rows, score_rows
+from ._cpu_segmented_types import LISTS_READ, LISTS_SCORED, ROWS_CODED, ROWS_READ, SUPERS_SCORED
+from ._cpu_vectors import add_rows, prefetch, score_rows
 from .packed import NOISE_DIVISOR
+
+# Lists stand anywhere: one is asked for so many before it is read.
+AHEAD = 2
 
 
 @inner
-def ask(query, weight, start, scale, shape, sealed, n_sink, opened, lanes):
-    """The query as the phases take it, and whether super-lists are opened in any batch row."""
+def ask(query, weight, start, scale, shape, sealed, n_sink, opened, asked, lanes):
+    """Fill in the query as the phases take it; returns whether super-lists are opened in any batch row."""
     heads, ck, _, width = lanes
     B, Hq, D = query.shape
     H = shape.shape[1]
     G = Hq // H
-    scaled = np.empty((B, H, G, D), F)
-    turned = np.zeros((B, H, G, D + D % 2), np.int8)
-    steps = np.empty((B, H, G, 3), F)
-    spread, pull = np.empty((B, Hq), F), np.empty((B, Hq), F)
-    two_level = np.empty(B, np.bool_)
+    scaled, turned, steps = asked.query, asked.turned, asked.steps
     any_two = False
     copy, signs, one, two = np.empty(D, F), code_signs(D), np.empty(D, F), np.empty(D, F)
     for b in range(B):
-        two_level[b] = opened < H * (sealed - start[b] - n_sink)
-        any_two |= two_level[b]
+        asked.start[b] = start[b]
+        asked.two_level[b] = opened < H * (sealed - start[b] - n_sink)
+        any_two |= asked.two_level[b]
         for h in range(H):
             q = scaled[b, h]
             load_query(query, b, h, scale, q)
@@ -57,9 +57,10 @@ def ask(query, weight, start, scale, shape, sealed, n_sink, opened, lanes):
                 for d in range(D):
                     x += product[g, d] * q[g, d]
                 i = h * G + g
-                spread[b, i] = max(x, F(1e-12))
-                pull[b, i] = weight[i] * np.sqrt(spread[b, i])
-    return Asked(scaled, turned, steps, spread, weight, pull, start, two_level), any_two
+                asked.spread[b, i] = max(x, F(1e-12))
+                asked.weight[i] = weight[i]
+                asked.pull[b, i] = weight[i] * np.sqrt(asked.spread[b, i])
+    return any_two
 
 
 @inner
@@ -127,7 +128,7 @@ def scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads
 
 @inner
 def hot_masses(states, parts, masses):
-    """Peak and mass of sinks and hot rows, from their parts' states."""
+    """Peak and mass of sinks and hot rows, from their parts' states; no super-lists weigh anything yet."""
     B, Hq = states.top.shape[1:]
     for b in range(B):
         for i in range(Hq):
@@ -139,6 +140,7 @@ def hot_masses(states, parts, masses):
                 mass += states.total[p, b, i] * exp32(states.top[p, b, i] - peak)
             masses.peak[b, i] = peak
             masses.hot[b, i] = mass
+            masses.supers[b, i] = F(0.0)
 
 
 @inner
@@ -250,7 +252,6 @@ def choose_lists(asked, lists, supers, how, masses, scratch, stats):
             for j in range(scratch.count[b, h]):
                 scratch.row_at[b, h, j] = rows
                 rows += scratch.size[b, h, scratch.chosen[b, h, j]]
-            scratch.row_count[b, h] = rows
             counts[LISTS_READ] += scratch.count[b, h]
             counts[LISTS_SCORED] += scratch.total[b, h]
             if asked.two_level[b]:
@@ -271,19 +272,25 @@ def code_part(w, asked, lists, codes, how, masses, scratch, heads, ck, width, co
     h = w % H
     q, turned, steps = asked.query[b, h], asked.turned[b, h], asked.steps[b, h]
     key, begin, size, own = lists.key[b, h], lists.begin[b, h], lists.size[b, h], codes[b, h]
-    mean, logit, rank, owner = (
+    mean, logit, rank, bins = (
         scratch.mean[b, h],
         scratch.row_logit[b, h],
         scratch.row_rank[b, h],
-        scratch.row_list[b, h],
+        scratch.row_bins[b, h],
     )
     sums, leans, peak = scratch.sum[b, h], scratch.lean[b, h], masses.peak[b, h * G : h * G + G]
     share = np.empty(G, F)
     for g in range(G):
         share[g] = asked.weight[h * G + g] / masses.whole[b, h * G + g]
     row, of_lists, of_rows, bytes_ = key.shape[1], mean.shape[1], logit.shape[1], own.shape[1]
+    bins[part] = 0
     n = scratch.count[b, h]
-    for j in range(n * part // how.parts, n * (part + 1) // how.parts):
+    last = n * (part + 1) // how.parts
+    for j in range(n * part // how.parts, last):
+        if j + AHEAD < last:
+            i = np.int64(scratch.id[b, h, scratch.chosen[b, h, j + AHEAD]])
+            prefetch(key, i * row, row)
+            prefetch(own, begin[i] * bytes_, size[i] * bytes_)
         i = np.int64(scratch.id[b, h, scratch.chosen[b, h, j]])
         at = np.int64(scratch.row_at[b, h, j])
         rows = np.int64(size[i])
@@ -299,14 +306,15 @@ def code_part(w, asked, lists, codes, how, masses, scratch, heads, ck, width, co
                     logit[g, e] = softcapped(logit[g, e], how.softcap)
         weigh_codes(logit, at, of_rows, rows, mean, j, of_lists, peak, share, rank, sums, leans, of_lists, heads)
         for e in range(at, at + rows):
-            owner[e] = j
+            bins[part, bucket_of(rank[e])] += 1
     scratch.spent[w, 1] += cycles() - began
 
 
 @inner
 def choose_rows(how, masses, scratch, stats):
-    """Choose the rows to read under the budget, over the KV heads of a batch row together. From here on the weight of
-    opened lists is what their codes say, no more what their summaries did."""
+    """Choose the rows to read under the budget, over the KV heads of a batch row together: the highest ranks, as
+    ``choose`` does, but of a threshold; the parts take theirs. From here on the weight of opened lists is what their
+    codes say, no more what their summaries did."""
     H, G = scratch.sum.shape[1:3]
     for b in range(stats.shape[0]):
         for h in range(H):
@@ -321,7 +329,16 @@ def choose_rows(how, masses, scratch, stats):
                 i = h * G + g
                 rest = max(masses.whole[b, i] - masses.hot[b, i] - opened, F(0.0))
                 masses.whole[b, i] = masses.hot[b, i] + coded + rest
-        stats[b, ROWS_READ] = choose(
-            scratch.row_rank, scratch.row_one, b, scratch.row_count, how.read, scratch.row_taken, scratch.row_chosen,
-            scratch.row_read,
-        )  # fmt: skip
+        histogram = np.zeros(BUCKETS, np.int64)
+        for h in range(H):
+            for part in range(how.parts):
+                for i in range(BUCKETS):
+                    histogram[i] += scratch.row_bins[b, h, part, i]
+        cut, left = threshold(histogram, how.read)
+        scratch.row_cut[b] = cut
+        for h in range(H):
+            for part in range(how.parts):
+                more = min(left, np.int64(scratch.row_bins[b, h, part, cut - 1])) if cut > 0 else np.int64(0)
+                scratch.row_more[b, h, part] = more
+                left -= more
+        stats[b, ROWS_READ] = how.read - left

@@ -8,8 +8,12 @@ import threading
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import typeof
+from numba.types import float32, int8, int32, int64, uint16
 
-from .summaries import Array
+from ._cpu_addresses import Addresses, reader, width
+from ._cpu_list_steps import BUCKETS
+from .summaries import Array, ListArrays, SuperListArrays
 
 # What the columns of stats [B, STATS] count; four of cycles, one for each source.
 ROWS_READ, LISTS_READ, LISTS_SCORED, SUPERS_SCORED, ROWS_CODED, CYCLES, VALUES_READ, STATS = 0, 1, 2, 3, 4, 5, 9, 10
@@ -43,7 +47,7 @@ class Reading(NamedTuple):
 class Asked(NamedTuple):
     """The query, scaled ``[B, Hkv, G, D]``, and turned as codes are, in int8 with ``steps`` ``[B, Hkv, G, 3]`` (see
     score_codes); the spread ``[B, Hq]`` of its logits; ``weight [Hq]`` of its heads, ``pull [B, Hq]`` their weight
-    times the deviation of their logits; whether super-lists are opened."""
+    times the deviation of their logits; ``start [B]``; whether super-lists are opened, ``[B]``."""
 
     query: Any
     turned: Any
@@ -57,7 +61,8 @@ class Asked(NamedTuple):
 
 class Scratch(NamedTuple):
     """Arrays a call works in: super-lists ``[B, Hkv, ..]``, lists under opened ones ("candidates"), the rows of chosen
-    lists (list after list from ``row_at`` on), cycles spent."""
+    lists (list after list from ``row_at`` on; ``row_bins`` counts each part's by rank, and read are those from bin
+    ``row_cut`` on, and ``row_more`` of the one below), cycles spent; ``stats [B, STATS]``: what was read."""
 
     super_logit: Any
     super_rank: Any
@@ -78,15 +83,24 @@ class Scratch(NamedTuple):
     sum: Any
     lean: Any
     row_at: Any
-    row_list: Any
     row_logit: Any
     row_rank: Any
     row_taken: Any
-    row_chosen: Any
-    row_read: Any
-    row_count: Any
-    row_one: Any
+    row_bins: Any
+    row_cut: Any
+    row_more: Any
     spent: Any
+    stats: Any
+
+
+class Beside(NamedTuple):
+    """What a store has beside its lists, see ListTable: ``strides [6]`` of keys and of values as Rows has them."""
+
+    strides: Any
+    start: Any
+    shape: Any
+    cross: Any
+    codes: Any
 
 
 class States(NamedTuple):
@@ -106,6 +120,14 @@ class Masses(NamedTuple):
     whole: Any
 
 
+# The types of these arrays, as tables of addresses have them: a store's lists, super-lists and what is beside them.
+_LEVEL = int32[:, :, ::1], int32[:, :, ::1], float32[:, :, ::1], int8[:, :, :, ::1], int8[:, :, :, ::1], int64[:, ::1]
+_BESIDE = int64[::1], int64[::1], uint16[:, :, :, ::1], uint16[:, :, :, ::1], int8[:, :, :, ::1]
+OF_STORE = *_LEVEL, *_LEVEL, *_BESIDE
+SUPERS_AT, BESIDE_AT = width(*_LEVEL), 2 * width(*_LEVEL)
+read_lists, read_supers = reader(ListArrays, *_LEVEL), reader(SuperListArrays, *_LEVEL)
+read_beside = reader(Beside, *_BESIDE)
+
 # One scratch serves all layers of a model, so that it stays in the cache; each thread has its own.
 _kept = threading.local()
 # Scratch of so many shapes is kept.
@@ -113,51 +135,80 @@ SHAPES = 4
 
 
 def scratch_for(
-    batch: int, kv_heads: int, group: int, supers: int, lists: int, rows: int, parts: int
+    batch: int, kv_heads: int, group: int, dims: tuple[int, int], supers: int, lists: int, rows: int, parts: int
 ) -> tuple[Scratch, Array]:
-    """This thread's scratch for a store of such a shape, and its stats; ``rows`` at most are coded for a KV head."""
+    """This thread's scratch for a store of such a shape, and the table of all arrays that a call works in; ``dims`` are
+    D and Dv, ``rows`` at most are coded for a KV head."""
     # In few sizes: one scratch then serves a store while it grows. weigh_codes reads up to 7 numbers past the last.
-    rows = (1 << max(0, rows - 1).bit_length()) + 8
-    key = batch, kv_heads, group, supers, lists, rows, parts
-    kept: dict[Any, tuple[Scratch, Array]] = _kept.__dict__.setdefault("arrays", {})
+    key = batch, kv_heads, group, dims, supers, lists, (1 << max(0, rows - 1).bit_length()) + 8, parts
+    kept: dict[Any, tuple[Scratch, Addresses]] = _kept.__dict__.setdefault("arrays", {})
     if key not in kept:
         if len(kept) > SHAPES:
             kept.clear()
+        working = _working(*key)
+        kept[key] = working[0], Addresses.of(_OF_WORKING, [array for part in working for array in part])
+    scratch, table = kept[key]
+    return scratch, table.numbers
 
-        def zeros(dtype: type, *shape: int) -> Array:
-            return np.zeros((batch, kv_heads, *shape), dtype)
 
-        kept[key] = (
-            Scratch(
-                super_logit=zeros(np.float32, group, supers),
-                super_rank=zeros(np.float32, supers),
-                super_taken=zeros(np.bool_, supers),
-                super_chosen=zeros(np.int32, supers),
-                super_count=zeros(np.int64),
-                super_offset=zeros(np.int32, supers),
-                id=zeros(np.int32, lists),
-                size=zeros(np.int32, lists),
-                variance=zeros(np.float32, lists),
-                logit=zeros(np.float32, group, lists),
-                rank=zeros(np.float32, lists),
-                taken=zeros(np.bool_, lists),
-                chosen=zeros(np.int32, lists),
-                count=zeros(np.int64),
-                total=zeros(np.int64),
-                mean=zeros(np.float32, group, lists),
-                sum=zeros(np.float32, group, lists),
-                lean=zeros(np.float32, group, lists),
-                row_at=zeros(np.int32, lists),
-                row_list=zeros(np.int32, rows),
-                row_logit=zeros(np.float32, group, rows),
-                row_rank=zeros(np.float32, rows),
-                row_taken=zeros(np.bool_, rows),
-                row_chosen=zeros(np.int32, rows),
-                row_read=zeros(np.int64),
-                row_count=zeros(np.int64),
-                row_one=np.ones((batch, kv_heads, rows), np.int32),
-                spent=np.zeros((parts * batch * kv_heads, 5), np.int64),
-            ),
-            np.zeros((batch, STATS), np.int64),
-        )
-    return kept[key]
+def _working(
+    batch: int, kv_heads: int, group: int, dims: tuple[int, int], supers: int, lists: int, rows: int, parts: int
+) -> tuple[Scratch, Asked, States, Masses]:
+    dim, value_dim = dims
+    heads, slots = kv_heads * group, 4 * parts
+
+    def zeros(dtype: type, *shape: int) -> Array:
+        return np.zeros((batch, kv_heads, *shape), dtype)
+
+    def floats(*shape: int) -> Array:
+        return np.zeros(shape, np.float32)
+
+    scratch = Scratch(
+        super_logit=zeros(np.float32, group, supers),
+        super_rank=zeros(np.float32, supers),
+        super_taken=zeros(np.bool_, supers),
+        super_chosen=zeros(np.int32, supers),
+        super_count=zeros(np.int64),
+        super_offset=zeros(np.int32, supers),
+        id=zeros(np.int32, lists),
+        size=zeros(np.int32, lists),
+        variance=zeros(np.float32, lists),
+        logit=zeros(np.float32, group, lists),
+        rank=zeros(np.float32, lists),
+        taken=zeros(np.bool_, lists),
+        chosen=zeros(np.int32, lists),
+        count=zeros(np.int64),
+        total=zeros(np.int64),
+        mean=zeros(np.float32, group, lists),
+        sum=zeros(np.float32, group, lists),
+        lean=zeros(np.float32, group, lists),
+        row_at=zeros(np.int32, lists),
+        row_logit=zeros(np.float32, group, rows),
+        row_rank=zeros(np.float32, rows),
+        row_taken=zeros(np.bool_, rows),
+        row_bins=zeros(np.int32, parts, BUCKETS),
+        row_cut=np.zeros(batch, np.int64),
+        row_more=zeros(np.int64, parts),
+        spent=np.zeros((parts * batch * kv_heads, 5), np.int64),
+        stats=np.zeros((batch, STATS), np.int64),
+    )
+    asked = Asked(
+        query=zeros(np.float32, group, dim),
+        turned=zeros(np.int8, group, dim + dim % 2),
+        steps=zeros(np.float32, group, 3),
+        spread=floats(batch, heads),
+        weight=floats(heads),
+        pull=floats(batch, heads),
+        start=np.zeros(batch, np.int64),
+        two_level=np.zeros(batch, np.bool_),
+    )
+    states = States(floats(slots, batch, heads), floats(slots, batch, heads), floats(slots, batch, heads, value_dim))
+    return scratch, asked, states, Masses(*(floats(batch, heads) for _ in range(4)))
+
+
+_KINDS = [[typeof(array) for array in part] for part in _working(1, 1, 1, (1, 1), 1, 1, 1, 1)]
+_OF_WORKING = [kind for kinds in _KINDS for kind in kinds]
+ASKED_AT, STATES_AT, MASSES_AT = (width(*(kind for kinds in _KINDS[:i] for kind in kinds)) for i in (1, 2, 3))
+read_scratch, read_asked, read_states, read_masses = (
+    reader(named, *kinds) for named, kinds in zip((Scratch, Asked, States, Masses), _KINDS, strict=True)
+)

@@ -17,6 +17,8 @@ from numba.extending import intrinsic
 
 F32 = ir.FloatType()
 I64 = ir.IntType(64)
+# Bytes of a line of the cache.
+LINE = 64
 
 
 def lanes(G: int, D: int, Dv: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -143,6 +145,24 @@ def four_scales(builder, scale_at, i):
         one = scale_at(builder.add(i, I64(k)))
         scales = builder.insert_element(scales, one, ir.Constant(ir.IntType(32), k))
     return scales
+
+
+@intrinsic
+def prefetch(typingctx, rows, at, n):
+    """Have the processor load n elements of rows from at on, a few lines of its cache, while it goes on."""
+
+    def gen(context, builder, sig, args):
+        size = context.get_abi_sizeof(context.get_data_type(sig.args[0].dtype))
+        byte = ir.IntType(8).as_pointer()
+        start = builder.bitcast(pointer(context, builder, sig.args[0], args[0], args[1]), byte)
+        flags = [ir.IntType(32)] * 3
+        load = builder.module.declare_intrinsic("llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, *flags]))
+        with loop(builder, I64(0), builder.mul(args[2], I64(size)), LINE) as (i, _):
+            # To be read, to be kept in all caches, and data: see LLVM's manual.
+            builder.call(load, [builder.gep(start, [i]), *(flag(n) for flag, n in zip(flags, (0, 3, 1), strict=True))])
+        return context.get_dummy_value()
+
+    return types.void(rows, types.int64, types.int64), gen
 
 
 @intrinsic

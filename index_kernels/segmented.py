@@ -39,6 +39,7 @@ def attend_segmented(
     *,
     start: Tensor,
     by_code: bool = False,
+    with_lse: bool = True,
     details: bool = False,
     backend: str = "auto",
 ) -> SegmentedAnswer:
@@ -52,6 +53,7 @@ def attend_segmented(
         start: int64 ``[B]``, first valid row of each batch row.
         by_code: rows are dear to read, as in the host's memory: a GPU reads those of opened lists that their codes
             choose, not all. Others always do.
+        with_lse: give ``lse`` and ``lse_by_source``, too. GPUs and the reference always do.
         details: give ``taken`` and ``unread``, too.
         backend: "auto", "reference", "numba" or "triton".
 
@@ -65,7 +67,7 @@ def attend_segmented(
     chosen = resolve_backend(query, backend)
     if chosen == "numba":
         answer: SegmentedAnswer = _fused().attend_segmented(
-            query, keys, values, table, how, start=start, details=details
+            query, keys, values, table, how, start=start, with_lse=with_lse or details, details=details
         )
         return answer
     check_rows(query, keys, values)

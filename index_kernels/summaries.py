@@ -136,15 +136,14 @@ class ListTable:
         found: Tensor = self._cache[place]
         return found
 
-    def flat(
-        self, keys: Tensor, values: Tensor, start: Tensor, flat_rows: Callable[[Tensor], tuple[Any, ...]]
-    ) -> tuple[Any, ...]:
-        """``flat_rows`` of keys and of values, and ``start`` as an array; made anew only for others than last time."""
-        kept = self._cache.get("flat")
+    def beside(
+        self, keys: Tensor, values: Tensor, start: Tensor, made: "Callable[[ListTable, Tensor, Tensor, Tensor], Any]"
+    ) -> Any:
+        """What ``made`` makes of the lists and a store's rows; made anew only for others than last time."""
+        kept = self._cache.get("beside")
         if kept is None or kept[0] is not keys or kept[1] is not start:
-            kept = self._cache["flat"] = keys, start, (*flat_rows(keys), *flat_rows(values), start.numpy())
-        flat: tuple[Any, ...] = kept[2]
-        return flat
+            kept = self._cache["beside"] = keys, start, made(self, keys, values, start)
+        return kept[2]
 
     def _to(self, device: torch.device) -> Levels:
         most, most_supers = int(self.lists.used.max()), int(self.supers.used.max())
@@ -212,7 +211,7 @@ class SegmentedAnswer(NamedTuple):
 
     Attributes:
         out: ``[B, Hq, 1, Dv]`` float32.
-        lse: ``[B, Hq, 1]``.
+        lse: ``[B, Hq, 1]``; like ``lse_by_source`` empty where it was not wanted.
         lse_by_source: ``[4, B, Hq, 1]``: sinks and hot rows, rows of lists, codes, summaries; -inf for none.
         rows_read, rows_coded, lists_opened: all batch rows and KV heads together.
         summaries_read: summaries scored, likewise.

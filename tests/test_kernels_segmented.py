@@ -178,3 +178,31 @@ def test_codes_keep_rotated_rows_to_half_a_step_and_products_survive_the_rotatio
     assert codes.dtype == torch.int8
     error = (decoded(codes, dim) - turned_for_codes(rows)).abs()
     assert (error <= 0.501 / 7 * turned_for_codes(rows).abs().amax(dim=1, keepdim=True)).all()
+
+
+def test_queries_of_any_layout_and_lists_that_grew_are_read_where_they_stand():
+    query, keys, values, lists, how, start, _ = sealed_store("float32")
+    wanted = run("numba", query, keys, values, lists.table, how, start=start)
+    turned = query.transpose(1, 3).contiguous().transpose(1, 3)
+    inside = torch.stack([query, query + 1], dim=-1)[..., 0]
+    for other in (turned, inside, query.double().float().requires_grad_()):
+        assert torch.equal(run("numba", other, keys, values, lists.table, how, start=start).out, wanted.out)
+    halved = query.half()
+    got = run("numba", halved, keys, values, lists.table, how, start=start)
+    assert torch.equal(got.out, run("numba", halved.float(), keys, values, lists.table, how, start=start).out)
+    lists.reserve([0, 1024, 2048, SEALED, 4096], 8192)
+    got = run("numba", query, keys.clone(), values.clone(), lists.table, how, start=start)
+    assert torch.equal(got.out, wanted.out)
+    assert torch.equal(got.lse, wanted.lse)
+
+
+def test_arrays_that_a_kernel_would_misread_by_address_are_refused():
+    query, keys, values, lists, how, start, _ = sealed_store("float32")
+    lists.lists = lists.lists._replace(size=lists.lists.size.astype(np.int64))
+    lists.settle(3)
+    with pytest.raises(ValueError, match=r"int64 \[2, 2, .*expected array\(int32, 3d, C\)"):
+        run("numba", query, keys, values, lists.table, how, start=start)
+    lists.lists = lists.lists._replace(size=np.asfortranarray(lists.lists.size.astype(np.int32)))
+    lists.settle(3)
+    with pytest.raises(ValueError, match="strides"):
+        run("numba", query, keys, values, lists.table, how, start=start)

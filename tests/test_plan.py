@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,32 @@ def test_a_decode_call_is_planned_for_once_in_many_rows_and_explained_row_by_row
     assert db.explain(query).reason.startswith(f"{len(db)} rows, ")
     db.attend(query, audit=True)
     assert db.stats.plan.reason.startswith(f"{len(db)} rows, ")
+
+
+def test_an_answer_follows_what_has_changed_since_the_one_before():
+    def answer(db, query, changes):
+        for change, after in changes:
+            change(db)
+            if after:
+                db.attend(query)
+        return db.attend(query)
+
+    db, query = filled(index="segmented", k=32, dense_below=1000, audit_rate=0.0)
+    keys, values = random_rows(1)
+    changes = [
+        lambda db: db.insert(keys, values),
+        lambda db: setattr(db, "config", replace(db.config, k=8)),
+        lambda db: setattr(db, "config", replace(db.config, k=None)),
+        lambda db: db.analyze(torch.cat([query] * 300, dim=2)),
+        lambda db: db.truncate(1001),
+        lambda db: db.truncate(999),
+        lambda db: setattr(db, "unindexed", "so it was asked for"),
+        lambda db: setattr(db, "unindexed", ""),
+        lambda db: [db.insert(keys, values) for _ in range(3)],
+    ]
+    for count in range(1, len(changes) + 1):
+        steps = [answer(copy.deepcopy(db), query, [(one, each) for one in changes[:count]]) for each in (True, False)]
+        assert torch.equal(*steps)
 
 
 @pytest.mark.parametrize(

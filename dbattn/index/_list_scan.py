@@ -63,10 +63,10 @@ class Budget(NamedTuple):
         self, call: Call, sealed: int, length: int, *, tail: bool, head_weights: tuple[float, ...] = ()
     ) -> ListReading:
         """How the kernel is to read ``sealed`` rows in lists and the hot ones up to ``length`` for calls like this."""
-        read, coded, opened = (rows * call.store.num_kv_heads for rows in self)
+        heads = call.store.num_kv_heads
         return ListReading(
-            sealed, length, call.config.n_sink, read, coded, opened, call.scale, call.softcap, ALPHA, BETA, tail,
-            head_weights or None,
+            sealed, length, call.config.n_sink, heads * self.read, heads * self.coded, heads * self.opened, call.scale,
+            call.softcap, ALPHA, BETA, tail, head_weights or None,
         )  # fmt: skip
 
 
@@ -79,6 +79,7 @@ def default_rows_read(sealed: int) -> int:
     return int(np.exp(y[i - 1] + (at - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1])))
 
 
+@lru_cache
 def budget(sealed: int, k: int | None) -> Budget:
     """What is read per KV head where ``k`` rows are asked for, or by default for ``sealed`` rows."""
     read = default_rows_read(sealed) if k is None else k
@@ -189,7 +190,7 @@ class ListScan(Step):
         sizes = self._bytes(call, index, whole, hot, units)
         answer = StepAnswer(
             whole.out,
-            whole.lse,
+            whole.lse if call.needs_lse else None,
             rows_read=rows + hot,
             rows_retrieved=rows,
             bytes_read=sum(sizes),
@@ -241,8 +242,9 @@ class ListScan(Step):
             weights = ()  # other queries ask than those that were sampled
         how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail, head_weights=weights)
         return attend_segmented(
-            query, *store.buffers, index.table, how, start=store.start, by_code=store.host, details=call.measure
-        )
+            query, *store.buffers, index.table, how, start=store.start, by_code=store.host, with_lse=call.needs_lse,
+            details=call.measure,
+        )  # fmt: skip
 
     def _bytes(
         self, call: Call, index: SegmentedStore, whole: SegmentedAnswer, hot: float, units: int

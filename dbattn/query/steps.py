@@ -1,7 +1,7 @@
 """Steps that every store offers: the dense scan, the rows scanned exactly, and what a call brings along."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from index_kernels import attend_rows
 from ..dense import dense_attention, exact_ranges, masked_attention
 from ..store import StateSource
 from .call import Call
-from .plan import Source, Step, StepAnswer
+from .plan import QueryPlan, Source, Step, StepAnswer
 from .usage import Rates, Usage, Workload, scan_usage
 
 
@@ -173,3 +173,9 @@ def steps_of_call(call: Call) -> tuple[Step, ...]:
     """What any plan for this call runs beside the store's own steps."""
     extra = () if call.extra is None or call.extra.is_empty else (ExtraRows.of(call),)
     return extra if call.sink_logits is None else (*extra, SINK_LOGITS)
+
+
+def with_brought(plan: QueryPlan, call: Call) -> QueryPlan:
+    """The plan, and the steps of what the call brings along."""
+    brought = steps_of_call(call)
+    return replace(plan, steps=(*plan.steps, *brought)) if brought else plan
