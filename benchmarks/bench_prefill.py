@@ -7,21 +7,32 @@ causal SDPA answers the same. From 65,536 rows on SDPA is timed on 16 evenly spr
 for all. Sealing is what lists take while the prompt is read and to become what a decode call finds. With --threads 1
 seconds are of the processor, which other load leaves nearly alone; else they are the clock's.
 
-The whole model reads 7,936 tokens of prose at once, unwrapped and wrapped (prefill="auto" and "lists"), and then 256
-more, which both read densely: their logits are compared.
+The whole model reads a text but for its last 256 tokens at once, unwrapped and wrapped (prefill="lists"), and then
+those, which both read densely from the rows that reading left: their logits are compared. Beyond the model's range only
+the time tells.
 
-  python -m benchmarks.bench_prefill --sizes 8K 16K 32K 131K --json prefill.json
-  python -m benchmarks.bench_prefill --sizes 8K --threads 1 --layer-only
+Needles: two texts of 8K with ten needles each are read both ways, and both are asked densely; a needle is found where
+the model names all of its number.
+
+Parts and sizes may be measured one at a time: with --json, what the file has of others stays.
+
+  python -m benchmarks.bench_prefill --json prefill.json
+  python -m benchmarks.bench_prefill --parts layer --sizes 8K --threads 1
+  python -m benchmarks.bench_prefill --parts model --lengths 16K --model qwen.gguf --name Qwen2.5-Coder-0.5B --text code
 
 JSON: results.threads; results.sizes[] = {rows, s, sealing_s, sealing_share, sdpa_s, speedup, rows_read, error, p95,
-quiet}; results.exponent, of s in rows (None for one size); results.model (None with --layer-only) = {tokens, s,
-sides: {auto, lists: {s, settle_s, speedup, positions_by_lists, rows_read, layers_given_up, logits_l2, kl, top1}}}.
+quiet}; results.exponent, of s in rows (None for one size); results.models[] = {model, text, threads, tokens, dense_s,
+s, settle_s, speedup, sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1}; results.needles[] =
+{model, tokens, asked, dense, lists, both}.
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +44,22 @@ from dbattn import AttentionDB, RetrievalConfig, dense_attention
 from dbattn.hf import load_model, wrap
 from dbattn.index.segmented import SegmentedIndex
 from dbattn.metrics import relative_error
+from dbattn.text.haystack import hide, make_needles
+from dbattn.text.prompt import context_ids, question_ids
 
-from ._common import QuietGuard, console, fit_exponent, parser, print_table, progress, write_json
+from . import readme
+from ._common import SMOLLM2, QuietGuard, console, fit_exponent, parser, print_table, progress, write_json
 from ._model import compare_logits, twin_of
+from .bench_fidelity import TEXTS
 from .capture import capture_window, load_rows, prose_ids
 
+PARTS = ("layer", "model", "needles")
 LAYER, CONTEXT, HELD_BACK = 8, 8192, 256
+KEYS = ("model", "text", "tokens")
+# Tokens that are read before anything is timed: so many are read through lists, whose code is compiled then.
+COMPILED = 2560
+# Texts with needles, each with ten.
+TEXTS_WITH_NEEDLES = 2
 KEPT_QUERIES = 512
 SIZES = {"4K": 4096, "8K": 8192, "16K": 16384, "32K": 32768, "65K": 65536, "131K": 131072}
 # SDPA over more rows is timed in part.
@@ -50,15 +71,21 @@ def _now() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-class _TimedIndex(SegmentedIndex):
-    """A segmented index that adds up the seconds it spends sealing."""
+@contextmanager
+def _sealing_timed() -> Iterator[list[float]]:
+    """Adds up the seconds that all segmented indexes spend sealing, in a list of one number."""
+    seal, spent = SegmentedIndex._seal, [0.0]
 
-    sealing = 0.0
-
-    def _seal(self, *args: Any, **kwargs: Any) -> None:
+    def timed(self: SegmentedIndex, *args: Any, **kwargs: Any) -> None:
         began = _now()
-        super()._seal(*args, **kwargs)
-        self.sealing += _now() - began
+        seal(self, *args, **kwargs)
+        spent[0] += _now() - began
+
+    SegmentedIndex._seal = timed  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        SegmentedIndex._seal = seal  # type: ignore[method-assign]
 
 
 def bench_layer(rows: Sequence[Tensor], repeats: int) -> dict[str, Any]:
@@ -70,15 +97,14 @@ def bench_layer(rows: Sequence[Tensor], repeats: int) -> dict[str, Any]:
         guard.wait(2.0)
         dense.append(sdpa_seconds(query, keys, values))
         db = AttentionDB(keys.shape[1], keys.shape[3], config=RetrievalConfig(prefill="lists"))
-        index = _TimedIndex(db.config.window)
-        db.index = index
         db.store.append(keys, values)
         db.store.set_start(db.store.start)
-        began = _now()
-        out = db.attend(query)
-        db.sync()
-        took.append(_now() - began)
-        sealing.append(index.sealing)
+        with _sealing_timed() as spent:
+            began = _now()
+            out = db.attend(query)
+            db.sync()
+            took.append(_now() - began)
+        sealing.append(spent[0])
         quiet.append(guard.was_quiet())
     assert isinstance(out, Tensor)
     error = errors_of(out, query, keys, values)
@@ -137,35 +163,73 @@ def read(model: Any, ids: Tensor) -> tuple[DynamicCache, float]:
     return cache, _now() - began
 
 
+def plain_rows(model: Any, cache: DynamicCache) -> DynamicCache:
+    """The rows of a wrapped model's cache as an unwrapped one's."""
+    plain = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        plain.update(layer.keys, layer.values, i)
+    return plain
+
+
 def bench_model(model: Any, ids: Tensor) -> dict[str, Any]:
-    """``results.model``: ids ``[1, n]``, the last 256 held back."""
+    """An entry of ``results.models``; ids ``[1, n]``, the last 256 held back."""
     twin, prompt, rest = twin_of(model), ids[:, :-HELD_BACK], ids[:, -HELD_BACK:]
-    cache, seconds = read(model, prompt)
+    with console.status(f"reading {prompt.shape[1]:,} tokens unwrapped"):
+        cache, seconds = read(model, prompt)
     dense = held_back_logits(model, cache, rest)
     del cache
-    sides: dict[str, Any] = {}
-    for prefill in ("auto", "lists"):
-        with wrap(twin, RetrievalConfig(prefill=prefill)) as handle:
-            read(twin, prompt[:, :3072])  # compiles
-            handle.restart_report()
-            cache, took = read(twin, prompt)
-            began = _now()
-            for layer in cache.layers:
-                layer.db.sync()
-            settle = _now() - began
-            layers = handle.report().layers
-            plain = DynamicCache(config=model.config)
-            for i, layer in enumerate(cache.layers):
-                plain.update(layer.keys, layer.values, i)
-        positions = sum(layer.by_lists for layer in layers)
-        sides[prefill] = {
-            "s": took, "settle_s": settle, "speedup": seconds / (took + settle),
-            "positions_by_lists": positions / len(layers),
-            "rows_read": sum(layer.by_lists * layer.by_lists_rows for layer in layers) / max(1, positions),
-            "layers_given_up": sum(any("too far off" in reason for reason in layer.prompts) for layer in layers),
-            **compare_logits(dense, held_back_logits(model, plain, rest)),
-        }  # fmt: skip
-    return {"tokens": prompt.shape[1], "s": seconds, "sides": sides}
+    with (
+        wrap(twin, RetrievalConfig(prefill="lists")) as handle,
+        _sealing_timed() as spent,
+        console.status(f"reading {prompt.shape[1]:,} tokens through lists"),
+    ):
+        read(twin, prompt[:, :COMPILED])
+        handle.restart_report()
+        spent[0] = 0.0
+        cache, took = read(twin, prompt)
+        began = _now()
+        for layer in cache.layers:
+            layer.db.sync()
+        settle = _now() - began
+        prompts = [layer.db.stats.prompt for layer in cache.layers]
+        plain = plain_rows(model, cache)
+    positions, errors = sum(each.by_lists for each in prompts), [e for each in prompts for e in each.errors]
+    return {
+        "tokens": prompt.shape[1], "dense_s": seconds, "s": took, "settle_s": settle,
+        "speedup": seconds / (took + settle), "sealing_share": spent[0] / (took + settle),
+        "positions_by_lists": positions / len(prompts),
+        "rows_read": sum(each.rows_read for each in prompts) / max(1, positions),
+        "error": statistics.fmean(errors) if errors else None,
+        **compare_logits(dense, held_back_logits(model, plain, rest)),
+    }  # fmt: skip
+
+
+def bench_needles(model: Any, tokenizer: Any, tokens: int) -> dict[str, Any]:
+    """An entry of ``results.needles``."""
+    twin, found = twin_of(model), []
+    haystack = tokenizer.decode(prose_ids(tokenizer, 2 * tokens))
+    for seed in range(TEXTS_WITH_NEEDLES):
+        needles = make_needles(10, seed)
+        text = haystack[seed * len(haystack) // TEXTS_WITH_NEEDLES :]
+        ids = context_ids(hide(needles, text, tokens - HELD_BACK, tokenizer), tokenizer)
+        with wrap(twin, RetrievalConfig(prefill="lists")), console.status("reading a text with needles"):
+            ours = plain_rows(model, read(twin, ids)[0])
+        theirs, _ = read(model, ids)
+        for needle in needles:
+            question = question_ids(needle.question, tokenizer, needle.answer_start)
+            number = tokenizer(f" {needle.number}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            found.append([_names(model, cache, question, number) for cache in (theirs, ours)])
+    dense, lists = zip(*found, strict=True)
+    both = sum(all(each) for each in found)
+    return {"tokens": tokens, "asked": len(found), "dense": sum(dense), "lists": sum(lists), "both": both}
+
+
+def _names(model: Any, cache: DynamicCache, question: Tensor, number: Tensor) -> bool:
+    """Whether the model, asked a question after a cache, which stays as it was, names a number greedily."""
+    rows = cache.get_seq_length()
+    logits = held_back_logits(model, cache, torch.cat([question, number], dim=1))
+    cache.crop(rows)
+    return bool((logits[-number.shape[1] - 1 : -1].argmax(dim=-1) == number[0]).all())
 
 
 def held_back_logits(model: Any, cache: DynamicCache, ids: Tensor) -> Tensor:
@@ -190,40 +254,74 @@ def _print(results: dict[str, Any]) -> None:
     )  # fmt: skip
     if results["exponent"] is not None:
         print(f"time grows as rows to the power of {results['exponent']:.2f}")
-    if results["model"] is not None:
-        for name, side in results["model"]["sides"].items():
-            print(
-                f"whole model, prefill={name!r}: {side['s']:.1f} s and {side['settle_s']:.1f} s to settle for "
-                f"{results['model']['s']:.1f} s unwrapped, {side['speedup']:.2f}x; logits afterwards relative L2 "
-                f"{side['logits_l2']:.4f}, KL {side['kl']:.5f}, top-1 agreement {side['top1']:.3f}; "
-                f"{side['layers_given_up']} layers given up"
-            )
+    for m in results["models"]:
+        print(
+            f"{m['model']}, {m['tokens']:,} tokens of {m['text']}: {m['s']:.1f} s and {m['settle_s']:.1f} s to settle "
+            f"for {m['dense_s']:.1f} s unwrapped, {m['speedup']:.2f}x, sealing {m['sealing_share']:.1%}; logits "
+            f"afterwards relative L2 {m['logits_l2']:.4f}, KL {m['kl']:.5f}, top-1 agreement {m['top1']:.3f}"
+        )
+    for n in results["needles"]:
+        print(
+            f"{n['model']}, needles in {n['tokens']:,} tokens: {n['both']} of the {n['dense']} that are found after "
+            f"dense reading, {n['lists']} of {n['asked']} in all"
+        )
 
 
-def run(
-    names: Sequence[str], *, quick: bool = False, layer_only: bool = False, repeats: int | None = None
-) -> dict[str, Any]:
-    """All sizes, then the model; prints and returns the results."""
-    with console.status("loading the model"):
+def merged(earlier: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """Results of a run in place of earlier ones of the same size, model, text and length; others stay."""
+    results = dict(found)
+    for name, same in (("sizes", ("rows",)), ("models", KEYS), ("needles", ("model", "tokens"))):
+
+        def key(one: dict[str, Any], same: tuple[str, ...] = same) -> tuple[Any, ...]:
+            return tuple(one[name] for name in same)
+
+        new = {key(one) for one in found[name]}
+        kept = [] if earlier is None else [one for one in earlier[name] if key(one) not in new]
+        results[name] = sorted([*kept, *found[name]], key=key)
+    if earlier is not None and not found["sizes"]:
+        results["threads"] = earlier["threads"]
+    sizes = results["sizes"]
+    fitted = len(sizes) > 1
+    results["exponent"] = fit_exponent([s["rows"] for s in sizes], [s["s"] for s in sizes]) if fitted else None
+    return results
+
+
+def bench_sizes(names: Sequence[str], *, quick: bool) -> list[dict[str, Any]]:
+    """``results.sizes``."""
+    with console.status("capturing a layer"):
         model, tokenizer = load_model()
         ids = prose_ids(tokenizer, CONTEXT)[None]
-    with console.status("capturing a layer"):
         rows = [capture_window(model, ids, [LAYER])[f"{LAYER}.{name}"] for name in ("query", "key", "value")]
+    bench_layer([part[:, :, :3072] for part in rows], 1)  # compiles
+    sizes = []
+    with progress("one layer", len(names)) as tick:
+        for length in (SIZES[name] for name in names):
+            sizes.append(bench_layer(rows_of(length, rows), 1 if quick or length > WHOLE else 3))
+            tick()
+    return sizes
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The parts asked for; prints and returns the results."""
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "sizes": [], "models": [], "needles": []}
     with torch.inference_mode():
-        bench_layer([part[:, :, :3072] for part in rows], 1)  # compiles
-        sizes = []
-        with progress("one layer", len(names)) as tick:
-            for length in (SIZES[name] for name in names):
-                default = 1 if quick or length > WHOLE else 3
-                sizes.append(bench_layer(rows_of(length, rows), repeats or default))
-                tick()
-    fitted = len(sizes) > 1
-    results = {
-        "threads": torch.get_num_threads(),
-        "sizes": sizes,
-        "exponent": fit_exponent([s["rows"] for s in sizes], [s["s"] for s in sizes]) if fitted else None,
-        "model": None if layer_only else bench_model(model, ids[:, :4096] if quick else ids),
-    }
+        if "layer" in args.parts:
+            results["sizes"] = bench_sizes(args.sizes, quick=args.quick)
+        if {"model", "needles"} & set(args.parts):
+            with console.status("loading the model"):
+                model, tokenizer = load_model(args.model)
+        if "model" in args.parts:
+            for length in [4096] if args.quick else [SIZES[name] for name in args.lengths]:
+                found = bench_model(model, TEXTS[args.text](tokenizer, length)[None])
+                entry = {"model": args.name, "text": args.text, "threads": torch.get_num_threads()}
+                results["models"].append(entry | found)
+        if "needles" in args.parts:
+            found = bench_needles(model, tokenizer, 4096 if args.quick else CONTEXT)
+            results["needles"].append({"model": args.name, **found})
+    earlier = None
+    if args.json is not None and args.json.is_file():
+        earlier = json.loads(args.json.read_text(encoding="utf-8"))["results"]
+    results = merged(earlier, results)
     _print(results)
     return results
 
@@ -231,17 +329,26 @@ def run(
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     options: argparse.ArgumentParser = parser(__doc__, ["8K", "16K", "32K", "131K"], list(SIZES))
+    options.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    options.add_argument(
+        "--lengths", nargs="+", default=["8K", "16K"], choices=list(SIZES), metavar="T",
+        help="tokens that the whole model reads (default 8K 16K; 32K takes ten minutes)",
+    )  # fmt: skip
+    options.add_argument("--model", type=Path, metavar="DIR_OR_GGUF", help="default: SmolLM2-135M-Instruct")
+    options.add_argument("--name", default=SMOLLM2, help="what the record calls the model")
+    options.add_argument("--text", default="prose", choices=list(TEXTS))
     options.add_argument("--threads", type=int, help="of torch and Numba (default: as they are)")
-    options.add_argument("--layer-only", action="store_true", help="leave the whole model out")
     args = options.parse_args(argv)
     if args.threads is not None:
         import numba
 
         torch.set_num_threads(args.threads)
         numba.set_num_threads(args.threads)
-    results = run(args.sizes, quick=args.quick, layer_only=args.layer_only)
-    settings = {"sizes": args.sizes, "quick": args.quick, "threads": args.threads, "layer_only": args.layer_only}
+    results = run(args)
+    settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
     write_json(args.json, "prefill", settings, results)
+    if args.json is not None:
+        readme.write(args.json.parent)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 | `python -m benchmarks.families` | which model types are served | 10 minutes |
 | `python -m benchmarks.bench_layers FILE ...` | error, bytes and bounds in layers of any model | minutes |
 | `python -m benchmarks.bench_fidelity --model FOLDER_OR_GGUF` | logits of any model, on prose or code | minutes |
-| `python -m benchmarks.bench_prefill` | prompts through lists: time, error, and logits afterwards | 20 minutes |
+| `python -m benchmarks.bench_prefill` | prompts through lists: time, error, logits afterwards, needles | 15 minutes |
 | `python -m benchmarks.bench_windows` | needles in texts longer than the model's range | 20 minutes |
 | `python -m benchmarks.bench_exact` | exact=True: are the tokens dense's, and how fast do they come | 20 minutes |
 | `python -m benchmarks.bench_open` | opening a context, and the caches that begin with it: time and memory | a minute |
@@ -252,21 +252,28 @@ def _prefill(results: Record) -> list[str]:
          _errors(s)]
         for s in results["sizes"]
     ]  # fmt: skip
-    power = "" if results["exponent"] is None else f"; time grows as rows to the power of {results['exponent']:.2f}"
-    lines = [
-        f"One layer, all positions asked at once, on {results['threads']} threads{power}. Sealing is part of the time.",
-        "",
-        *_table(["rows", "through lists, s", "SDPA, s", "speedup", "sealing", "rows read", "error"], rows),
-    ]
-    if results["model"] is None:
-        return lines
-    sides = [
-        [f"`prefill={name!r}`", f"{show(side['speedup'])}x", side["logits_l2"], side["kl"], side["top1"],
-         side["layers_given_up"]]
-        for name, side in results["model"]["sides"].items()
+    lines = []
+    if rows:
+        power = "" if results["exponent"] is None else f"; time grows as rows to the power of {results['exponent']:.2f}"
+        head = ["rows", "through lists, s", "SDPA, s", "speedup", "sealing", "rows read", "error"]
+        lines = [
+            f"One layer, all positions asked at once, on {results['threads']} threads{power}.",
+            "Sealing is part of the time.",
+            "",
+            *_table(head, rows),
+        ]
+    models = [
+        [m["model"], f"{m['tokens']:,} of {m['text']}", m["threads"], m["dense_s"], f"{show(m['speedup'])}x",
+         _percent(m["sealing_share"]), m["logits_l2"], m["kl"], m["top1"]]
+        for m in results["models"]
     ]  # fmt: skip
-    head = ["whole model", "speedup", "logits L2", "KL", "top-1", "layers read densely"]
-    return [*lines, "", *_table(head, sides)]
+    if models:
+        head = ["whole model", "tokens", "threads", "SDPA, s", "speedup", "sealing", "logits L2", "KL", "top-1"]
+        lines += ["", "Logits are those of the next 256 tokens, read densely.", "", *_table(head, models)]
+    for n in results["needles"]:
+        found = f"of {n['asked']} needles {n['dense']} are found after dense reading, {n['both']} of them after lists"
+        lines += ["", f"{n['model']}, {n['tokens']:,} tokens, asked densely: {found}."]
+    return lines
 
 
 def _windows(results: Sequence[Record]) -> list[str]:

@@ -16,10 +16,10 @@ from .lists import choose, row_places
 from .ops import check_rows
 from .packed import floats
 from .reference import empty_state, softcapped
-from .summaries import Levels, ListTable, Summaries
+from .summaries import ListTable, Summaries
 
 # Lists are chosen by what every so many-th position of a block would lose: to ask all of them changes nothing.
-ASKING = 4
+ASKING = 8
 # Weights of lists are taken beside that of the rows read anyway, and no larger than e to this.
 MOST_LOGIT = 60.0
 NEVER = -1e30
@@ -116,8 +116,7 @@ def attend_block(
             "expected all of them before the block"
         )
     began = time.perf_counter()
-    levels = table.levels(query.device)
-    lists = levels.lists
+    lists = table.levels(query.device).lists
     q = lists.grouped(query, how.scale).reshape(batch, kv_heads, -1, dim)
     asking = _Asking(q, lists.spread(q))
     grouped = batch, kv_heads, -1
@@ -127,25 +126,35 @@ def attend_block(
         _state(asking, _exact_rows(keys, values, how, start, first), how),
     )
     scanned = time.perf_counter()
-    chosen = _chosen(asking, exact[1], levels, how, m)
-    opened, rest = _opened_rows(keys, values, lists, chosen), _summary_rows(table, lists, chosen)
-    if not how.tail:
-        rest = _Rows(*(part[:, :, :0] for part in rest))
-    of_rows = _state(asking, opened, how)
-    read = time.perf_counter()
-    of_summaries = _state(asking, rest, how, lists.cross)
-    out, lse = _merged(_merged(exact, of_rows), of_summaries)
-    lses = torch.stack([exact[1], of_rows[1], of_summaries[1]]).view(3, batch, heads, m)
+    chosen = _chosen(asking, exact[1], lists, how, m)
+    out, lse = exact[0], exact[1].clone()
+    lses = torch.stack([exact[1], *torch.full((2, *lse.shape), float("-inf"), device=lse.device)])
+    of_summaries = 0.0
+    for b in range(batch):
+        for h in range(kv_heads):
+            # Heads one by one: each reads as many rows as it needs.
+            one, opened = (slice(b, b + 1), slice(h, h + 1)), chosen[b, h]
+            ours = _Asking(*(part[one] for part in asking))
+            rows = _opened_rows(keys[one], values[one], lists.begin[b, h][opened], lists.size[b, h][opened])
+            states = [_state(ours, rows, how)]
+            if how.tail:
+                began_tail = time.perf_counter()
+                rest = _summary_rows(lists, b, h, ~opened & (lists.size[b, h] > 0))
+                states.append(_state(ours, rest, how, lists.cross[one]))
+                of_summaries += time.perf_counter() - began_tail
+            for i, state in enumerate(states, 1):
+                lses[i][one] = state[1]
+                out[one], lse[one] = _merged((out[one], lse[one]), state)
     done = time.perf_counter()
     used = lists.size > 0
     return BlockAnswer(
         out.reshape(batch, heads, m, -1),
         lse.reshape(batch, heads, m),
-        lses,
+        lses.view(3, batch, heads, m),
         int((lists.size * chosen).sum()),
         int(chosen.sum()),
         int(used.sum()),
-        (scanned - began, read - scanned, done - read),
+        (scanned - began, done - scanned - of_summaries, of_summaries),
     )
 
 
@@ -200,9 +209,8 @@ def _rows_at(keys: Tensor, values: Tensor, places: Tensor, hidden: Tensor) -> _R
     return _Rows(taken(keys), taken(values), none, none.masked_fill(hidden, NEVER))
 
 
-def _chosen(asking: _Asking, known: Tensor, levels: Levels, how: BlockReading, m: int) -> Tensor:
+def _chosen(asking: _Asking, known: Tensor, lists: Summaries, how: BlockReading, m: int) -> Tensor:
     """The lists to open, bool ``[B, Hkv, L]``: those whose rows, left unread, would cost the block most in all."""
-    lists = levels.lists
     if how.rows_read >= int(lists.size.sum(dim=(1, 2)).max()):
         return lists.size > 0
 
@@ -211,7 +219,7 @@ def _chosen(asking: _Asking, known: Tensor, levels: Levels, how: BlockReading, m
         return by_position[:, :, :, min(ASKING // 2, m - 1) :: ASKING].flatten(2, 3)
 
     few = _Asking(some(asking.q), some(asking.spread))
-    summaries = _Rows(lists.key, lists.value[..., :0], lists.variance, lists.size.float().log().clamp(min=NEVER))
+    summaries = _Rows(lists.key, lists.value[..., :0], lists.variance, _log(lists.size))
     weights: Tensor = _logits(few, summaries, how).sub_(some(known)[..., None]).clamp_(max=MOST_LOGIT).exp_()
     total = 1 + weights.sum(dim=-1)
     costs: Tensor = ((few.spread.sqrt() / total)[:, :, None] @ weights)[:, :, 0]
@@ -219,29 +227,22 @@ def _chosen(asking: _Asking, known: Tensor, levels: Levels, how: BlockReading, m
     return choose(costs.flatten(1), lists.size.flatten(1), how.rows_read).view_as(lists.size)
 
 
-def _opened_rows(keys: Tensor, values: Tensor, lists: Summaries, chosen: Tensor) -> _Rows:
-    """The rows of the chosen lists."""
-    batch, kv_heads, _ = chosen.shape
-    found = [
-        row_places(lists.begin[b, h][chosen[b, h]], lists.size[b, h][chosen[b, h]])
-        for b in range(batch)
-        for h in range(kv_heads)
-    ]
-    places = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1).view(batch, kv_heads, -1)
-    return _rows_at(keys, values, places.clamp(min=0), places < 0)
+def _log(size: Tensor) -> Tensor:
+    return size.float().log().clamp(min=NEVER)
 
 
-def _summary_rows(table: ListTable, lists: Summaries, chosen: Tensor) -> _Rows:
-    """The summaries of the lists that are not chosen."""
-    left = ~chosen & (lists.size > 0)
-    most = int(left.sum(dim=-1).max()) if left.numel() else 0
-    order = left.int().argsort(dim=-1, descending=True, stable=True)[..., :most]
+def _opened_rows(keys: Tensor, values: Tensor, begin: Tensor, size: Tensor) -> _Rows:
+    """The rows of lists ``begin .. begin + size`` (``[L]`` each) of one head; keys, values ``[1, 1, T, ...]``."""
+    places = row_places(begin, size)[None, None]
+    return _rows_at(keys, values, places, torch.zeros_like(places, dtype=torch.bool))
 
-    def taken(rows: Tensor) -> Tensor:
-        return rows.gather(2, order[..., None].expand(-1, -1, -1, rows.shape[3]))
 
-    log_size = lists.size.float().log().masked_fill(~left, NEVER).gather(2, order)
-    return _Rows(taken(lists.key), taken(lists.value), lists.variance.gather(2, order), log_size)
+def _summary_rows(lists: Summaries, b: int, h: int, left: Tensor) -> _Rows:
+    """The summaries of the lists that are ``left`` (bool ``[L]``) in one head."""
+    key, value, variance, size = (
+        part[b, h][left][None, None] for part in (lists.key, lists.value, lists.variance, lists.size)
+    )
+    return _Rows(key, value, variance, _log(size))
 
 
 def _state(asking: _Asking, rows: _Rows, how: BlockReading, cross: Tensor | None = None) -> tuple[Tensor, Tensor]:

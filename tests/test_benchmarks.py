@@ -301,8 +301,12 @@ def test_a_prompt_through_lists_is_measured_and_stands_on_the_page():
     assert size["speedup"] == size["sdpa_s"] / size["s"]
     assert 0 < size["sealing_share"] < 1
     assert 256 < size["rows_read"] < 3072
-    results = {"threads": 1, "sizes": [size], "exponent": None, "model": None}
-    assert any(line.startswith("| 3,072 |") for line in readme._prefill(results))
+    results = {"threads": 1, "sizes": [size], "models": [], "needles": []}
+    other = bench_prefill.merged(None, {**results, "sizes": [{**size, "rows": 6144, "s": 4 * size["s"]}]})
+    results = bench_prefill.merged(other, results)
+    assert results["exponent"] == pytest.approx(2)
+    page = readme._prefill(results)
+    assert [line.split()[1] for line in page if line.startswith("| ")] == ["rows", "3,072", "6,144"]
 
 
 def test_the_page_of_figures_is_what_the_records_say():

@@ -21,10 +21,10 @@ BLOCK = 512
 PIECE, NEWEST = 1024, 512
 # So many rows are sealed anew when lists are first read for a prompt.
 ANEW = 4096
-# (sealed rows, rows of lists read per KV head), interpolated on log scales. Measured on SmolLM2: a mean error of 0.01
-# in layers at 8K, and of 0.02 in one layer over windows of prose at 16K and 32K. At 131K 2,720 rows left 0.11 in its
-# last block.
-ROWS = np.log(np.array([(2048, 384), (8192, 448), (32768, 1280), (131072, 2560)]))
+# (sealed rows, rows of lists read per KV head), interpolated on log scales. Swept on layers of SmolLM2: with fewer the
+# error grows; summaries of all others cost as much as reading so many rows, and their super-lists cannot stand for them
+# (half of the lists closed: twice the error at 16K and 32K).
+ROWS = np.log(np.array([(2048, 448), (8192, 576), (16384, 700), (32768, 900), (131072, 1800)]))
 # Multiply-adds of a block take longer than a dense scan's by so much: lists are scored to be chosen, rows are gathered.
 DEARER = 1.25
 
