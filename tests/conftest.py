@@ -15,6 +15,15 @@ settings.register_profile("dbattn", deadline=None, derandomize=True, print_blob=
 settings.load_profile("dbattn")
 
 
+on_cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.fixture(params=["cpu", on_cuda])
+def device(request):
+    """Where rows are: on the CPU, and on a GPU where there is one."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
