@@ -246,10 +246,9 @@ def attend_segmented(
     limit, counted = min(stored, how.length), space.spare if details else space.totals
     row_logits: Tensor | None = None
     row_taken: Tensor | None = None
-    # As wide as queries: to convert them takes each program longer than to read them.
-    moments = table.on(
-        query.device, ("moments", query.dtype), lambda *_: (planes.shape.to(query.dtype), planes.cross.to(query.dtype))
-    )
+    # In the type that they are multiplied in: to convert them takes each program longer than to read them.
+    kind = torch.float16 if dot == tl.float32 else query.dtype
+    moments = table.on(query.device, ("moments", kind), lambda *_: (planes.shape.to(kind), planes.cross.to(kind)))
     rows = keys, values, *keys.stride()[:3], *values.stride()[:3]
     first = supers if two_level else lists
     ranking: dict[str, Any] = {
@@ -396,7 +395,7 @@ def _with_details(
 
 
 def _programs(room: int, block: int) -> int:
-    return min(MOST_PROGRAMS, triton.cdiv(room, block))
+    return min(MOST_PROGRAMS, -(-room // block))
 
 
 def _now(wanted: bool) -> Any:

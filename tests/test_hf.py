@@ -1,6 +1,7 @@
 """wrap: generate runs unchanged, retrieval really happens, and the model comes back as it was."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -144,7 +145,9 @@ def test_layers_that_are_given_a_copy_of_the_mask_retrieve_and_any_other_mask_is
 
 
 def test_a_context_for_a_model_on_several_devices_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("dbattn.hf.wrap.devices_of", lambda model: {torch.device("cuda:1"), torch.device("cuda:0")})
+    # The module's name is also that of the function that its package exports.
+    module = importlib.import_module("dbattn.hf.wrap")
+    monkeypatch.setattr(module, "devices_of", lambda model: {torch.device("cuda:1"), torch.device("cuda:0")})
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is on cuda:0, cuda:1: the rows of a context"):
         wrap(tiny(), context=tmp_path)
 
