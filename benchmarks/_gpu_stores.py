@@ -1,13 +1,14 @@
 """Stores for benchmarks.gpu: rows and lists made on the device."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dbattn.index._lists import Lists
 from index_kernels import ListTable
-from index_kernels._triton_segmented import Planes
+from index_kernels._triton_segmented import BLOCK_LISTS, Level, Planes
 from index_kernels.packed import pack_rows, scales
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -44,12 +45,12 @@ def made_store(rows: int, batch: int, n_sink: int, hot: int, seed: int) -> Store
     ends = torch.cat([ends[: count - 1], ends.new_tensor([sealed - n_sink])])
     begin = n_sink + torch.cat([ends.new_zeros(1), ends[:-1]])
     size = ends + n_sink - begin
-    owner = torch.searchsorted(ends, torch.arange(sealed - n_sink, device="cuda"), right=True)
     clusters = -(-count // LISTS_PER_CLUSTER)
-    room = count + -count % 64
+    owner = torch.searchsorted(ends, torch.arange(sealed - n_sink, device="cuda"), right=True)
+    cluster = torch.arange(count, device="cuda") // LISTS_PER_CLUSTER
     keys = torch.empty(batch, KV_HEADS, rows, DIM, dtype=torch.bfloat16, device="cuda")
     values = torch.empty_like(keys)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("key", "value", "variance", "shape", "cross")}
+    lists, supers, moments = list[Summed](), list[Summed](), list[tuple[Tensor, Tensor]]()
     for unit in range(units):
         centres = normal(clusters, DIM).repeat_interleave(LISTS_PER_CLUSTER, dim=0)[:count] + 0.6 * normal(count, DIM)
         means = normal(clusters, DIM).repeat_interleave(LISTS_PER_CLUSTER, dim=0)[:count] + 0.6 * normal(count, DIM)
@@ -59,44 +60,66 @@ def made_store(rows: int, batch: int, n_sink: int, hot: int, seed: int) -> Store
         key[n_sink:sealed] = (centres[owner] + 0.6 * normal(sealed - n_sink, DIM)).bfloat16()
         value[n_sink:sealed] = (means[owner] + 0.6 * normal(sealed - n_sink, DIM)).bfloat16()
         k, v = (part[n_sink:sealed].float() for part in (key, value))
-        mean_k, mean_v = (
-            torch.zeros(count, DIM, device="cuda").index_add_(0, owner, part) / size[:, None] for part in (k, v)
-        )
-        off_k, off_v = k - mean_k[owner], v - mean_v[owner]
-        square = off_k.square().sum(dim=1)
-        parts["key"].append(mean_k)
-        parts["value"].append(mean_v)
-        parts["variance"].append(torch.zeros(count, device="cuda").index_add_(0, owner, square) / size)
-        parts["shape"].append(off_k.T @ off_k / square.sum())
-        parts["cross"].append(off_k.T @ off_v / square.sum())
-    grid = batch, KV_HEADS
+        one = summed(k, v, owner, size)
+        off_k, off_v = k - one.key[owner], v - one.value[owner]
+        square = off_k.square().sum()
+        moments.append(((off_k.T @ off_k / square).half(), (off_k.T @ off_v / square).half()))
+        lists.append(one)
+        rows_of = torch.zeros(clusters, dtype=torch.long, device="cuda").index_add_(0, cluster, size)
+        supers.append(summed(k, v, cluster[owner], rows_of))
+    first = torch.arange(0, count, LISTS_PER_CLUSTER, device="cuda")
+    held = torch.bincount(cluster)
+    planes = Planes(
+        level(lists, batch, begin, size, size), level(supers, batch, first, held, rows_of),
+        *(torch.stack(part).view(batch, KV_HEADS, DIM, DIM) for part in zip(*moments, strict=True)),
+    )  # fmt: skip
+    table = Lists(batch, KV_HEADS, DIM, DIM).table
+    table.on(torch.device("cuda", torch.cuda.current_device()), "planes", lambda *_: planes)
+    query = asked(keys, n_sink, sealed, noise)
+    size_bytes = sum(part.nbytes for part in vars(planes.lists).values() if isinstance(part, Tensor))
+    return Store(
+        query, keys, values, table, torch.zeros(batch, dtype=torch.int64, device="cuda"), sealed, DIM**-0.5, size_bytes
+    )
 
-    def whole(name: str, pad: bool = True) -> Tensor:
-        found = torch.stack(parts[name]).view(*grid, *parts[name][0].shape)
-        if not pad:
-            return found.half().contiguous()
-        padded = found.new_zeros(*grid, room, *found.shape[3:])
-        padded[:, :, :count] = found
-        return padded
+
+class Summed(NamedTuple):
+    """Of groups of rows: mean keys and values ``[n, DIM]``, mean squared distance of keys from theirs ``[n]``."""
+
+    key: Tensor
+    value: Tensor
+    variance: Tensor
+
+
+def summed(keys: Tensor, values: Tensor, owner: Tensor, size: Tensor) -> Summed:
+    """What is known of the groups ``owner [rows]`` of ``size [n]`` rows."""
+    key, value = (
+        torch.zeros(len(size), DIM, device="cuda").index_add_(0, owner, part) / size[:, None] for part in (keys, values)
+    )
+    square = (keys - key[owner]).square().sum(dim=1)
+    return Summed(key, value, torch.zeros(len(size), device="cuda").index_add_(0, owner, square) / size)
+
+
+def level(found: list[Summed], batch: int, begin: Tensor, held: Tensor, size: Tensor) -> Level:
+    """The same groups in all units, as the kernels take them."""
+    count, grid = len(size), (batch, KV_HEADS)
+    room = count + -count % BLOCK_LISTS
 
     def number(one: Tensor) -> Tensor:
         padded = torch.zeros(*grid, room, dtype=torch.int32, device="cuda")
         padded[:, :, :count] = one.int()
         return padded
 
+    def whole(name: str) -> Tensor:
+        parts = torch.stack([getattr(one, name) for one in found])
+        padded = parts.new_zeros(*grid, room, *parts.shape[2:])
+        padded[:, :, :count] = parts.view(*grid, *parts.shape[1:])
+        return padded
+
     key, value = pack_rows(whole("key")), pack_rows(whole("value"))
-    planes = Planes(
-        count * units,
-        number(begin), number(size), whole("variance"), key[..., :-4].contiguous(), scales(key).contiguous(),
-        value[..., :-4].contiguous(), scales(value).contiguous(), whole("shape", False), whole("cross", False),
+    return Level(
+        count * len(found), number(begin), number(held), number(size), whole("variance"), key[..., :-4].contiguous(),
+        scales(key).contiguous(), value[..., :-4].contiguous(), scales(value).contiguous(),
     )  # fmt: skip
-    table = Lists(batch, KV_HEADS, DIM, DIM).table
-    table.on(torch.device("cuda", torch.cuda.current_device()), "planes", lambda *_: planes)
-    query = asked(keys, n_sink, sealed, noise)
-    size_bytes = sum(part.nbytes for part in (planes.key, planes.value, planes.variance, planes.size, planes.begin))
-    return Store(
-        query, keys, values, table, torch.zeros(batch, dtype=torch.int64, device="cuda"), sealed, DIM**-0.5, size_bytes
-    )
 
 
 def asked(keys: Tensor, first: int, stop: int, noise: torch.Generator) -> Tensor:

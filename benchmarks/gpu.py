@@ -28,6 +28,7 @@ from index_kernels import ListReading, attend_segmented
 from index_kernels.segmented import rows_opened
 
 from ._common import OUT_HELP, results_folder, write_json
+from ._gpu_model import model_speed
 from ._gpu_stages import captured_errors, default, flash, graph_seconds, offload, rates_here, sealing
 from ._gpu_stores import DIM, HEADS, KV_HEADS, Store, exact, made_store, relative_error
 
@@ -35,7 +36,8 @@ SIZES = (8192, 32768, 131072, 1048576)
 # Bytes that a graph goes through at least: several times the second-level caches of an H100 and an H200.
 ROTATED = 400 << 20
 MOST_STORES = 12
-STAGES = ("decode", "sealing", "offload", "default")
+STAGES = ("decode", "sealing", "offload", "default", "model")
+MODEL_ROWS = 32768
 # Sinks and hot rows are not among the rows that stand in lists.
 N_SINK, HOT = 4, 128
 
@@ -44,8 +46,8 @@ def reading(sealed: int, rows: int, kv_heads: int, k: int | None, scale: float) 
     """How the library reads so many rows by default, or with ``k``."""
     asks = budget(sealed, k)
     return ListReading(
-        sealed, rows, N_SINK, asks.read * kv_heads, asks.coded * kv_heads, sealed * kv_heads, scale, None, ALPHA, BETA,
-        True,
+        sealed, rows, N_SINK, asks.read * kv_heads, asks.coded * kv_heads, asks.opened * kv_heads, scale, None, ALPHA,
+        BETA, True,
     )  # fmt: skip
 
 
@@ -106,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(), "torch": torch.__version__, "heads": HEADS, "kv_heads": KV_HEADS,
         "errors": [], "steps": [], "sealing": [], "offload": [], "rates": [], "default": [],
+        "model": [],
     }  # fmt: skip
 
     def stage(name: str, run: Callable[[], Any], **what: Any) -> None:
@@ -135,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage("rates", rates_here)
         for batch, rows in product(args.batches, args.sizes):
             stage("default", partial(default, rows, batch), rows=rows, batch=batch)
+    if "model" in args.stages:
+        stage("model", partial(model_speed, MODEL_ROWS))
     print(table(results))
 
 
@@ -175,6 +180,10 @@ def table(results: dict[str, Any]) -> str:
         if "flash" in line:
             micro = ", ".join(f"{name} {1e6 * line[name]:.0f}" for name in ("default", "dense", "flash"))
             lines.append(f"default at {line['rows']:,} x {line['batch']}: µs {micro}; {line['reason']}")
+    for line in results["model"]:
+        if "alone" in line:
+            speeds = ", ".join(f"{name} {line[name]:.1f}" for name in ("alone", "default", "retrieving"))
+            lines.append(f"{line['layers']} layers of Llama-3-8B after {line['rows']:,} tokens, tokens/s: {speeds}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 Lists are opened whole: on a GPU rows are cheap and choosing is not, so the codes of rows are not read. What is opened
 are the lists of highest cost within a budget. A histogram of costs makes the cut: lists of the bin at the threshold
 stay unread. Where rows are dear, which lie in the host's memory, the rows of opened lists are chosen by their codes
-likewise.
+likewise. Of many rows super-lists are ranked first, and only the lists of the best ones.
 """
 
 import os
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -20,56 +21,65 @@ from ._triton_coded_kernels import attend_coded_kernel, choose_kernel
 from ._triton_common import device_of
 from ._triton_segmented_kernels import (
     BINS,
-    COPIES,
+    HELD_BITS,
+    HISTOGRAMS,
     MOST_HOT_PARTS,
     MOST_PARTS,
-    MOST_SPLITS,
-    MOST_TAILS,
-    STATES,
+    OF_LISTS,
+    OF_SUPERS,
     attend_kernel,
+    lay_kernel,
     merge_kernel,
     rank_kernel,
     score_kernel,
+    score_named_kernel,
 )
 from .lists import weights_by_place
 from .packed import SCALE_BYTES, scales, turned_for_codes
-from .summaries import Array, ListReading, ListTable, SegmentedAnswer
+from .segmented import MANY_ROWS
+from .summaries import Array, ListArrays, ListReading, ListTable, SegmentedAnswer, SuperListArrays
 
-MANY_LISTS = 8192
-# Splits of opened lists whose rows are chosen by code: each has two states.
-MOST_CODED_SPLITS, CODED_PROGRAMS = 196, 16
-# Programs per multiprocessor: what was fastest on an H100.
-PROGRAMS = 8
-# Lists of a table are in room for a multiple of this; lists of a run; lists that a program ranks; numbers that one
-# merges.
-BLOCK_LISTS, RUN, BLOCK_RANKED, MERGED = 64, 1, 512, 32
+# Programs per multiprocessor: of those that score summaries; that read opened lists and summaries; that choose rows by
+# code. What was fastest on an H100.
+SCORING, READING, CHOOSING = 2, 6, 6
+# What an entry that answers by its summary costs beside a row that is read.
+SUMMARY_COST = 0.35
+# Lists of a table are in room for a multiple of this; lists that a program ranks, and lays out, of so many programs for
+# a unit at most; numbers that a program merges.
+BLOCK_LISTS, BLOCK_RANKED, BLOCK_LAID, MOST_PROGRAMS, MERGED = 64, 512, 256, 16, 32
+LISTS_PER_SUPER_LIST, ROWS_PER_LIST = 16, 32
 DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
-class Planes:
-    """The lists of a table on a device: int8 means with their scales apart, in room for a multiple of 64 lists.
+class Level:
+    """Lists, or super-lists, ``[B, Hkv, room, ...]`` on a device: int8 means with their scales apart.
 
-    ``used``: lists in all.
+    ``begin`` and ``held``: the rows of a list, or the lists of a super-list; ``size`` counts rows. Room is a multiple
+    of 64, unused entries hold nothing. ``used``: entries in all.
     """
 
     used: int
     begin: Tensor
+    held: Tensor
     size: Tensor
     variance: Tensor
     key: Tensor
     key_scale: Tensor
     value: Tensor
     value_scale: Tensor
-    shape: Tensor
-    cross: Tensor
+
+    @property
+    def room(self) -> int:
+        """Entries per KV head there is room for."""
+        return self.size.shape[2]
 
     @classmethod
-    def of(cls, table: ListTable, device: torch.device) -> "Planes":
+    def of(cls, arrays: ListArrays | SuperListArrays, device: torch.device) -> "Level":
         """Copied once for each table."""
-        lists, most = table.lists, int(table.lists.used.max())
+        most = int(arrays.used.max())
         room = max(BLOCK_LISTS, most + -most % BLOCK_LISTS)
-        used = torch.arange(room) < torch.from_numpy(lists.used)[..., None]
+        used = torch.arange(room) < torch.from_numpy(arrays.used)[..., None]
 
         def plane(array: Array) -> Tensor:
             rows = torch.from_numpy(array[:, :, :room])
@@ -77,13 +87,33 @@ class Planes:
             padded[:, :, : rows.shape[2]] = rows
             return padded
 
-        key, value = plane(lists.key), plane(lists.value)
+        size = plane(arrays.size) * used
+        if isinstance(arrays, ListArrays):
+            begin, held = plane(arrays.begin), size
+        else:
+            begin, held = plane(arrays.first), plane(np.diff(arrays.first, axis=2)) * used
+        key, value = plane(arrays.key), plane(arrays.value)
         parts: tuple[Tensor, ...] = (
-            plane(lists.begin), plane(lists.size) * used, plane(lists.variance),
-            key[..., :-SCALE_BYTES], scales(key), value[..., :-SCALE_BYTES], scales(value),
-            torch.from_numpy(table.shape).view(torch.float16), torch.from_numpy(table.cross).view(torch.float16),
+            begin, held, size, plane(arrays.variance), key[..., :-SCALE_BYTES], scales(key),
+            value[..., :-SCALE_BYTES], scales(value),
         )  # fmt: skip
-        return cls(int(lists.used.sum()), *(part.contiguous().to(device) for part in parts))
+        return cls(int(arrays.used.sum()), *(part.contiguous().to(device) for part in parts))
+
+
+@dataclass(frozen=True)
+class Planes:
+    """The lists of a table on a device, and its covariances, float16."""
+
+    lists: Level
+    supers: Level
+    shape: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, table: ListTable, device: torch.device) -> "Planes":
+        """Copied once for each table."""
+        shape, cross = (torch.from_numpy(bits).view(torch.float16).to(device) for bits in (table.shape, table.cross))
+        return cls(Level.of(table.lists, device), Level.of(table.supers, device), shape, cross)
 
 
 @dataclass(frozen=True)
@@ -106,38 +136,69 @@ def _turning(dim: int, scale: float, device: torch.device) -> Tensor:
     return turned_for_codes(torch.eye(dim)).mul_(scale).to(device)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a call's buffers depend on: queries ``[B, Hq, 1, D]`` and values of ``value_dim`` numbers.
+
+    ``capacity``: rows under opened lists of a unit at most; ``opened``: expected of a unit.
+    """
+
+    query: torch.Size
+    value_dim: int
+    by_code: bool
+    two_level: bool
+    capacity: int
+    opened: int
+
+
 class Workspace:
     """What the kernels hand to each other, for one shape of call; ``totals [B]`` counts rows read, over all calls."""
 
-    def __init__(self, query: Tensor, planes: Planes, value_dim: int, by_code: bool) -> None:
-        batch, kv_heads, room = planes.size.shape
-        heads, device = query.shape[0] * query.shape[1], query.device
-        units = batch * kv_heads
+    def __init__(self, call: Shape, planes: Planes, device: torch.device) -> None:
+        batch, kv_heads, room = planes.lists.size.shape
+        heads, units = call.query[0] * call.query[1], batch * kv_heads
+        first = planes.supers if call.two_level else planes.lists
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        processors = torch.cuda.get_device_properties(device).multi_processor_count if query.is_cuda else 2
-        programs = -(-(CODED_PROGRAMS if by_code else PROGRAMS) * processors // units) // (1 + (room > MANY_LISTS))
-        self.parts = max(1, min(MOST_PARTS, programs, room // BLOCK_LISTS))
-        self.splits = max(1, min(MOST_CODED_SPLITS if by_code else MOST_SPLITS, programs, room // RUN))
-        self.tails = max(1, min(MOST_TAILS, programs, room // BLOCK_LISTS))
-        states = self.splits * (1 + by_code) + self.tails + MOST_HOT_PARTS
-        self.logits = new(heads, room)
-        self.bins = new(units, room, dtype=torch.int32)
-        self.spread, self.lean = new(heads), new(heads, value_dim)
-        self.part_lse = new(MOST_PARTS + MOST_HOT_PARTS, heads)
-        self.outs, self.lses = new(states, heads, value_dim), new(states, heads)
-        # Programs that add to a bin wait for each other: many do among many lists.
-        self.copies = COPIES if room > MANY_LISTS else 1
-        self.histogram = new(batch, self.copies, BINS, dtype=torch.int32).zero_()
-        self.ticket, self.cut = new(batch, dtype=torch.int32).zero_(), new(batch, dtype=torch.int32)
-        self.means = new(heads, room) if by_code else None
-        self.wholes = new(heads) if by_code else None
-        self.row_cut = new(batch, dtype=torch.int32)
-        # Measured calls are counted apart: their answers say what they read. So are rows of lists that are opened only.
+        def count(*shape: int) -> Tensor:
+            return new(*shape, dtype=torch.int32)
+
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+        def programs(each: int, most: int) -> int:
+            return max(1, min(most, each * processors // units))
+
+        self.parts = programs(SCORING, min(MOST_PARTS, first.room // BLOCK_LISTS))
+        self.opening = programs(READING, min(MOST_PARTS // 2, room // BLOCK_LISTS)) if call.two_level else 0
+        of_lists = LISTS_PER_SUPER_LIST * planes.supers.room // 8 if call.two_level else room
+        reading = programs(READING, room)
+        share = of_lists * SUMMARY_COST / (of_lists * SUMMARY_COST + call.opened)
+        self.tails = max(1, min(room // BLOCK_LISTS, round(reading * share)))
+        self.super_tails = call.two_level * max(1, round(planes.supers.room / of_lists * self.tails))
+        if call.by_code:
+            self.splits = programs(CHOOSING, room)
+        else:
+            self.splits = max(1, reading - self.tails - self.super_tails)
+        states = self.splits * (1 + call.by_code) + self.tails + self.super_tails + MOST_HOT_PARTS
+        self.logits, self.packs = new(heads, room), count(units, room)
+        self.super_logits, self.super_packs = self.logits, self.packs
+        self.names = self.counts = None
+        if call.two_level:
+            self.super_logits, self.super_packs = new(heads, first.room), count(units, first.room)
+            self.names, self.counts = count(units, room), count(units)
+        self.ids, self.ends = count(units, max(1, call.capacity)), count(units)
+        self.spread, self.lean = new(heads), new(heads, call.value_dim)
+        self.part_lse = new(MOST_PARTS + MOST_HOT_PARTS + MOST_PARTS // 2, heads)
+        self.outs, self.lses = new(states, heads, call.value_dim), new(states, heads)
+        self.histogram = count(batch, HISTOGRAMS, BINS).zero_()
+        self.cut, self.super_cut = count(batch), count(batch)
+        self.means = self.wholes = self.owners = None
+        if call.by_code:
+            self.means, self.wholes, self.owners = new(heads, room), new(heads), torch.empty_like(self.ids)
+        # Measured calls are counted apart: their answers say what they read.
         self.totals, self.spare = new(2, batch, dtype=torch.int64).zero_()
-        self.opened = new(batch, dtype=torch.int64).zero_()
 
 
 def attend_segmented(
@@ -163,18 +224,21 @@ def attend_segmented(
     batch, heads, _, dim = query.shape
     kv_heads, stored, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     planes = table.on(query.device, "planes", Planes.of)
-    space: Workspace = table.on(
-        query.device, ("workspace", query.shape, by_code), lambda *_: Workspace(query, planes, value_dim, by_code)
+    lists, supers = planes.lists, planes.supers
+    two_level = how.sealed >= MANY_ROWS and max(budget, how.rows_opened) < kv_heads * how.sealed
+    call = Shape(
+        query.shape, value_dim, by_code, two_level, min(budget, how.sealed), min(budget // kv_heads, how.sealed)
     )
-    everything = budget >= kv_heads * how.sealed
+    space: Workspace = table.on(query.device, call, lambda *_: Workspace(call, planes, query.device))
+    least = 0 if budget >= kv_heads * how.sealed else 1
     hot = how.n_sink + how.length - how.sealed
-    group, room, units = heads // kv_heads, planes.size.shape[2], batch * kv_heads
+    group, room, units = heads // kv_heads, lists.room, batch * kv_heads
     dot = _dot_type(query, keys, values)
     shapes, scoring, attending = _shapes(dim, value_dim, group, wide=dot == tl.float32)
     hot_parts = max(1, min(MOST_HOT_PARTS, triton.cdiv(hot, scoring["BLOCK"])))
-    # States of rows, then of codes, of summaries, of sinks and hot rows.
+    # States of rows, then of codes, of summaries of lists and of super-lists, of sinks and hot rows.
     first_tail = space.splits * (1 + (by_code and how.tail))
-    first_hot = first_tail + (space.tails if how.tail else 0)
+    first_hot = first_tail + (space.tails + space.super_tails if how.tail else 0)
     out = torch.empty((batch, heads, 1, value_dim), dtype=torch.float32, device=query.device)
     lses = torch.empty((5, batch, heads, 1), dtype=torch.float32, device=query.device)
     weights = None if how.head_weights is None else _weights(how.head_weights, query.device)
@@ -182,21 +246,52 @@ def attend_segmented(
     limit, counted = min(stored, how.length), space.spare if details else space.totals
     row_logits: Tensor | None = None
     row_taken: Tensor | None = None
+    # In the type that they are multiplied in: to convert them takes each program longer than to read them.
+    kind = torch.float16 if dot == tl.float32 else query.dtype
+    moments = table.on(query.device, ("moments", kind), lambda *_: (planes.shape.to(kind), planes.cross.to(kind)))
     rows = keys, values, *keys.stride()[:3], *values.stride()[:3]
+    first = supers if two_level else lists
+    ranking: dict[str, Any] = {
+        "GROUP": triton.next_power_of_2(group), "PARTS": 128, "BLOCK": BLOCK_RANKED, "NUM_BINS": BINS, "num_warps": 4,
+    }  # fmt: skip
+    laying: dict[str, Any] = {"BLOCK": BLOCK_LAID, "CHUNK": 4096, "RUN": 8, "NUM_BINS": BINS, "num_warps": 4}
+    part_lse, parts = space.part_lse, space.parts + hot_parts
     with device_of(query):
         began = _now(details and query.is_cuda)
-        score_kernel[(units, space.parts + hot_parts + 1)](
-            asked, *rows, start, planes.key, planes.key_scale, planes.variance, planes.size, planes.shape, planes.cross,
-            space.logits, space.spread, space.part_lse, space.lean, space.outs, space.lses, space.means,
-            float(how.scale), cap, float(how.alpha), float(how.beta), kv_heads, group, room, batch * heads, space.parts,
-            first_hot, how.sealed, how.length, how.n_sink, DOT=dot, **shapes, **scoring,
+        score_kernel[(units, parts + 1)](
+            asked, *rows, start, first.key, first.key_scale, first.variance, first.size, *moments,
+            space.super_logits, space.spread, part_lse, space.lean, space.outs, space.lses,
+            None if two_level else space.means, float(how.scale), cap, float(how.alpha), float(how.beta), kv_heads,
+            group, first.room, batch * heads, space.parts, first_hot, how.sealed, how.length, how.n_sink, DOT=dot,
+            **shapes, **scoring,
         )  # fmt: skip
-        rank_kernel[(units, triton.cdiv(room, BLOCK_RANKED))](
-            space.logits, planes.variance, planes.size, space.spread, weights, space.part_lse, space.bins,
-            space.histogram, space.ticket, space.cut, space.opened if by_code else counted, space.wholes, budget,
-            0 if everything else 1, kv_heads, group, room, batch * heads,
-            space.parts + hot_parts, GROUP=triton.next_power_of_2(group), PARTS=128, BLOCK=BLOCK_RANKED,
-            NUM_BINS=BINS, COPIES=space.copies, num_warps=4,
+        if two_level:
+            rank_kernel[(units, _programs(first.room, BLOCK_RANKED))](
+                space.super_logits, first.variance, first.size, first.held, None, None, space.spread, weights, part_lse,
+                space.super_packs, space.histogram, None, 0, kv_heads, group, first.room, batch * heads, parts,
+                WHICH=OF_SUPERS, **ranking,
+            )  # fmt: skip
+            lay_kernel[(units, _programs(first.room, BLOCK_LAID))](
+                space.super_packs, first.begin, None, None, space.names, None, space.counts, space.histogram,
+                space.super_cut, None, how.rows_opened, 0, kv_heads, first.room, room, WHICH=OF_SUPERS, **laying,
+            )  # fmt: skip
+            part_lse, parts = part_lse[space.parts :], hot_parts + space.opening
+            score_named_kernel[(units, space.opening)](
+                asked, lists.key, lists.key_scale, lists.variance, lists.size, space.names, space.counts, first.size,
+                space.super_packs, space.super_logits, space.super_cut, space.spread, space.logits, space.means,
+                part_lse[hot_parts:], float(how.scale), cap, float(how.alpha), kv_heads, group, first.room, room,
+                batch * heads, DIM=dim, BLOCK_D=shapes["BLOCK_D"], M=shapes["M"], BLOCK=scoring["BLOCK"], DOT=dot,
+                num_warps=scoring["num_warps"], num_stages=1,
+            )  # fmt: skip
+        rank_kernel[(units, _programs(room, BLOCK_RANKED))](
+            space.logits, lists.variance, lists.size, None, space.names, space.counts, space.spread, weights, part_lse,
+            space.packs, space.histogram, space.wholes, least, kv_heads, group, room, batch * heads, parts,
+            WHICH=OF_LISTS, **ranking,
+        )  # fmt: skip
+        lay_kernel[(units, _programs(room, BLOCK_LAID))](
+            space.packs, lists.begin, space.names, space.counts, space.ids, space.owners, space.ends, space.histogram,
+            space.cut, None if by_code else counted, budget, least, kv_heads, room, call.capacity, WHICH=OF_LISTS,
+            **laying,
         )  # fmt: skip
         if by_code:
             codes: CodePlanes = table.on(query.device, "code planes", CodePlanes.of)
@@ -211,38 +306,41 @@ def attend_segmented(
                 "CODE": tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16,
             }  # fmt: skip
             choosing, reading = _coded_shapes(shapes, wide=dot == tl.float32)
-            coded = turned, space.means, codes.numbers, codes.steps, planes.begin, planes.size
-            shape = kv_heads, group, room, batch * heads, codes.steps.shape[2], limit
+            coded = turned, space.means, codes.numbers, codes.steps
+            shape = kv_heads, group, room, batch * heads, codes.steps.shape[2], limit, call.capacity
+            least_row = 0 if how.rows_read >= budget else 1
             choose_kernel[(units, space.splits)](
-                *coded, space.bins, space.cut, space.wholes, space.histogram, space.ticket, space.row_cut, counted,
-                row_logits, cap, how.rows_read, 0 if how.rows_read >= budget else 1, *shape, DIM=dim, M=shapes["M"],
-                COPIES=space.copies, **sizes, **choosing,
+                *coded, space.wholes, space.histogram, space.ids, space.owners, space.ends, row_logits, cap, least_row,
+                *shape, DIM=dim, M=shapes["M"], **sizes, **choosing,
             )  # fmt: skip
             attend_coded_kernel[(units, space.splits)](
-                asked, *rows, *coded, planes.value, planes.value_scale, space.bins, space.cut, space.wholes,
-                space.row_cut, space.spread, space.lean, space.outs, space.lses, row_taken, float(how.scale), cap,
-                *shape, TAIL=how.tail, DOT=dot, **shapes, **sizes, **reading,
+                asked, *rows, *coded, space.names, lists.value, lists.value_scale, space.wholes, space.histogram,
+                counted, space.ids, space.owners, space.ends, space.spread, space.lean, space.outs, space.lses,
+                row_taken, float(how.scale), cap, how.rows_read, least_row, *shape, TAIL=how.tail, DOT=dot, **shapes,
+                **sizes, **reading,
             )  # fmt: skip
         # Where rows were chosen by code, the lists that were not opened are all that is left.
         done = first_tail if by_code else 0
         if done < first_hot:
+            above = (supers.size, supers.variance, supers.value, supers.value_scale) if two_level else (None,) * 4
+            ranked = (space.super_logits, space.super_packs, space.super_cut) if two_level else (None,) * 3
             attend_kernel[(units, first_hot - done)](
-                asked, *rows, planes.begin, planes.size, planes.variance, planes.value, planes.value_scale,
-                space.logits, space.bins, space.cut, space.lean, space.outs[done:], space.lses[done:],
-                float(how.scale), cap,
-                kv_heads, group, room, batch * heads, limit, first_tail - done, RUN=RUN, DOT=dot,
-                **shapes, **attending,
+                asked, *rows, space.ids, space.ends, lists.variance, lists.value, lists.value_scale, space.logits,
+                space.packs, space.cut, space.names, space.counts, *above, *ranked, space.lean, space.outs[done:],
+                space.lses[done:], float(how.scale), cap, kv_heads, group, first.room, room, batch * heads, limit,
+                call.capacity, first_tail - done, space.tails, DOT=dot, **shapes, **attending,
             )  # fmt: skip
+        states = first_hot + hot_parts
         merge_kernel[(batch * heads, triton.cdiv(value_dim, MERGED))](
-            space.outs, space.lses, out, lses[0], lses[1:], space.splits, first_tail, first_hot,
-            first_hot + hot_parts, batch * heads,
-            VALUE_DIM=value_dim, BLOCK_DV=MERGED,
-            STATES=STATES if first_hot + hot_parts <= STATES else 2 * STATES, num_warps=4,
+            space.outs, space.lses, out, lses[0], lses[1:], space.histogram, space.splits, first_tail, first_hot,
+            states, heads, batch * heads, VALUE_DIM=value_dim, BLOCK_DV=MERGED,
+            STATES=max(64, triton.next_power_of_2(states)), NUM_BINS=BINS, num_warps=4,
         )  # fmt: skip
         ended = _now(details and query.is_cuda)
     opened, read = (min(n, kv_heads * how.sealed) * batch for n in (budget, how.rows_read if by_code else budget))
+    scored = supers.used + batch * how.rows_opened // ROWS_PER_LIST if two_level else lists.used
     answer = SegmentedAnswer(
-        out, lses[0], lses[1:], read, opened * by_code, 0, planes.used, planes.used * how.tail,
+        out, lses[0], lses[1:], read, opened * by_code, 0, scored, scored * how.tail,
         (0.0,) * 4, None, None, None if details else space.totals,
     )  # fmt: skip
     return _with_details(answer, planes, space, how, began, ended, row_logits, row_taken) if details else answer
@@ -259,12 +357,27 @@ def _with_details(
     row_logits: Tensor | None, row_taken: Tensor | None,
 ) -> SegmentedAnswer:  # fmt: skip
     """The answer with what was read, which is asked of the device now."""
-    size, begin = planes.size.long(), planes.begin.long()
-    opened = (space.bins.view_as(size) >= space.cut[:, None, None]) & (size > 0)
+    lists, supers = planes.lists, planes.supers
+    size, begin = lists.size.long(), lists.begin.long()
+    if space.names is not None and space.counts is not None:
+        candidate = torch.arange(lists.room, device=size.device) < space.counts.view(*size.shape[:2], 1)
+        names = space.names.view_as(size).long().where(candidate, 0)
+        size, begin = size.gather(2, names) * candidate, begin.gather(2, names)
+
+    def unread_by_place(logits: Tensor, begin: Tensor, size: Tensor, opened: Tensor) -> Tensor:
+        weights = torch.exp(logits.view(*answer.lse.shape[:2], -1) - answer.lse).nan_to_num()
+        return weights_by_place(begin, size * ~opened * how.tail, weights, how.sealed)
+
+    opened = ((space.packs >> HELD_BITS).view_as(size) >= space.cut[:, None, None]) & (size > 0)
     ones = torch.ones_like(size, dtype=torch.float32)
     under = taken = weights_by_place(begin, size * opened, ones, how.sealed) > 0
-    weights = torch.exp(space.logits.view(*answer.lse.shape[:2], -1) - answer.lse).nan_to_num()
-    unread = weights_by_place(begin, size * ~opened * how.tail, weights, how.sealed)
+    unread = unread_by_place(space.logits, begin, size, opened)
+    scored, left = int((size > 0).sum()), 0
+    if space.names is not None:
+        held = (space.super_packs >> HELD_BITS).view_as(supers.size) >= space.super_cut[:, None, None]
+        rows_begin = lists.begin.long().gather(2, supers.begin.long())
+        unread += unread_by_place(space.super_logits, rows_begin, supers.size.long(), held)
+        scored, left = scored + supers.used, int(((supers.size > 0) & held).sum())
     if row_logits is not None and row_taken is not None:
         taken = row_taken.view(*size.shape[:2], -1)[..., : how.sealed] > 0
         coded = torch.exp(row_logits.view(*answer.lse.shape[:2], -1)[..., : how.sealed] - answer.lse).nan_to_num()
@@ -273,12 +386,16 @@ def _with_details(
     if ended is not None:
         ended.synchronize()
         seconds = began.elapsed_time(ended) / 1e3
-    lists, scored, coded_rows = int(opened.sum()), int((size > 0).sum()), int(under.sum()) * (row_taken is not None)
+    opened_lists, coded_rows = int(opened.sum()), int(under.sum()) * (row_taken is not None)
     return answer._replace(
-        rows_read=int(taken.sum()), rows_coded=coded_rows, lists_opened=lists, summaries_read=scored,
-        values_read=(scored - lists * (coded_rows == 0)) * how.tail, seconds=(0.0, seconds, 0.0, 0.0), taken=taken,
-        unread=unread,
+        rows_read=int(taken.sum()), rows_coded=coded_rows, lists_opened=opened_lists, summaries_read=scored,
+        values_read=(scored - left - opened_lists * (coded_rows == 0)) * how.tail, seconds=(0.0, seconds, 0.0, 0.0),
+        taken=taken, unread=unread,
     )  # fmt: skip
+
+
+def _programs(room: int, block: int) -> int:
+    return min(MOST_PROGRAMS, -(-room // block))
 
 
 def _now(wanted: bool) -> Any:
@@ -306,9 +423,8 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
         "num_stages": 1,
     }
     attending = {
-        "BLOCK": 16 if wide and not narrow else 32,
-        "LISTS": 32,
-        "SUMMARIES": 32,
+        "BLOCK": 16 if wide and not narrow else 32 if wide or large else 64,
+        "SUMMARIES": 32 if wide or large else 64,
         "num_warps": 4,
         "num_stages": 1 if wide or large else 2 if (dim, value_dim) != (block_d, block_dv) else 3,
     }
@@ -322,7 +438,7 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
 def _coded_shapes(shapes: dict[str, int], *, wide: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Block sizes of choose_kernel and of attend_coded_kernel."""
     width = max(shapes["BLOCK_D"], shapes["BLOCK_DV"])
-    usual = {"BLOCK": 32, "LISTS": 32, "num_warps": 4, "num_stages": 1}
+    usual = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
     choosing = usual if width > 128 else usual | {"BLOCK": 64}
     return choosing, usual if width <= (64 if wide else 128) else usual | {"BLOCK": 16, "num_warps": 8}
 

@@ -1,4 +1,8 @@
+import io
 import os
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 # Both torch and FAISS bring a thread pool; with several pytest workers on few cores, one thread each is fastest.
@@ -8,11 +12,71 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_map_only
 
 CAPTURE = Path(__file__).parent / "data" / "smollm2_4k.safetensors"
 
 settings.register_profile("dbattn", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("dbattn")
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+# Of an operator's backends those that are compared with the reference, and of these Triton's.
+BACKENDS = [
+    "numba",
+    pytest.param("triton-interpreter", marks=NO_TRITON),
+    pytest.param("triton-cuda", marks=(NO_TRITON, NO_GPU)),
+]
+TRITON = BACKENDS[1:]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
+def device(request):
+    """Where rows are: on the CPU, and on a GPU where there is one."""
+    return request.param
+
+
+def _called(op, args, kwargs, settings):
+    import index_kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setattr(name, value)
+        return getattr(index_kernels, op)(*args, **kwargs)
+
+
+def _interpreted(payload):
+    return _called(*torch.load(io.BytesIO(payload), weights_only=False))
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """A process with Triton's interpreter: triton reads TRITON_INTERPRET once, when first imported."""
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool.submit(int).result()
+        patch.undo()
+        yield pool
+
+
+@pytest.fixture
+def run(request):
+    """``run(backend, op, ...)`` calls an operator on one of BACKENDS, under ``settings`` (what is patched, by name)."""
+
+    def run(backend, op, *args, settings=None, **kwargs):
+        kind, _, where = backend.partition("-")
+        call = op, args, {**kwargs, "backend": kind}, settings or {}
+        if where == "interpreter":
+            buffer = io.BytesIO()
+            torch.save(call, buffer)
+            return request.getfixturevalue("interpreter").submit(_interpreted, buffer.getvalue()).result()
+        if where == "cuda":
+            found = _called(*tree_map_only(torch.Tensor, lambda rows: rows.cuda(), call))
+            return tree_map_only(torch.Tensor, lambda rows: rows.cpu(), found)
+        return _called(*call)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -26,9 +26,9 @@ def plain_attention(query, keys, values, start=None, scale=None, softcap=None):
     logits = query.double() @ k.transpose(2, 3) * (dim**-0.5 if scale is None else scale)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    mask = torch.ones(m, rows).tril(rows - m).bool().expand(batch, 1, m, rows)
+    mask = torch.ones(m, rows, device=query.device).tril(rows - m).bool().expand(batch, 1, m, rows)
     if start is not None:
-        mask = mask & (torch.arange(rows) >= start[:, None, None, None])
+        mask = mask & (torch.arange(rows, device=query.device) >= start[:, None, None, None])
     return logits.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() @ v
 
 
@@ -42,9 +42,9 @@ def plain_attention(query, keys, values, start=None, scale=None, softcap=None):
         (4, 2, 16, 8, torch.bfloat16),
     ],
 )
-def test_reading_every_row_equals_dense(index, heads, kv_heads, dim, value_dim, dtype):
-    keys, values = rows(300, 2, kv_heads, dim, value_dim, dtype)
-    query = torch.randn(2, heads, 3, dim, dtype=dtype)
+def test_reading_every_row_equals_dense(index, heads, kv_heads, dim, value_dim, dtype, device):
+    keys, values = (part.to(device) for part in rows(300, 2, kv_heads, dim, value_dim, dtype))
+    query = torch.randn(2, heads, 3, dim, dtype=dtype).to(device)
     out = database(keys, values, index=index, k=300, max_queries=8).attend(query)
     assert out.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
@@ -187,9 +187,9 @@ def test_scale_must_be_positive(scale):
 
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("m", [1, 5, 300])
-def test_no_row_after_the_query_is_read(index, m):
-    keys, values = rows(1800)
-    query = 2 * torch.randn(1, 4, m, 16)
+def test_no_row_after_the_query_is_read(index, m, device):
+    keys, values = (part.to(device) for part in rows(1800))
+    query = 2 * torch.randn(1, 4, m, 16).to(device)
     options = {"index": index, "k": 48, "max_queries": 400}
     late = database(keys, values, **options).attend(query)
     for i in (0, m - 1):
@@ -206,13 +206,13 @@ def test_no_row_after_the_query_is_read(index, m):
 
 @pytest.mark.parametrize("index", INDEXES)
 @pytest.mark.parametrize("start", [[0, 7], [500, 0], [1299, 3]])
-def test_padded_rows_are_never_read(index, start):
-    keys, values = rows(1300, batch=2)
-    starts = torch.tensor(start)
+def test_padded_rows_are_never_read(index, start, device):
+    keys, values = (part.to(device) for part in rows(1300, batch=2))
+    starts = torch.tensor(start, device=device)
     for b, first in enumerate(start):
         keys[b, :, :first] *= 50
         values[b, :, :first] = 1e6
-    query = 2 * torch.randn(2, 4, 1, 16)
+    query = 2 * torch.randn(2, 4, 1, 16).to(device)
     db = database(keys, values, start=starts, index=index, k=64)
     assert not db.explain(query).is_dense
     assert db.attend(query).abs().max() < 1e3
@@ -237,9 +237,9 @@ def test_k_of_all_rows_of_a_padded_batch_row_is_dense_for_it(index):
 
 
 @pytest.mark.parametrize("index", INDEXES)
-def test_audit_and_explain_change_no_answer(index):
-    keys, values = rows(1500)
-    queries = [torch.randn(1, 4, 1, 16) for _ in range(3)]
+def test_audit_and_explain_change_no_answer(index, device):
+    keys, values = (part.to(device) for part in rows(1500))
+    queries = [torch.randn(1, 4, 1, 16).to(device) for _ in range(3)]
     quiet = database(keys, values, index=index, k=32)
     loud = database(keys, values, index=index, k=32, audit_rate=1.0)
     for query in queries:

@@ -1,6 +1,7 @@
 """wrap: generate runs unchanged, retrieval really happens, and the model comes back as it was."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -119,6 +120,36 @@ def test_retrieval_with_softcap_sinks_and_padding_is_close_to_dense(family, chan
     with wrap(model, config) as handle:
         assert_same(generate(model, inputs, max_new_tokens=2), expected, tolerance=1e-2)
         assert handle.report().layers[1].retrieving > 0
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_layers_that_are_given_a_copy_of_the_mask_retrieve_and_any_other_mask_is_honoured(changed):
+    """As accelerate gives layers on a second device."""
+    model, inputs = tiny(max_position_embeddings=1024), prompt(length=300, padding=(90, 0))
+
+    def copied(layer, args, kwargs):
+        mask = kwargs["attention_mask"].clone()
+        if changed:
+            mask[..., 100] = False
+        return args, {**kwargs, "attention_mask": mask}
+
+    hook = model.model.layers[1].register_forward_pre_hook(copied, with_kwargs=True)
+    expected = generate(model, inputs, max_new_tokens=4)
+    with wrap(model, EXACT) as handle:
+        assert_same(generate(model, inputs, max_new_tokens=4), expected)
+        first, second = handle.report().layers
+    hook.remove()
+    told = "the mask is not causal with left padding"
+    assert (told in second.dense) == changed
+    assert told not in first.dense
+
+
+def test_a_context_for_a_model_on_several_devices_is_refused(monkeypatch, tmp_path):
+    # The module's name is also that of the function that its package exports.
+    module = importlib.import_module("dbattn.hf.wrap")
+    monkeypatch.setattr(module, "devices_of", lambda model: {torch.device("cuda:1"), torch.device("cuda:0")})
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is on cuda:0, cuda:1: the rows of a context"):
+        wrap(tiny(), context=tmp_path)
 
 
 @pytest.mark.parametrize(

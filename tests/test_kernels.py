@@ -1,55 +1,15 @@
-"""Every operator: each backend against the reference, and the reference against the formulas.
-
-Triton runs under its interpreter in a process of its own: triton reads TRITON_INTERPRET once, when first imported.
-"""
-
-import io
-from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
-from multiprocessing import get_context
+"""Every operator: each backend against the reference, and the reference against the formulas."""
 
 import pytest
 import torch
+from conftest import BACKENDS, TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import index_kernels
 from index_kernels import attend_rows, dense_decode, merge_states, resolve_backend, top_k
 
 # The bound of every dtype: backends read the same rounded rows, and all arithmetic and all results are float32.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-5, torch.bfloat16: 1e-5}
-BACKENDS = [
-    "numba",
-    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")),
-]
-
-
-def _interpret(payload):
-    op, args, kwargs = torch.load(io.BytesIO(payload))
-    return getattr(index_kernels, op)(*args, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool.submit(int).result()
-        patch.undo()
-        yield pool
-
-
-@pytest.fixture
-def run(request):
-    """Runs an operator on a backend, wherever that backend can run."""
-
-    def run(backend, op, *args, **kwargs):
-        if backend != "triton":
-            return getattr(index_kernels, op)(*args, backend=backend, **kwargs)
-        buffer = io.BytesIO()
-        torch.save((op, args, {**kwargs, "backend": backend}), buffer)
-        return request.getfixturevalue("interpreter").submit(_interpret, buffer.getvalue()).result()
-
-    return run
 
 
 def rng(seed=0):
@@ -156,7 +116,7 @@ def test_expanded_arguments_are_read_with_their_strides(run, backend):
     assert_same_state(run(backend, "attend_rows", query, keys, keys, ids=ids, log_weights=weights), wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "m", "length", "dim", "k", "start", "stop"),
     [
@@ -178,7 +138,7 @@ def test_top_k_ids_are_exact_with_many_ties(run, backend, heads, kv_heads, m, le
     assert torch.equal(scores, wanted_scores)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_top_k_scores_equal_the_reference(run, backend, dtype):
     query, keys = torch.randn(1, 2, 1, 80, generator=rng(8)).to(dtype), rows_of(1, 300, 80, dtype, batch=1)
@@ -188,7 +148,7 @@ def test_top_k_scores_equal_the_reference(run, backend, dtype):
     assert torch.equal(ids, wanted_ids), "the scores of this seed are further apart than rounding"
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", TRITON)
 def test_minus_zero_ties_with_zero(run, backend):
     keys = torch.tensor([-1e-30, 1e-30, -1.0, -1e-30, 1.0])[None, None, :, None]
     for name in (backend, "reference"):
@@ -197,7 +157,7 @@ def test_minus_zero_ties_with_zero(run, backend):
         assert ids.flatten().tolist() == [4, 0, 1, 3, 2]
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", TRITON)
 @pytest.mark.parametrize(("states", "value_dim"), [(1, 7), (2, 64), (5, 80), (33, 13)])
 def test_merge_states_equals_the_reference(run, backend, states, value_dim):
     outs, lses = torch.randn(states, 2, 3, 2, value_dim), torch.randn(states, 2, 3, 2) * 20

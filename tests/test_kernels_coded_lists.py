@@ -6,9 +6,9 @@ interpreter, and on a GPU where there is one.
 
 import pytest
 import torch
-from test_kernels import interpreter  # noqa: F401 (a fixture)
+from conftest import TRITON
 from test_kernels_segmented import CASES, SEALED, assert_near, sealed_store
-from test_kernels_whole_lists import DEVICES, FLOATS, run  # noqa: F401 (a fixture)
+from test_kernels_whole_lists import FLOATS, MANY_ROWS, TWO_LEVELS, super_lists_left
 
 from index_kernels import attend_rows, merge_states
 from index_kernels.codes import attend_codes, score_codes
@@ -24,12 +24,11 @@ MORE = {
 TOLERANCE = 1e-2
 
 
-def lists_opened(query, table, how, got, exact_lse):
+def lists_opened(query, lists, how, got, known):
     """Which lists were opened, bool ``[B, Hkv, L]``: their rows differ in weight, or were read."""
-    lists = table.levels(torch.device("cpu")).lists
     logits, spread = summary_logits(query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
     weights = None if how.head_weights is None else torch.tensor(how.head_weights)
-    costs = list_costs(logits, spread, lists, exact_lse[..., 0], weights)
+    costs = list_costs(logits, spread, lists, known[..., 0], weights)
     opened = torch.zeros_like(lists.size, dtype=torch.bool)
     group = query.shape[1] // lists.size.shape[1]
     for b, h, i in lists.size.nonzero().tolist():
@@ -40,19 +39,26 @@ def lists_opened(query, table, how, got, exact_lse):
     for b in range(len(opened)):  # a list of one row that was not read
         if opened[b].any():
             opened[b] |= (lists.size[b] == 1) & (costs[b] >= costs[b][opened[b] & (lists.size[b] > 1)].min())
-    return lists, logits, opened
+    return logits, opened
 
 
-def check(run, device, name, tail=True, everything=False):  # noqa: F811
+def check(run, backend, name, tail=True, everything=False, two_levels=False):
     CASES.setdefault(name, MORE.get(name))  # not before: other tests are made of these cases
     query, keys, values, arrays, how, start, _ = sealed_store(name, "reference")
     query, how = query.to(keys.dtype), how._replace(tail=tail)
     if everything:
         how = how._replace(rows_coded=keys.shape[1] * SEALED)
-    got = run(device, query, keys, values, arrays.table, how, start, by_code=True)
+    settings = MANY_ROWS if two_levels else None
+    call = "attend_segmented", query, keys, values, arrays.table, how
+    got = run(backend, *call, start=start, by_code=True, details=True, settings=settings)
     options = {"scale": how.scale, "softcap": how.softcap}
     exact = attend_rows(query, keys, values, ranges=_exact_ranges(query, how, start), backend="reference", **options)
-    lists, logits, opened = lists_opened(query, arrays.table, how, got, exact[1])
+    lists, known, rest = arrays.table.levels(torch.device("cpu")).lists, exact[1], []
+    if two_levels:
+        state, lists, supers_are_right = super_lists_left(query, arrays.table, how, got)
+        supers_are_right(known[..., 0])
+        known, rest = torch.logaddexp(known, state[1]), [state]
+    logits, opened = lists_opened(query, lists, how, got, known)
     codes = arrays.table.codes_on(torch.device("cpu"))
     coded = score_codes(query, lists, opened, codes, **options)
     taken = got.taken.gather(2, coded.place.clamp(min=0)) & (coded.place >= 0)
@@ -61,7 +67,8 @@ def check(run, device, name, tail=True, everything=False):  # noqa: F811
     states = [exact, attend_rows(query, keys, values, ids=ids, backend="reference", **options)]
     if tail:
         states.append(attend_codes(query, lists, coded, taken, scale=how.scale, beta=how.beta))
-        states.append(attend_summaries(query, lists, opened, logits, scale=how.scale, beta=how.beta))
+        rest.append(attend_summaries(query, lists, opened, logits, scale=how.scale, beta=how.beta))
+        states.append(merge_states(*(torch.stack(parts) for parts in zip(*rest, strict=True)), backend="reference"))
     lses = torch.stack([lse for _, lse in states])
     out, lse = merge_states(torch.stack([out for out, _ in states]), lses, backend="reference")
     assert_near(got.out, out, TOLERANCE)
@@ -69,7 +76,7 @@ def check(run, device, name, tail=True, everything=False):  # noqa: F811
     assert got.rows_read == got.taken.sum() == taken.sum()
     assert got.rows_read <= how.rows_read * len(query)
     assert got.rows_coded <= how.rows_coded * len(query)
-    whole = whole_mass(logits, lists, exact[1][..., 0])
+    whole = whole_mass(logits, lists, known[..., 0])
     shares = torch.exp(coded.logits - whole.view(*coded.logits.shape[:3], 1))
     if how.head_weights is not None:
         shares = shares * torch.tensor(how.head_weights).view(-1, group, 1)
@@ -82,28 +89,34 @@ def check(run, device, name, tail=True, everything=False):  # noqa: F811
 
 # Logits of large queries are known by code to a few units: what is read of them is anybody's choice.
 @pytest.mark.parametrize("name", sorted(FLOATS.keys() - {"large queries"}))
-@pytest.mark.parametrize("device", DEVICES)
-def test_rows_chosen_by_code_are_read_and_codes_and_summaries_answer_for_the_others(run, device, name):  # noqa: F811
-    check(run, device, name, tail=name != "float32")
+@pytest.mark.parametrize("backend", TRITON)
+def test_rows_chosen_by_code_are_read_and_codes_and_summaries_answer_for_the_others(run, backend, name):
+    check(run, backend, name, tail=name != "float32")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_all_lists_may_be_opened(run, device):  # noqa: F811
-    check(run, device, "two levels", everything=True)
+@pytest.mark.parametrize("backend", TRITON)
+def test_of_many_rows_only_lists_of_the_best_super_lists_are_candidates(run, backend):
+    check(run, backend, TWO_LEVELS[0], two_levels=True)
+
+
+@pytest.mark.parametrize("backend", TRITON)
+def test_all_lists_may_be_opened(run, backend):
+    check(run, backend, "two levels", everything=True)
 
 
 @pytest.mark.parametrize("name", MORE)
-@pytest.mark.parametrize("device", DEVICES)
-def test_every_width_and_type_is_served(run, device, name):  # noqa: F811
+@pytest.mark.parametrize("backend", TRITON)
+def test_every_width_and_type_is_served(run, backend, name):
     dtype, _, _, dim, *_ = MORE[name]
-    if device == "interpreter" and (dtype != torch.bfloat16 or dim != 80):
+    if backend == "triton-interpreter" and (dtype != torch.bfloat16 or dim != 80):
         pytest.skip("the interpreter multiplies in float32 whatever the type, and other tests have powers of two")
-    check(run, device, name)
+    check(run, backend, name)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_same_call_gives_the_same_bits(run, device):  # noqa: F811
+@pytest.mark.parametrize("backend", TRITON)
+def test_the_same_call_gives_the_same_bits(run, backend):
     query, keys, values, arrays, how, start, _ = sealed_store("two levels", "reference")
-    first, second = (run(device, query, keys, values, arrays.table, how, start, by_code=True) for _ in range(2))
+    call = "attend_segmented", query, keys, values, arrays.table, how
+    first, second = (run(backend, *call, start=start, by_code=True) for _ in range(2))
     assert torch.equal(first.out, second.out)
     assert torch.equal(first.lse, second.lse)

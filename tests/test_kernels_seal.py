@@ -11,7 +11,6 @@ from index_kernels import LearntMetric, floats, pack_rows, seal_rows, unseal_row
 from index_kernels.packed import SCALE_BYTES, decoded, scales, turned_for_codes
 from index_kernels.summaries import Clustering
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 USUAL, SMALL = Clustering(512, 32, 6, 4), Clustering(16, 4, 4, 2)
 # dtype, batch row starts, bounds, how, learnt; so many super-lists of the last case are split by way of groups
 CASES = {
@@ -67,7 +66,6 @@ def scatter(lists):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("device", DEVICES)
 def test_lists_made_on_a_device_are_as_tight_as_those_of_the_cpu(case, device):
     # On a GPU beside the same code on the CPU, which the other case compares with the CPU's kernels.
     ours, theirs = (
@@ -81,7 +79,6 @@ def test_lists_made_on_a_device_are_as_tight_as_those_of_the_cpu(case, device):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("device", DEVICES)
 def test_every_row_stands_in_one_list_and_summaries_say_what_is_in_it(case, device):
     keys, values, lists, came, metric = sealed(case, "reference", device)
     _, start, bounds, *_ = CASES[case]
@@ -115,7 +112,6 @@ def test_every_row_stands_in_one_list_and_summaries_say_what_is_in_it(case, devi
             assert ((decoded(codes, DIM) - residual).abs() <= 0.51 * step).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_the_same_rows_give_the_same_lists_and_codes_only_where_asked_for(device):
     first, second = (sealed("by groups", "reference", device, coded=coded) for coded in (True, False))
     assert torch.equal(first.keys, second.keys)
@@ -127,7 +123,6 @@ def test_the_same_rows_give_the_same_lists_and_codes_only_where_asked_for(device
     assert not second.lists.codes.any()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_rows_sealed_on_a_device_go_back_to_where_they_came(device):
     _, start, bounds, *_ = CASES["padding, learnt"]
     keys, values, lists, came, _ = sealed("padding, learnt", "reference", device)

@@ -3,14 +3,12 @@
 Under Triton's interpreter, and on a GPU where there is one.
 """
 
-import io
-
 import pytest
 import torch
-from test_kernels import interpreter  # noqa: F401 (a fixture)
+from conftest import TRITON
 from test_kernels_segmented import CASES, LENGTH, SEALED, assert_near, sealed_store
 
-from index_kernels import attend_rows, attend_segmented, lists, merge_states
+from index_kernels import attend_rows, lists, merge_states
 from index_kernels.lists import list_costs, summary_logits
 from index_kernels.segmented import _exact_ranges
 
@@ -18,10 +16,6 @@ pytest.importorskip("triton")
 
 from index_kernels.segmented import rows_opened
 
-DEVICES = [
-    "interpreter",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-]
 # Relative error of products in the rows' own type, on tensor cores; the interpreter multiplies in float32.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 5e-3}
 # dtype, KV heads, group, D, Dv, softcap, rows read and opened per KV head, first valid rows; beside those of CASES
@@ -30,26 +24,10 @@ MORE = {
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     for dim in (64, 80, 128, 256)
 }
+# So many rows that super-lists are ranked first.
+MANY_ROWS = {"index_kernels._triton_segmented.MANY_ROWS": 0}
+TWO_LEVELS = ("two levels", "bfloat16, two levels")
 FLOATS = {name: case for name, case in CASES.items() if case[0] != torch.int8}
-
-
-def _interpret(payload):
-    args, kwargs = torch.load(io.BytesIO(payload), weights_only=False)
-    return attend_segmented(*args, **kwargs)
-
-
-@pytest.fixture
-def run(request):
-    def run(device, query, keys, values, table, how, start, **kwargs):
-        kwargs |= {"backend": "triton", "details": True}
-        if device == "interpreter":
-            buffer = io.BytesIO()
-            torch.save(((query, keys, values, table, how), {**kwargs, "start": start}), buffer)
-            return request.getfixturevalue("interpreter").submit(_interpret, buffer.getvalue()).result()
-        found = attend_segmented(query.cuda(), keys.cuda(), values.cuda(), table, how, start=start.cuda(), **kwargs)
-        return type(found)(*(part.cpu() if isinstance(part, torch.Tensor) else part for part in found))
-
-    return run
 
 
 def specified(query, keys, values, levels, how, start, opened):
@@ -64,12 +42,60 @@ def specified(query, keys, values, levels, how, start, opened):
     return (*merge_states(outs, lses, backend="reference"), lses)
 
 
-def check(run, device, name, case, tail):
+def super_lists_left(query, table, how, got):
+    """The state of super-lists that were not opened, of which each row weighs alike, and the lists under the others."""
+    levels = table.levels(torch.device("cpu"))
+    logits, spread = summary_logits(query, levels.supers, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
+    opened = torch.zeros_like(levels.supers.size, dtype=torch.bool)
+    group = query.shape[1] // opened.shape[1]
+    for b, h, i in levels.supers.size.nonzero().tolist():
+        heads, first = slice(h * group, (h + 1) * group), int(levels.supers.begin[b, h, i])
+        weights = got.unread[b, heads, first : first + int(levels.supers.size[b, h, i])]
+        alike = torch.exp(logits[b, heads, i] - got.lse[b, heads, 0])[:, None].expand_as(weights)
+        opened[b, h, i] = not torch.allclose(weights, alike, rtol=0.05, atol=0)
+    rows = (levels.supers.size * opened).sum(dim=(1, 2))
+    assert (rows <= how.rows_opened).all()
+    assert (rows > 0).all()
+    assert (~opened & (levels.supers.size > 0)).any()
+    weights = None if how.head_weights is None else torch.tensor(how.head_weights)
+    rest = lists.attend_summaries(query, levels.supers, opened, logits, scale=how.scale, beta=how.beta)
+    return (
+        rest,
+        levels.lists.only(opened.gather(2, levels.parent.clamp(max=opened.shape[2] - 1))),
+        lambda known: dearest_are_opened(
+            list_costs(logits, spread, levels.supers, known, weights), levels.supers, opened
+        ),
+    )
+
+
+def dearest_are_opened(costs, levels, opened):
+    """None that was left costs clearly more than one that was opened."""
+    costs = costs.masked_fill(levels.size == 0, 0)
+    for b in range(len(costs)):
+        if opened[b].any():
+            assert costs[b][~opened[b]].max() <= 1.05 * costs[b][opened[b]].min()
+
+
+def check(run, backend, name, case, tail, two_levels=False):
     CASES[name] = case
     query, keys, values, arrays, how, start, _ = sealed_store(name, "reference")
     query, how = query.to(keys.dtype), how._replace(tail=tail)
-    got = run(device, query, keys, values, arrays.table, how, start)
-    levels = arrays.table.levels(torch.device("cpu")).lists
+    settings = MANY_ROWS if two_levels else None
+    got = run(
+        backend,
+        "attend_segmented",
+        query,
+        keys,
+        values,
+        arrays.table,
+        how,
+        start=start,
+        details=True,
+        settings=settings,
+    )
+    levels, rest = arrays.table.levels(torch.device("cpu")).lists, None
+    if two_levels:
+        rest, levels, supers_are_right = super_lists_left(query, arrays.table, how, got)
     opened = torch.zeros_like(levels.size, dtype=torch.bool)
     for at in levels.size.nonzero().tolist():
         b, h, i = at
@@ -77,7 +103,12 @@ def check(run, device, name, case, tail):
         assert rows.all() or not rows.any(), "a list is opened whole"
         opened[b, h, i] = rows.all()
     out, lse, by_source = specified(query, keys, values, levels, how, start, opened)
-    tolerance = TOLERANCE[torch.float32 if device == "interpreter" else query.dtype]
+    known = by_source[0]
+    if rest is not None:
+        supers_are_right(known[..., 0])
+        out, lse = merge_states(torch.stack([out, rest[0]]), torch.stack([lse, rest[1]]), backend="reference")
+        by_source[2], known = torch.logaddexp(by_source[2], rest[1]), torch.logaddexp(known, rest[1])
+    tolerance = TOLERANCE[torch.float32 if backend == "triton-interpreter" else query.dtype]
     assert_near(got.out, out, tolerance)
     assert ((got.lse - lse).abs() <= 4 * tolerance * lse.abs().clamp(min=1)).all()
     assert_near((got.lse_by_source[[0, 1, 3]] - got.lse).exp(), (by_source - lse).exp(), 8 * tolerance)
@@ -87,40 +118,45 @@ def check(run, device, name, case, tail):
     read = (levels.size * opened).sum(dim=(1, 2))
     assert got.rows_read == read.sum()
     assert (read <= budget).all()
-    # No list that was left costs clearly more than one that was opened, and what was left would not have fitted.
     logits, spread = summary_logits(query, levels, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
     weights = None if how.head_weights is None else torch.tensor(how.head_weights)
-    costs = list_costs(logits, spread, levels, by_source[0][..., 0], weights).masked_fill(levels.size == 0, 0)
+    costs = list_costs(logits, spread, levels, known[..., 0], weights).masked_fill(levels.size == 0, 0)
     if budget >= keys.shape[1] * SEALED:
         assert torch.equal(opened, levels.size > 0)
         return
+    dearest_are_opened(costs, levels, opened)
     for b in range(len(query)):
-        if opened[b].any():
-            assert costs[b][~opened[b]].max() <= 1.05 * costs[b][opened[b]].min()
-        elif budget:
+        if budget and not opened[b].any():  # what was left would not have fitted
             assert levels.size[b].max() == 0 or (costs[b] > 0.9 * costs[b].max()).float().mean() > 0
 
 
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize("device", DEVICES)
-def test_opened_lists_are_read_exactly_and_the_others_answer_by_summary(run, device, name, tail):
-    check(run, device, name, FLOATS[name], tail)
+@pytest.mark.parametrize("backend", TRITON)
+def test_opened_lists_are_read_exactly_and_the_others_answer_by_summary(run, backend, name, tail):
+    check(run, backend, name, FLOATS[name], tail)
+
+
+@pytest.mark.parametrize("name", TWO_LEVELS)
+@pytest.mark.parametrize("backend", TRITON)
+def test_of_many_rows_only_lists_of_the_best_super_lists_are_candidates(run, backend, name):
+    check(run, backend, name, FLOATS[name], True, two_levels=True)
 
 
 @pytest.mark.parametrize("name", MORE)
-@pytest.mark.parametrize("device", DEVICES)
-def test_every_width_and_type_is_served(run, device, name):
+@pytest.mark.parametrize("backend", TRITON)
+def test_every_width_and_type_is_served(run, backend, name):
     dtype, _, _, dim, *_ = MORE[name]
-    if device == "interpreter" and (dtype != torch.bfloat16 or dim in (64, 128)):
+    if backend == "triton-interpreter" and (dtype != torch.bfloat16 or dim in (64, 128)):
         pytest.skip("the interpreter multiplies in float32 whatever the type, and other tests have powers of two")
-    check(run, device, name, MORE[name], True)
+    check(run, backend, name, MORE[name], True)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_same_call_gives_the_same_bits(run, device):
+@pytest.mark.parametrize("backend", TRITON)
+def test_the_same_call_gives_the_same_bits(run, backend):
     query, keys, values, arrays, how, start, _ = sealed_store("two levels", "reference")
-    first, second = (run(device, query, keys, values, arrays.table, how, start) for _ in range(2))
+    call = "attend_segmented", query, keys, values, arrays.table, how
+    first, second = (run(backend, *call, start=start) for _ in range(2))
     assert torch.equal(first.out, second.out)
     assert torch.equal(first.lse, second.lse)
     assert LENGTH > SEALED

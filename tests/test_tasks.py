@@ -296,6 +296,22 @@ def test_an_interrupted_run_reports_what_was_asked(model, tokenizer, tmp_path, c
     assert result["operators"]["dense"]["standard_error"] is None
 
 
+@pytest.mark.parametrize("name", ["dense", "dbattn", "StreamingLLM"])
+def test_a_model_in_bfloat16_is_asked_on_its_device(name, device, tokenizer):
+    model = tiny_llama(initializer_range=0.3).to(device, torch.bfloat16)
+    sample = make_sample(TASKS["niah_single"], 700, 0, tokenizer, HAYSTACK)
+    record = ask(model, tokenizer, TASKS["niah_single"], sample, [make_server(name, 1.0)])
+    assert record["questions"][0]["answers"][name]
+    assert record["servers"][name]["dense_calls"] == (name == "dense")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_gpu_that_is_not_there_is_refused_before_the_model_is_loaded(capsys):
+    with pytest.raises(SystemExit):
+        tasks.main(["--device", "cuda", "--dtype", "bfloat16"])
+    assert "--device is cuda, but torch sees no CUDA device here" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,17 +10,20 @@ templates stands in _ruler.py. Ctrl-C stops asking; what is done by then is repo
   python -m benchmarks.tasks --samples 20 --tokens 8192 --json tasks.json
   python -m benchmarks.tasks --operators dbattn Quest "exact top-k" --tasks niah_single niah_multikey
   python -m benchmarks.tasks --model qwen.gguf --name Qwen2.5-Coder-0.5B --tokens 4096 --samples 4
+  python -m benchmarks.tasks --device cuda --dtype bfloat16           model and rows on a GPU
 
-JSON: results[] = {model, tokens, operators, samples[]}; operators{name} = {tasks{task: score}, average, difference,
-standard_error, same_answers, rows_read, rows_stored, dense_calls}; a sample = {task, context_tokens, questions[] =
-{question, references, answers{name}}, servers{name}}. Scores and differences are percent and points. A run
-replaces what the file holds of its model and sizes.
+JSON: results[] = {model, tokens, device, dtype, operators, samples[]}; device is "cpu" or the card's name;
+operators{name} = {tasks{task: score}, average, difference, standard_error, same_answers, rows_read, rows_stored,
+dense_calls}; a sample = {task, context_tokens, questions[] = {question, references, answers{name}}, servers{name}}.
+Scores and differences are percent and points. A run replaces what the file holds of its model and sizes.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dbattn.hf import load_model
 from dbattn.text.haystack import read_haystack
@@ -36,6 +39,7 @@ TOKENS, QUICK_TOKENS = (2048, 4096, 8192), (2048,)
 # Contexts per task: up to LONG tokens, and beyond, where reading one takes half a minute.
 SAMPLES, LONG_SAMPLES, LONG = 2, 1, 4096
 BUDGET = 0.05
+DEVICES, DTYPES = ("cpu", "cuda"), ("float32", "bfloat16")
 
 
 def run(
@@ -75,8 +79,10 @@ def run(
     except KeyboardInterrupt:
         done = sum(len(each) for each in records.values())
         console.print(f"[yellow]interrupted: {done} of {len(drawn)} samples were asked[/yellow]")
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device)
+    on = {"device": device, "dtype": str(model.dtype).removeprefix("torch.")}
     return [
-        {"model": name, "tokens": size, "operators": summarise(asked, names), "samples": asked}
+        {"model": name, "tokens": size, **on, "operators": summarise(asked, names), "samples": asked}
         for size, asked in records.items()
         if asked
     ]
@@ -97,7 +103,8 @@ def report(results: Sequence[dict[str, Any]]) -> None:
             rows.append([*row, f"{found['rows_read']:,.0f} of {found['rows_stored']:,.0f}"])
         columns = ("operator", *(task.replace("_", " ") for task in tasks), "average", "points from dense")
         counted = f"{result['tokens']:,} tokens, {len(result['samples'])} samples"
-        title = f"RULER's tasks, {result['model']}, {counted}: scores in percent"
+        on = "" if result["device"] == "cpu" else f", {result['device']}, {result['dtype']}"
+        title = f"RULER's tasks, {result['model']}{on}, {counted}: scores in percent"
         print_table(title, (*columns, "same answers", "dense calls", "rows read"), rows, width=190)
 
 
@@ -121,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--budget", type=float, default=BUDGET, metavar="SHARE",
         help=f"of dense's bytes, for operators of the arena (default {BUDGET}); {DEFAULT} takes its own",
     )  # fmt: skip
+    options.add_argument("--device", choices=DEVICES, default="cpu", help="where the model and its rows are")
+    options.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model and its rows")
     options.add_argument("--quick", action="store_true", help="one sample of each task, at 2048 tokens")
     options.add_argument("--json", type=Path, metavar="OUT", help="also write figures and answers to this file")
     args = options.parse_args(argv)
@@ -131,10 +140,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = {size: fixed or (LONG_SAMPLES if size > LONG else SAMPLES) for size in tokens}
     if not 0 < args.budget <= 1:
         options.error(f"--budget is {args.budget}, expected a share above 0 and up to 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        options.error("--device is cuda, but torch sees no CUDA device here")
     with console.status("loading the model"):
         model, tokenizer = load_model(args.model)
+        model.to(args.device, getattr(torch, args.dtype))
     choice = {"tokens": list(tokens), "samples": samples, "tasks": args.tasks, "operators": args.operators}
     choice["budget"] = args.budget
+    on = {"device": args.device, "dtype": args.dtype}
     name = args.name or (SMOLLM2 if args.model is None else args.model.stem)
     try:
         results = run(model, tokenizer, read_haystack(), name=name, **choice)
@@ -143,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(results)
     if results:
         held = with_earlier(args.json, results, ("model", "tokens"))
-        write_json(args.json, "tasks", {"model": name, **choice}, held)
+        write_json(args.json, "tasks", {"model": name, **on, **choice}, held)
         if args.json:
             readme.write(args.json.parent.resolve())
 

@@ -97,7 +97,7 @@ def _difference(now: Usage, before: Usage) -> Usage:
 
 
 class InModel(Server):
-    """An operator of the arena as the attention of every layer, at a budget.
+    """An operator of the arena as the attention of every layer, at a budget; on the CPU in float32, as all are.
 
     Each layer has one of its own. It is fitted on the rows of the context, gets the question's and the answer's rows
     one by one, and answers the query of each before it gets the next.
@@ -115,7 +115,7 @@ class InModel(Server):
         for layer in cache.layers:
             operator = self._entry.make()
             operator.patience = max(operator.patience, PATIENCE)
-            operator.fit(layer.keys, layer.values)
+            operator.fit(layer.keys.cpu().float(), layer.values.cpu().float())
             fitted.append(operator)
         live: dict[int, Operator] = {}
         usage = Usage()
@@ -126,7 +126,8 @@ class InModel(Server):
             """The attention function that transformers calls: q ``[1, Hq, m, D]``, k and v ``[1, Hkv, T, D]``."""
             _refuse(module, query, options)
             number, first = int(module.layer_idx), key.shape[2] - query.shape[2]
-            queries = [query[:, :, i : i + 1].contiguous() for i in range(query.shape[2])]
+            asked, key, value = (part.cpu().float() for part in (query, key[:, :, first:], value[:, :, first:]))
+            queries = [asked[:, :, i : i + 1].contiguous() for i in range(asked.shape[2])]
             if number not in live:
                 # Finds the setting for the budget, once for all questions.
                 fitted[number].attend(queries[0], self._budget)
@@ -134,10 +135,10 @@ class InModel(Server):
                 live[number] = copy.deepcopy(fitted[number])
             operator, outs = live[number], []
             usage.calls += 1
-            for at, each in enumerate(queries, first):
+            for at, each in enumerate(queries):
                 operator.fit(key[:, :, at : at + 1], value[:, :, at : at + 1])
                 answer = operator.attend(each, self._budget)
-                outs.append(answer.out.to(query.dtype))
+                outs.append(answer.out.to(query))
                 usage.rows_read += answer.rows_read / len(queries)
                 usage.rows_stored += len(operator) / len(queries)
             return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None

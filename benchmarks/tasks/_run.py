@@ -36,8 +36,10 @@ def ask(
         rows_read, rows_stored, dense_calls}}}: score is the mean over the questions in percent, rows are means over
         calls and layers, dense_calls the share of calls that were answered densely.
     """
-    context = torch.tensor([token_ids(sample.context, tokenizer)])
-    prompts = [torch.tensor([token_ids(question.prompt, tokenizer)]) for question in sample.questions]
+    context = torch.tensor([token_ids(sample.context, tokenizer)], device=model.device)
+    prompts = [
+        torch.tensor([token_ids(question.prompt, tokenizer)], device=model.device) for question in sample.questions
+    ]
     questions: list[Record] = [
         {"question": question.prompt.strip(), "references": list(question.references), "answers": {}}
         for question in sample.questions
@@ -69,7 +71,7 @@ def generate(model: Any, prompt: torch.Tensor, cache: DynamicCache, eos: int | N
     rows, ids, tokens = cache.get_seq_length(), prompt, list[int]()
     while len(tokens) < limit and (not tokens or tokens[-1] != eos):
         tokens.append(int(model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax()))
-        ids = torch.tensor([[tokens[-1]]])
+        ids = torch.tensor([[tokens[-1]]], device=prompt.device)
     cache.crop(rows - cache.get_seq_length())
     return tokens
 

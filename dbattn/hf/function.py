@@ -49,6 +49,8 @@ def attention_function(
         scale *= under_way.sharpening
     layer: DatabaseLayer | None = getattr(key, "_dbattn", None)
     padding: Tensor | None = getattr(attention_mask, "_dbattn_start", None)
+    if padding is None and attention_mask is not None and under_way is not None:
+        padding = under_way.padding_of(attention_mask)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     values_too = layer is getattr(value, "_dbattn", None)
@@ -153,6 +155,9 @@ def mask_of_model(
         start = torch.where(valid.any(dim=1), valid.int().argmax(dim=1), kv_length)
         if torch.equal(valid.sum(dim=1), kv_length - start):
             mask._dbattn_start = start  # type: ignore[attr-defined]  # rides along to the attention function
+            under_way = forward_pass.get()
+            if under_way is not None:
+                under_way.padded = mask, start
     return mask
 
 

@@ -40,6 +40,11 @@ def device_of(model: Any) -> torch.device:
     return torch.device(next((device for device in found if device is not None), "cpu"))
 
 
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """The devices that a model's weights are on, placeholders apart."""
+    return {weight.device for weight in model.parameters() if weight.device.type != "meta"}
+
+
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """The hooks of accelerate that place a module's weights."""
     hook = getattr(module, "_hf_hook", None)

@@ -285,17 +285,27 @@ class Session:
         return ours
 
 
-@dataclass(frozen=True)
+@dataclass
 class ForwardPass:
     """A wrapped model's forward pass that is under way: its session, the cache it was given, and who attends.
 
-    ``served``: attention goes through dbattn's function. ``sharpening``: a factor of its logits.
+    ``served``: attention goes through dbattn's function. ``sharpening``: a factor of its logits. ``padded``: the mask
+    that was made last of those that are causal order and left padding, and the first valid row of each batch row.
     """
 
     session: Session
     cache: Cache | None
     served: bool
     sharpening: float = 1.0
+    padded: tuple[Tensor, Tensor] | None = None
+
+    def padding_of(self, mask: Tensor) -> Tensor | None:
+        """The first valid rows where ``mask`` is a copy of ``padded``'s, as layers on another device are given."""
+        if self.padded is None:
+            return None
+        made, start = self.padded
+        same = mask.shape == made.shape and mask.dtype == made.dtype and torch.equal(mask.to(made.device), made)
+        return start.to(mask.device) if same else None
 
     def note_bypass(self, number: Any, query: Tensor, key: Tensor, value: Tensor) -> None:
         """Count a call of layer ``number`` whose keys came from no database, with the reason."""

@@ -30,7 +30,7 @@ from .decoder import check_exact, find_decoder
 from .exact import ExactGenerate
 from .function import NAME, register, unregister
 from .layer_states import ContextCache, Mark, refuse_states
-from .offload import device_of
+from .offload import device_of, devices_of
 from .pace import Drafts
 from .report import Report
 from .session import ForwardPass, Session, forward_pass, left_to_transformers
@@ -108,6 +108,11 @@ class Handle:
         layers = DynamicCache(config=model.config).layers
         if exact:
             check_exact(model, layers)
+        if context is not None and len(devices := devices_of(model)) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is on {', '.join(sorted(map(str, devices)))}: the rows of a context are "
+                "opened on one device"
+            )
         snapshot = None if context is None else open_context(context, self._decoder, layers)
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
         if self.config.rows == "host":

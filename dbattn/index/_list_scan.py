@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from index_kernels import ListReading, ListTable, SegmentedAnswer, attend_segmented
 from index_kernels.packed import code_bytes
-from index_kernels.segmented import rows_opened
+from index_kernels.segmented import MANY_ROWS, rows_opened
 
 from ..config import RetrievalConfig
 from ..query.call import Call
@@ -127,7 +127,7 @@ def rows_scored(work: Workload, k: int | None) -> float:
 def _summaries(work: Workload, k: int | None) -> float:
     """Summaries scored per KV head and position: of all lists, or of all super-lists and the lists of opened ones."""
     opened = budget(work.indexed, k).opened
-    if work.whole_lists or opened >= work.indexed:
+    if opened >= work.indexed or (work.whole_lists and work.indexed < MANY_ROWS):
         return work.indexed / ROWS_PER_LIST
     return work.indexed / ROWS_PER_SUPER_LIST + opened / ROWS_PER_LIST
 

@@ -1,0 +1,70 @@
+"""A stage of benchmarks.gpu: tokens a second of a model of random weights, alone and wrapped."""
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from dbattn import RetrievalConfig
+from dbattn.hf import wrap
+from dbattn.hf.cache import DatabaseLayer
+
+from ._gpu_stores import DIM, HEADS, KV_HEADS
+
+LAYERS, CHUNK = 8, 4096
+WARM, TOKENS = 8, 48
+
+
+def model_speed(rows: int) -> dict[str, Any]:
+    """Eight layers of Llama-3-8B, eager, after ``rows`` tokens: alone, wrapped, and wrapped and made to retrieve.
+
+    All go on from the same cache, greedily: ``same`` is the share of tokens that are those of the model alone.
+    """
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=HEADS * DIM, intermediate_size=14336, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, max_position_embeddings=2 * rows,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model: Any = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    cache, ids = DynamicCache(config=config), torch.randint(0, 32000, (1, rows), device="cuda")
+    line: dict[str, Any] = {"rows": rows, "layers": LAYERS}
+    ways = {
+        "alone": None, "default": RetrievalConfig(audit_rate=0.0),
+        "retrieving": RetrievalConfig(dense_below=0, audit_rate=0.0),
+    }  # fmt: skip
+    with torch.inference_mode():
+        for chunk in ids.split(CHUNK, dim=1):
+            model(chunk, past_key_values=cache, logits_to_keep=1)
+        said: dict[str, list[int]] = {}
+        for name, how in ways.items():
+            with nullcontext() if how is None else wrap(model, how) as handle:
+                line[name], said[name] = _decoded(model, cache, ids[:, -1:])
+                if handle is not None:
+                    line[f"{name} retrieves"] = sum(layer.retrieving for layer in handle.report().layers)
+            cache.crop(rows - cache.get_seq_length())
+            for layer in cache.layers:
+                if isinstance(layer, DatabaseLayer) and layer.db is not None:
+                    layer.db.release()  # who comes next counts on rows in the order of their positions
+            line[f"{name} same"] = sum(map(int.__eq__, said[name], said["alone"])) / len(said[name])
+    return line
+
+
+def _decoded(model: Any, cache: Any, newest: torch.Tensor) -> tuple[float, list[int]]:
+    """Tokens a second, and the tokens."""
+    tokens, began = [newest], 0.0
+    for i in range(WARM + TOKENS):
+        if i == WARM:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        tokens.append(model(tokens[-1], past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(dim=-1))
+    torch.cuda.synchronize()
+    speed = TOKENS / (time.perf_counter() - began)
+    return speed, torch.cat(tokens[1:], dim=1)[0].tolist()
