@@ -131,10 +131,10 @@ def dense_decode(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of one new query position over all rows.
+    """Exact attention of the m newest positions over all rows up to each one's own.
 
     Args:
-        query: ``[B, Hq, 1, D]``.
+        query: ``[B, Hq, m, D]``, the last m positions.
         keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, or packed rows (see ``pack_rows``); Hkv divides Hq.
         start: int64 ``[B]``, the first row each batch row may see (default 0).
         scale: factor of the logits, default ``1 / sqrt(D)``.
@@ -142,14 +142,16 @@ def dense_decode(
         backend: "auto", "reference", "numba" or "triton".
 
     Returns:
-        out ``[B, Hq, 1, Dv]`` and lse ``[B, Hq, 1]``, float32; ``out = 0, lse = -inf`` where there was no row.
+        out ``[B, Hq, m, Dv]`` and lse ``[B, Hq, m]``, float32; ``out = 0, lse = -inf`` where there was no row.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; states what was received.
     """
     check_rows(query, keys, values)
-    if query.shape[2] != 1:
-        raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
+    if not 1 <= query.shape[2] <= max(1, keys.shape[2]):
+        raise ValueError(
+            f"query {list(query.shape)} has {query.shape[2]} positions, expected 1 to {keys.shape[2]}: the newest rows"
+        )
     start = _bounds(start, "start", query.shape[0], 0, query)
     run = _implementation("dense_decode", query, backend, keys, values)
     return run(query, keys, values, scale=_scale(scale, query), start=start, softcap=_softcap(softcap))

@@ -67,23 +67,25 @@ def attend_rows(
 def dense_decode(
     query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of one query position over all rows from ``start [B]`` on: attend_rows over one range."""
+    """Exact causal attention of the newest positions over rows from ``start [B]`` on: attend_rows over one range."""
     return attend_rows(
         query,
         keys,
         values,
         scale=scale,
         ids=None,
-        ranges=all_rows(query, keys, start),
+        ranges=rows_seen(query, keys, start),
         log_weights=None,
         softcap=softcap,
     )
 
 
-def all_rows(query: Tensor, keys: Tensor, start: Tensor) -> Tensor:
-    """The ranges ``[B, Hq, m, 1, 2]`` that cover every row from ``start [B]`` on."""
-    ranges = torch.stack([start, torch.full_like(start, keys.shape[2])], dim=-1)
-    return ranges[:, None, None, None, :].expand(*query.shape[:3], 1, 2)
+def rows_seen(query: Tensor, keys: Tensor, start: Tensor) -> Tensor:
+    """The ranges ``[B, Hq, m, 1, 2]`` from row ``start [B]`` up to each query's own, the newest rows being theirs."""
+    batch, heads, m, _ = query.shape
+    stop = torch.arange(keys.shape[2] - m + 1, keys.shape[2] + 1, device=start.device).expand(batch, m)
+    ranges = torch.stack([start[:, None].minimum(stop), stop], dim=-1)
+    return ranges[:, None, :, None, :].expand(batch, heads, m, 1, 2)
 
 
 def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
