@@ -414,6 +414,36 @@ def _serve(results: Record) -> list[str]:
     ]
 
 
+def _exact(results: Sequence[Record]) -> list[str]:
+    tokens = [one for one in results if one["what"] == "tokens"]
+    drafted, accepted = (sum(one[name] for one in tokens) for name in ("drafted", "accepted"))
+    lines = []
+    if tokens:
+        lines = [
+            f"`exact=True` continues {sum(one['same'] for one in tokens)} of {len(tokens)} prompts of "
+            f"{tokens[0]['rows']:,} tokens by the same {tokens[0]['written']} tokens as the unwrapped model, with "
+            f"`k=64` for drafts, of which {accepted:,} of {drafted:,} were accepted.",
+            "",
+        ]
+    rows = [
+        [
+            f"{one['rows']:,}",
+            one["weights"],
+            one["drafts"],
+            *(one[name] for name in ("dense_ms", "exact_ms", "speedup", "a_pass")),
+            f"{one['acceptance']:.0%}",
+            "yes" if one["same"] else "no",
+        ]
+        for one in results
+        if one["what"] == "time"
+    ]
+    head = (
+        "rows per layer", "weights", "of drafts", "dense, ms a token", "exact", "times as fast", "drafted a pass",
+        "accepted", "same tokens",
+    )  # fmt: skip
+    return [*lines, *_table(head, rows)] if rows else lines[:-1]
+
+
 _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "decode": ("One decode step", _decode),
     "model": ("The whole model", _model),
@@ -425,6 +455,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "layers": ("Layers of several models", _layers),
     "fidelity": ("Logits of several models", _fidelity),
     "frontier": ("Recall, error and bytes", _frontier),
+    "exact": ("Exact answers by drafts", _exact),
     "serve": ("The server", _serve),
     "arena": ("The arena", _arena),
     "tasks": ("Tasks", _tasks),
@@ -435,6 +466,7 @@ _COMMANDS = {
     "layers": "python -m benchmarks.bench_layers",
     "fidelity": "python -m benchmarks.bench_fidelity",
     "prefill": "python -m benchmarks.bench_prefill",
+    "exact": "python -m benchmarks.bench_exact",
     "serve": "python -m benchmarks.bench_serve",
     "windows": "python -m benchmarks.bench_windows",
     "open": "python -m benchmarks.bench_open",
