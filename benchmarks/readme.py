@@ -389,26 +389,31 @@ def _families(results: Sequence[Record]) -> list[str]:
     ]
 
 
-def _serve(results: Record) -> list[str]:
-    rows = [
-        [
-            one["clients"],
-            one["server"]["tokens_per_s"],
-            one["dense"]["tokens_per_s"],
-            one["speedup"],
-            *(f"{show(side['first_p50'])} / {show(side['first_p90'])}" for side in (one["server"], one["dense"])),
-            f"{show(one['next_turn']['first_p50'])} ({show(one['next_turn']['read'])})",
-        ]
-        for one in results["runs"]
-    ]
+def _serve(results: Sequence[Record]) -> list[str]:
+    same = ("weights", "context", "clients")
+    dense = {tuple(one[name] for name in same): one for one in results if one["side"] == "dense"}
+    rows = []
+    for one in results:
+        other = dense.get(tuple(one[name] for name in same))
+        if one["side"] != "server" or other is None:
+            continue
+        rows.append(
+            [
+                *(f"{one[name]:,}" for name in ("context", "clients")),
+                one["weights"],
+                *(side["tokens_per_s"] for side in (one, other)),
+                one["tokens_per_s"] / other["tokens_per_s"],
+                *(f"{show(side['first_p50'])} / {show(side['first_p90'])}" for side in (one, other)),
+                f"{show(one['next_turn']['first_p50'])} ({show(one['next_turn']['read'])})",
+            ]
+        )
     head = (
-        "clients at once", "tokens/s", "dense generate", "times", "first token, s, p50 / p90", "of dense generate",
-        "next turn (tokens read)",
+        "context", "clients at once", "weights", "tokens/s", "dense generate", "times",
+        "first token, s, p50 / p90", "of dense generate", "next turn, s (tokens read)",
     )  # fmt: skip
     return [
-        f"{results['model']}, {results['weights']}: each client asks another question about a context of "
-        f"{results['context']:,} tokens, all at the same moment; the server answers them together, the unwrapped",
-        "model's `generate` one after the other, from a cache with the same context.",
+        "SmolLM2-135M: each client asks another question about the context, all at the same moment; the server answers",
+        "them together, the unwrapped model's `generate` one after the other, from a cache with the same context.",
         "",
         *_table(head, rows),
     ]
