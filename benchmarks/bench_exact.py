@@ -40,7 +40,7 @@ LENGTH, WRITTEN, PROMPTS = 1024, 256, 10
 # At a length that would be scanned by default: retrieves, and is wrong often enough for rejections to matter.
 RETRIEVING = RetrievalConfig(k=64, dense_below=0)
 # Rows that are real; runs, and tokens of each.
-REAL, RUNS, STEPS = 4096, 3, 64
+REAL, RUNS, STEPS = 2048, 2, 40
 
 
 def same_tokens(plain: Any, handle: Handle, prose: Tensor, number: int, written: int) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from index_kernels.reference import softcapped
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
 _LOGITS_BYTES = 64 << 20
-# Positions of a call, over many rows, for which our own kernel reads them once: what a check of drafted tokens has.
-FEW_POSITIONS, MANY_ROWS = 16, 1024
+# Queries for each KV head, over many rows, up to which our own kernel is faster than torch's: a check of drafted tokens
+# has as few, and a question about a long text.
+FEW_QUERIES, MANY_ROWS = 384, 1024
 
 
 def dense_attention(
@@ -105,7 +106,7 @@ def _prefers_sdpa(device: torch.device) -> bool:
 
 def _are_few(query: Tensor, keys: Tensor) -> bool:
     """Whether our own kernel serves so few positions over so many rows faster than torch's."""
-    few = query.shape[2] <= FEW_POSITIONS and keys.shape[2] >= MANY_ROWS
+    few = query.shape[1] * query.shape[2] <= FEW_QUERIES * keys.shape[1] and keys.shape[2] >= MANY_ROWS
     return few and resolve_backend(query) == "numba"
 
 
