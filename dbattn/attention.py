@@ -284,6 +284,11 @@ class AttentionDB:
         return self._answer(call, plan).plan
 
     @inference_only
+    def plan_of(self, query: Tensor, *, scale: float | None = None) -> QueryPlan:
+        """How ``attend`` would answer a query, with what that is estimated to take; nothing runs."""
+        return self._plan(self._call(query, scale), estimate=True, exact=False)
+
+    @inference_only
     def audit(
         self,
         query: Tensor,

@@ -31,11 +31,18 @@ from .packed import row_dim
 
 
 def dense_decode(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    start: Tensor,
+    softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_decode."""
     if query.shape[2] > 1:
-        return dense_few(query, keys, values, scale=scale, start=start, softcap=softcap)
+        return dense_few(query, keys, values, scale=scale, start=start, softcap=softcap, causal=causal)
     out = torch.empty((*query.shape[:3], row_dim(values)))
     lse = torch.empty(query.shape[:3])
     group = query.shape[1] // keys.shape[1]

@@ -18,7 +18,14 @@ TILE = 64
 
 
 def dense_few(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    start: Tensor,
+    softcap: float | None,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_decode; for two positions or more."""
     batch, heads, m, dim = query.shape
@@ -29,7 +36,8 @@ def dense_few(
     out, lse = torch.empty((batch, heads * m, value_dim)), torch.empty((batch, heads * m))
     _dense_few(
         asking.contiguous().numpy(), *flat_rows(keys), *flat_rows(values), keys.shape[1], m, start.numpy(),
-        keys.shape[2], F(softcap or 0.0), use_torchs_threads(), *tile_lanes(dim, value_dim), out.numpy(), lse.numpy(),
+        keys.shape[2], m - 1 if causal else 0, F(softcap or 0.0), use_torchs_threads(), *tile_lanes(dim, value_dim),
+        out.numpy(), lse.numpy(),
     )  # fmt: skip
     out, lse = (x.view(batch, -1, m, group, *x.shape[2:]).transpose(2, 3) for x in (out, lse))
     return out.reshape(batch, heads, m, value_dim), lse.reshape(batch, heads, m)
@@ -37,9 +45,9 @@ def dense_few(
 
 @njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
 def _dense_few(
-    query, keys, kb, kh, kt, values, vb, vh, vt, H, m, start, length, softcap, parts, ck, cv, width, out, lse
+    query, keys, kb, kh, kt, values, vb, vh, vt, H, m, start, length, newest, softcap, parts, ck, cv, width, out, lse
 ):  # fmt: skip
-    """Exact causal attention of the m newest positions over rows start[b]..length.
+    """Exact attention of m positions over rows start[b]..length, the newest ones seen by each position as it comes.
 
     query [B, H * m * G, D] is scaled; out [B, H * m * G, Dv], lse [B, H * m * G] likewise. keys, values: see
     _cpu_dense_decode.
@@ -48,7 +56,7 @@ def _dense_few(
     Dv = out.shape[2]
     Q = asking // H
     G = Q // m
-    common = length - m + 1  # rows that all positions see
+    common = length - newest  # rows that all positions see
     top = np.empty((parts, B, asking), F)
     total = np.empty((parts, B, asking), F)
     acc = np.empty((parts, B, asking, Dv), F)

@@ -7,8 +7,15 @@ from .reference import rows_seen
 
 
 def dense_decode(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    start: Tensor,
+    softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_decode."""
-    ranges = rows_seen(query, keys, start)
+    ranges = rows_seen(query, keys, start, causal=causal)
     return attend_rows(query, keys, values, scale=scale, ids=None, ranges=ranges, log_weights=None, softcap=softcap)

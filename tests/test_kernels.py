@@ -357,6 +357,10 @@ def test_dense_decode_equals_the_reference(run, backend, softcap, heads, kv_head
         wanted = dense_decode(query, keys, values, start=start, softcap=softcap, backend="reference")
         got = run(backend, "dense_decode", query, keys, values, start=start, softcap=softcap)
         assert_same_state(got, wanted)
+    if m > 1:
+        wanted = [dense_decode(one, keys, values, backend="reference") for one in query.split(1, dim=2)]
+        got = run(backend, "dense_decode", query, keys, values, causal=False)
+        assert_same_state(got, [torch.cat(parts, dim=2) for parts in zip(*wanted, strict=True)])
 
 
 def test_dense_decode_refuses_more_positions_than_rows():
