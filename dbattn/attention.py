@@ -172,7 +172,7 @@ class AttentionDB:
         extra: RowSource | StateSource | None = None,
         return_lse: bool = False,
         retrieve: bool = True,
-        audit: bool = False,
+        audit: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the m newest positions, causal, over the rows that the plan reads.
 
@@ -184,7 +184,8 @@ class AttentionDB:
             extra: rows of other origin that every query reads as well, or the state of a query over such rows.
             return_lse: also return the log-sum-exp over the rows read, ``[B, Hq, m]`` float32.
             retrieve: False scans all rows.
-            audit: compare a retrieving call with dense whatever ``audit_rate`` says; see ``stats.audits``.
+            audit: whether to compare a retrieving call with dense, whatever ``audit_rate`` says; see ``stats.audits``.
+                Default: as it says.
 
         Returns:
             ``[B, Hq, m, Dv]`` in the query's dtype. Inference only: where a gradient is wanted, backward raises.
@@ -197,7 +198,8 @@ class AttentionDB:
         if retrieve and (plans := self._block_plans(call)):
             return self._read(call, plans, query, return_lse=return_lse)
         expected = self._expected if self.config.max_error is None else None
-        audit = audit or stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
+        if audit is None:
+            audit = stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
         plan = self._plan(call, retrieve=retrieve, exact=audit)
         stats.rows_stored = len(self)
         if plan.is_dense:
