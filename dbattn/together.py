@@ -25,7 +25,7 @@ def attend_together(dbs: Sequence[AttentionDB], query: Tensor, *, scale: float) 
     None, and nothing done, where that is not estimated to be faster than each one's own plan, or not wanted.
     """
     first, stores = dbs[0], [db.store for db in dbs]
-    rows = min(stores[0].rows_shared(store) for store in stores[1:])
+    rows = min((stores[0].rows_shared(store) for store in stores[1:]), default=0)
     auto = first.config.dense_below_rows is None
     if not rows or not auto or resolve_backend(query) != "numba" or any(store.has_padding for store in stores):
         return None
