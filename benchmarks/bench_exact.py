@@ -3,22 +3,23 @@
 Tokens: ten prompts from different places of prose, each continued greedily by the unwrapped model and by the wrapped
 one with exact=True, at a config that retrieves at that length. The two must be the same.
 
-Time: a cache of real rows, beyond the model's context repeated with noise (time does not care what rows say, but
-acceptance does: there it is that of repeated rows, and said). From it plain dense decoding through our own kernel and
-exact decoding go on in turn; what drafts were accepted, and how long they were, is in the figures.
+Time: a cache of real rows, repeated with noise (time does not care what rows say, but acceptance does: there it is that
+of repeated rows, and said). From it plain dense decoding through our own kernel and exact decoding go on in turn; what
+drafts were accepted, and how long they were, is in the figures.
 
-  python -m benchmarks.bench_exact --json exact.json                 tokens, then 8K, 32K and 131K
-  python -m benchmarks.bench_exact --sizes 32K --prompts 0           times at 32K alone
-  python -m benchmarks.bench_exact --sizes --prompts 10              tokens alone
+  python -m benchmarks.bench_exact                                   ten prompts, then 8K, 32K and 131K
+  python -m benchmarks.bench_exact --prompts 0 1 2 3 4 --sizes       these prompts alone
+  python -m benchmarks.bench_exact --prompts --sizes 131K            times at 131K alone
 
-JSON: results.tokens = {prompts, length, written, same, drafted, accepted}; results.sizes[] = {rows, dense_ms, exact_ms,
-speedup, drafts, same, acceptance, told}, or {rows, skipped: why}: ms per token, medians of the runs.
+A run adds what it measured to the record. JSON: results[] = {what: "tokens", number, rows, weights, drafts, written,
+same, drafted, accepted} and {what: "time", number: 0, rows, weights, drafts, dense_ms, exact_ms, speedup, a_pass,
+acceptance, same, real, told}: ms per token, medians of the runs.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,30 @@ from dbattn import RetrievalConfig
 from dbattn.config import WEIGHTS
 from dbattn.hf import Handle, load_model, wrap
 
-from ._common import SIZES, QuietGuard, console, print_table, progress, write_json
+from ._common import RESULTS, SIZES, QuietGuard, console, print_table, progress, with_earlier, write_json
 from ._model import prefill, stretched, twin_of
 from .capture import prose_ids
+from .readme import write
 
-LENGTH, WRITTEN = 1024, 256
+LENGTH, WRITTEN, PROMPTS = 1024, 256, 10
 # At a length that would be scanned by default: retrieves, and is wrong often enough for rejections to matter.
 RETRIEVING = RetrievalConfig(k=64, dense_below=0)
-RUNS, STEPS = 3, 48
+# Rows that are real; runs, and tokens of each.
+REAL, RUNS, STEPS = 2048, 2, 40
 
 
-def same_tokens(plain: Any, model: Any, prose: Tensor, prompts: int, written: int) -> dict[str, Any]:
-    """Continue prompts ``[1, LENGTH]`` of the prose on both sides."""
-    same = 0
-    with wrap(model, RETRIEVING, exact=True) as handle, progress("prompts", prompts) as tick:
-        for i in range(prompts):
-            at = i * (prose.shape[1] - LENGTH) // max(1, prompts - 1)
-            ids = prose[:, at : at + LENGTH]
-            expected, got = (_write(side, ids, written) for side in (plain, handle.model))
-            same += torch.equal(expected, got)
-            tick()
-        drafts = handle.drafts
-        assert drafts is not None
-        counts = {"drafted": drafts.drafted, "accepted": drafts.accepted}
-    return {"prompts": prompts, "length": LENGTH, "written": written, "same": same, **counts}
+def same_tokens(plain: Any, handle: Handle, prose: Tensor, number: int, written: int) -> dict[str, Any]:
+    """Continue prompt ``number`` of the prose on both sides: an entry of ``results``."""
+    at = number * (prose.shape[1] - LENGTH) // (PROMPTS - 1)
+    ids = prose[:, at : at + LENGTH]
+    handle.restart_report()
+    expected, got = (_write(side, ids, written) for side in (plain, handle.model))
+    drafts = handle.drafts
+    assert drafts is not None
+    return {
+        "what": "tokens", "number": number, "rows": LENGTH, "written": written, "same": torch.equal(expected, got),
+        "drafted": drafts.drafted, "accepted": drafts.accepted,
+    }  # fmt: skip
 
 
 def _write(model: Any, ids: Tensor, written: int, cache: Any = None) -> Tensor:
@@ -64,30 +65,34 @@ def _write(model: Any, ids: Tensor, written: int, cache: Any = None) -> Tensor:
     return tokens[:, ids.shape[1] :]
 
 
-def bench_size(handle: Handle, cache: Any, ids: Tensor, rows: int, *, runs: int, steps: int) -> dict[str, Any]:
-    """Times of both ways to decode from a cache of ``rows`` rows; the entry of ``results.sizes``."""
+def bench_size(handle: Handle, cache: Any, ids: Tensor, rows: int, *, runs: int, steps: int) -> dict[str, Any] | None:
+    """Times of both ways to decode from a cache of ``rows`` rows: an entry of ``results``; None if memory is short."""
     one = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) * rows // cache.get_seq_length()
-    free = psutil.virtual_memory().available
-    if free < 1.4 * one + (2 << 30):
-        return {"rows": rows, "skipped": f"needs {1.4 * one / 2**30 + 2:.0f} GiB, {free / 2**30:.0f} are free"}
-    model, began_with = handle.model, ids[:, -1:]
+    needs, free = 2.4 * one + (1 << 30), psutil.virtual_memory().available
+    if free < needs:
+        print(f"{rows:,} rows: skipped, needs {needs / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
+        return None
+    model, token = handle.model, ids[:, -1:]
     with console.status(f"{rows:,} rows per layer: sealing"), torch.inference_mode():
         moved = stretched(cache, rows, model.config)
-        model(began_with, past_key_values=moved)
+        model(token, past_key_values=moved)
         moved.crop(-1)
     # generate wants the tokens of what the cache holds; which ones does not matter.
-    prompt = torch.cat([ids.repeat(1, -(-rows // ids.shape[1]))[:, :rows], began_with], dim=1)
+    prompt = torch.cat([ids.repeat(1, -(-rows // ids.shape[1]))[:, :rows], token], dim=1)
     guard = QuietGuard()
     times: dict[str, list[float]] = {"dense": [], "exact": []}
-    handle.restart_report()
     texts: dict[str, Tensor] = {}
+    # Once uncounted: kernels are compiled, and a first retrieval learns what it has to read.
+    _write(model, prompt, 8, moved)
+    moved.crop(rows - moved.get_seq_length())
+    handle.restart_report()
     with progress(f"{rows:,} rows per layer: decoding", 2 * runs) as tick:
         for _ in range(runs):
             for name in times:
-                guard.wait(5.0)
+                guard.wait(2.0)
                 began = time.perf_counter()
                 if name == "dense":
-                    texts[name] = _dense(model, began_with, moved, steps)
+                    texts[name] = _dense(model, token, moved, steps)
                 else:
                     texts[name] = _write(model, prompt, steps, moved)
                 times[name].append(1e3 * (time.perf_counter() - began) / steps)
@@ -97,13 +102,16 @@ def bench_size(handle: Handle, cache: Any, ids: Tensor, rows: int, *, runs: int,
     assert drafts is not None
     dense, exact = (statistics.median(each) for each in times.values())
     return {
+        "what": "time",
+        "number": 0,
         "rows": rows,
         "dense_ms": dense,
         "exact_ms": exact,
         "speedup": dense / exact,
-        "drafts": drafts.drafted / max(1, drafts.passes),
-        "same": torch.equal(texts["dense"], texts["exact"]),
+        "a_pass": drafts.drafted / max(1, drafts.passes),
         "acceptance": drafts.accepted / max(1, drafts.drafted),
+        "same": torch.equal(texts["dense"], texts["exact"]),
+        "real": cache.get_seq_length(),
         "told": str(drafts),
     }
 
@@ -117,43 +125,44 @@ def _dense(model: Any, token: Tensor, cache: Any, steps: int) -> Tensor:
     return torch.cat(found, dim=1)
 
 
-def run(names: Sequence[str], *, prompts: int, written: int, weights: str, quick: bool) -> dict[str, Any]:
-    """Compare tokens, then time every size; prints and returns the results."""
+def run(names: Sequence[str], numbers: Sequence[int], *, written: int, weights: str, drafts: str) -> Iterator[Any]:
+    """The entries of ``results``, each when it has been measured."""
     with console.status("loading the model"):
         plain, tokenizer = load_model(weights=weights)
         ids = prose_ids(tokenizer, SIZES["8K"])[None]
-    results: dict[str, Any] = {"weights": weights, "sizes": []}
-    if prompts:
-        results["tokens"] = found = same_tokens(plain, twin_of(plain), ids, prompts, written)
-        print(
-            f"{found['same']} of {prompts} prompts are continued by the same {written} tokens; {found['accepted']} of "
-            f"{found['drafted']} drafted ones were accepted"
-        )
+    common = {"weights": weights, "drafts": drafts}
+    if numbers:
+        with wrap(twin_of(plain), RETRIEVING, exact=True, draft_weights=drafts) as handle:
+            for number in numbers:
+                yield same_tokens(plain, handle, ids, number, written) | common
     if names:
-        context = ids[:, :4096] if quick else ids
-        cache, _ = prefill(plain, context)
-        with wrap(twin_of(plain), exact=True) as handle:
+        cache, _ = prefill(plain, ids[:, :REAL])
+        with wrap(twin_of(plain), exact=True, draft_weights=drafts) as handle:
             for rows in (SIZES[name] for name in names):
-                results["sizes"].append(
-                    bench_size(handle, cache, context, rows, runs=1 if quick else RUNS, steps=STEPS)
-                )
-        _print(results)
-    return results
+                if (found := bench_size(handle, cache, ids[:, :REAL], rows, runs=RUNS, steps=STEPS)) is not None:
+                    yield found | common
 
 
-def _print(results: dict[str, Any]) -> None:
+def _print(results: Sequence[dict[str, Any]]) -> None:
+    for one in results:
+        if one["what"] == "tokens":
+            print(
+                f"prompt {one['number']}: {'the same' if one['same'] else 'NOT the same'} {one['written']} tokens; "
+                f"{one['accepted']} of {one['drafted']} drafted ones were accepted"
+            )
     columns = ("rows per layer", "dense, ms", "exact, ms", "times as fast", "drafted a pass", "accepted", "same")
-    rows: list[list[Any]] = []
-    for size in results["sizes"]:
-        if "skipped" in size:
-            rows.append([f"{size['rows']:,}: skipped, {size['skipped']}", *[None] * 6])
-            continue
-        figures = [size[name] for name in ("dense_ms", "exact_ms", "speedup", "drafts")]
-        rows.append([f"{size['rows']:,}", *figures, f"{size['acceptance']:.0%}", "yes" if size["same"] else "no"])
-    print_table(f"SmolLM2-135M, weights in {results['weights']}: one token", columns, rows)
-    for size in results["sizes"]:
-        if "told" in size:
-            print(f"{size['rows']:,}: {size['told']}")
+    sizes = [one for one in results if one["what"] == "time"]
+    rows = [
+        [
+            f"{one['rows']:,}", *(one[name] for name in ("dense_ms", "exact_ms", "speedup", "a_pass")),
+            f"{one['acceptance']:.0%}", "yes" if one["same"] else "no",
+        ]
+        for one in sizes
+    ]  # fmt: skip
+    if sizes:
+        print_table("SmolLM2-135M: one token", columns, rows)
+    for one in sizes:
+        print(f"{one['rows']:,}: {one['told']}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,15 +173,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("--sizes", nargs="*", choices=sorted(SIZES), default=["8K", "32K", "131K"], help="rows")
-    options.add_argument("--prompts", type=int, default=10, metavar="N", help="prompts to continue (default 10)")
+    options.add_argument(
+        "--prompts", nargs="*", type=int, choices=range(PROMPTS), default=range(PROMPTS), metavar="N",
+        help=f"which prompts to continue, of 0 to {PROMPTS - 1} (default all)",
+    )  # fmt: skip
     options.add_argument("--tokens", type=int, default=WRITTEN, metavar="N", help="tokens of each (default 256)")
     options.add_argument("--weights", default="float32", choices=WEIGHTS, help="of all sides (default float32)")
-    options.add_argument("--quick", action="store_true", help="one run of each size, from 4,096 real rows")
-    options.add_argument("--json", type=Path, metavar="OUT", help="also write the figures to this file")
+    options.add_argument("--drafts", default="float32", choices=WEIGHTS, help="weights of drafts (default float32)")
+    options.add_argument("--json", type=Path, default=RESULTS / "exact.json", metavar="OUT", help="the record")
     args = options.parse_args(argv)
-    results = run(args.sizes, prompts=args.prompts, written=args.tokens, weights=args.weights, quick=args.quick)
-    settings = {"sizes": args.sizes, "quick": args.quick, "weights": args.weights}
-    write_json(args.json, "exact", settings, results)
+    found, settings = [], {"tokens": args.tokens}
+    for one in run(args.sizes, args.prompts, written=args.tokens, weights=args.weights, drafts=args.drafts):
+        found.append(one)
+        held = with_earlier(args.json, found, ("what", "rows", "weights", "drafts", "number"))
+        write_json(args.json, "exact", settings, held)
+    _print(found)
+    write(args.json.parent)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ A second turn of each conversation follows, of which the server has the rows and
 
   python -m benchmarks.bench_serve
   python -m benchmarks.bench_serve --quick
-  python -m benchmarks.bench_serve --weights int8 --clients 8 --json serve.json
+  python -m benchmarks.bench_serve --clients 32 --sides server       a part of it, which is added to the record
 
-JSON: results = {model, context, weights, batch, runs[] = {clients, server, dense: {tokens, s, tokens_per_s, first_p50,
-first_p90}, next_turn: {first_p50, read}, speedup}}, times in seconds.
+JSON: results[] = {clients, side: "server" or "dense", context, weights, tokens, s, tokens_per_s, first_p50, first_p90},
+and of the server next_turn: {first_p50, read}; times in seconds.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,8 +37,9 @@ from dbattn.config import WEIGHTS
 from dbattn.hf import load_model
 from dbattn.text.haystack import read_haystack
 from dbattn.text.prompt import context_ids, question_ids
+from index_kernels.folders import cache_folder
 
-from ._common import OUT_HELP, console, print_table, progress, results_folder, write_json
+from ._common import OUT_HELP, console, print_table, progress, results_folder, with_earlier, write_json
 from ._model import prefill
 from .readme import write
 
@@ -151,60 +151,71 @@ def ask_densely(
     return figures(answers, time.perf_counter() - began)
 
 
-def run(clients: Sequence[int], context: int, tokens: int, weights: str) -> dict[str, Any]:
-    """``results``."""
+def book_of(text: str, context: int, weights: str) -> Path:
+    """A context of the first ``context`` tokens of the text, read once and kept."""
+    folder = cache_folder() / "bench_serve"
+    folder.mkdir(parents=True, exist_ok=True)
+    book = folder / f"{context}-{weights}.dbattn"
+    (folder / "book.txt").write_text(text, encoding="utf-8")
+    words = ["ingest", str(folder / "book.txt"), "--out", str(book), "--tokens", str(context), "--weights", weights]
+    if dbattn([*words, "--quiet"]):
+        raise SystemExit("the context could not be read")
+    return book
+
+
+def run_server(clients: Sequence[int], context: int, tokens: int, weights: str) -> Iterator[dict[str, Any]]:
+    """The server's entries of ``results``."""
+    book = book_of(read_haystack(), context, weights)
+    with server(book, ["--weights", weights]) as url:
+        asyncio.run(ask_all(url, 2, 8))  # compiles, and audits its first answers
+        for number in clients:
+            with console.status(f"{number} clients"):
+                found, again = asyncio.run(ask_all(url, number, tokens))
+            yield {"clients": number, "side": "server", **found, "next_turn": again}
+
+
+def run_dense(clients: Sequence[int], context: int, tokens: int, weights: str) -> Iterator[dict[str, Any]]:
+    """Those of the unwrapped model."""
     model, tokenizer = load_model(weights=weights)
-    text = read_haystack()
-    ids = context_ids(text, tokenizer)[:, :context]
-    runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "book.txt").write_text(text, encoding="utf-8")
-        book, options = Path(folder) / "book.dbattn", ["--weights", weights]
-        words = ["ingest", str(Path(folder) / "book.txt"), "--out", str(book), "--tokens", str(context), *options]
-        if dbattn([*words, "--quiet"]):
-            raise SystemExit("the context could not be read")
-        with server(book, options) as url:
-            asyncio.run(ask_all(url, 2, 8))  # compiles, and audits its first answers
-            for number in clients:
-                with console.status(f"{number} clients"):
-                    found, again = asyncio.run(ask_all(url, number, tokens))
-                runs.append({"clients": number, "server": found, "next_turn": again})
+    ids = context_ids(read_haystack(), tokenizer)[:, :context]
     cache, _ = prefill(model, ids)
     ask_densely(model, tokenizer, ids, cache, 1, 2)
-    for one in runs:
-        one["dense"] = ask_densely(model, tokenizer, ids, cache, one["clients"], tokens)
-        one["speedup"] = one["server"]["tokens_per_s"] / one["dense"]["tokens_per_s"]
-    return {"model": "SmolLM2-135M", "context": context, "weights": weights, "runs": runs}
+    for number in clients:
+        yield {"clients": number, "side": "dense", **ask_densely(model, tokenizer, ids, cache, number, tokens)}
+
+
+SIDES = {"server": run_server, "dense": run_dense}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--clients", type=int, nargs="+", metavar="N", help="clients at once (default 1 8 32)")
+    options.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="default both")
     options.add_argument("--context", type=int, metavar="T", help="tokens of the context (default 7500)")
     options.add_argument("--tokens", type=int, metavar="N", help="of an answer, at most (default 32)")
     options.add_argument("--weights", default="float32", choices=WEIGHTS, help="of both sides (default float32)")
     options.add_argument("--quick", action="store_true", help="1 and 8 clients, 1000 tokens, answers of 12")
     options.add_argument("--json", type=Path, metavar="OUT", help=OUT_HELP.replace("results,", "results/serve.json,"))
     args = options.parse_args(argv)
-    results = run(
-        args.clients or ((1, 8) if args.quick else (1, 8, 32)),
-        args.context or (1000 if args.quick else 7500),
-        args.tokens or (12 if args.quick else 32),
-        args.weights,
-    )
+    context = args.context or (1000 if args.quick else 7500)
+    tokens = args.tokens or (12 if args.quick else 32)
+    path = args.json or results_folder(args.quick) / "serve.json"
+    found = []
+    for side in args.sides:
+        for one in SIDES[side](args.clients or ((1, 8) if args.quick else (1, 8, 32)), context, tokens, args.weights):
+            found.append({"context": context, "weights": args.weights, **one})
+            held = with_earlier(path, found, ("weights", "context", "clients", "side"))
+            write_json(path, "serve", {"quick": args.quick, "tokens": tokens}, held)
+    columns = ("side", "clients", "tokens/s", "first token, s", "p90", "next turn, s")
     rows = [
         [
-            one["clients"], one["server"]["tokens_per_s"], one["dense"]["tokens_per_s"], one["speedup"],
-            one["server"]["first_p50"], one["server"]["first_p90"], one["dense"]["first_p50"],
-            one["dense"]["first_p90"], one["next_turn"]["first_p50"],
+            *(one[name] for name in ("side", "clients", "tokens_per_s", "first_p50", "first_p90")),
+            one["next_turn"]["first_p50"] if "next_turn" in one else None,
         ]
-        for one in results["runs"]
-    ]  # fmt: skip
-    columns = ("clients", "tokens/s", "dense", "x", "first token, s", "p90", "dense", "p90", "next turn, s")
-    print_table(f"a context of {results['context']:,} tokens, {args.weights}", columns, rows)
-    path = args.json or results_folder(args.quick) / "serve.json"
-    write_json(path, "serve", {"quick": args.quick, "weights": args.weights}, results)
+        for one in found
+    ]
+    print_table(f"a context of {context:,} tokens, {args.weights}", columns, rows)
     write(path.parent)
 
 

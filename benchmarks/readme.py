@@ -396,29 +396,66 @@ def _families(results: Sequence[Record]) -> list[str]:
     ]
 
 
-def _serve(results: Record) -> list[str]:
-    rows = [
-        [
-            one["clients"],
-            one["server"]["tokens_per_s"],
-            one["dense"]["tokens_per_s"],
-            one["speedup"],
-            *(f"{show(side['first_p50'])} / {show(side['first_p90'])}" for side in (one["server"], one["dense"])),
-            f"{show(one['next_turn']['first_p50'])} ({show(one['next_turn']['read'])})",
-        ]
-        for one in results["runs"]
-    ]
+def _serve(results: Sequence[Record]) -> list[str]:
+    same = ("weights", "context", "clients")
+    dense = {tuple(one[name] for name in same): one for one in results if one["side"] == "dense"}
+    rows = []
+    for one in results:
+        if one["side"] != "server":
+            continue
+        other = dense.get(tuple(one[name] for name in same))
+        rows.append(
+            [
+                *(f"{one[name]:,}" for name in ("context", "clients")),
+                one["weights"],
+                one["tokens_per_s"],
+                None if other is None else other["tokens_per_s"],
+                None if other is None else one["tokens_per_s"] / other["tokens_per_s"],
+                *(f"{show(side['first_p50'])} / {show(side['first_p90'])}" if side else "" for side in (one, other)),
+                f"{show(one['next_turn']['first_p50'])} ({show(one['next_turn']['read'])})",
+            ]
+        )
     head = (
-        "clients at once", "tokens/s", "dense generate", "times", "first token, s, p50 / p90", "of dense generate",
-        "next turn (tokens read)",
+        "context", "clients at once", "weights", "tokens/s", "dense generate", "times",
+        "first token, s, p50 / p90", "of dense generate", "next turn, s (tokens read)",
     )  # fmt: skip
     return [
-        f"{results['model']}, {results['weights']}: each client asks another question about a context of "
-        f"{results['context']:,} tokens, all at the same moment; the server answers them together, the unwrapped",
-        "model's `generate` one after the other, from a cache with the same context.",
+        "SmolLM2-135M: each client asks another question about the context, all at the same moment; the server answers",
+        "them together, the unwrapped model's `generate` one after the other, from a cache with the same context",
+        "(empty: not measured).",
         "",
         *_table(head, rows),
     ]
+
+
+def _exact(results: Sequence[Record]) -> list[str]:
+    tokens = [one for one in results if one["what"] == "tokens"]
+    drafted, accepted = (sum(one[name] for one in tokens) for name in ("drafted", "accepted"))
+    lines = []
+    if tokens:
+        lines = [
+            f"`exact=True` continues {sum(one['same'] for one in tokens)} of {len(tokens)} prompts of "
+            f"{tokens[0]['rows']:,} tokens by the same {tokens[0]['written']} tokens as the unwrapped model, with "
+            f"`k=64` for drafts, of which {accepted:,} of {drafted:,} were accepted.",
+            "",
+        ]
+    rows = [
+        [
+            f"{one['rows']:,}",
+            one["weights"],
+            one["drafts"],
+            *(one[name] for name in ("dense_ms", "exact_ms", "speedup", "a_pass")),
+            f"{one['acceptance']:.0%}",
+            "yes" if one["same"] else "no",
+        ]
+        for one in results
+        if one["what"] == "time"
+    ]
+    head = (
+        "rows per layer", "weights", "of drafts", "dense, ms a token", "exact", "times as fast", "drafted a pass",
+        "accepted", "same tokens",
+    )  # fmt: skip
+    return [*lines, *_table(head, rows)] if rows else lines[:-1]
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
@@ -432,6 +469,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "layers": ("Layers of several models", _layers),
     "fidelity": ("Logits of several models", _fidelity),
     "frontier": ("Recall, error and bytes", _frontier),
+    "exact": ("Exact answers by drafts", _exact),
     "serve": ("The server", _serve),
     "arena": ("The arena", _arena),
     "tasks": ("Tasks", _tasks),
@@ -442,6 +480,7 @@ _COMMANDS = {
     "layers": "python -m benchmarks.bench_layers",
     "fidelity": "python -m benchmarks.bench_fidelity",
     "prefill": "python -m benchmarks.bench_prefill",
+    "exact": "python -m benchmarks.bench_exact",
     "serve": "python -m benchmarks.bench_serve",
     "windows": "python -m benchmarks.bench_windows",
     "open": "python -m benchmarks.bench_open",

@@ -181,7 +181,7 @@ class AttentionDB:
         extra: RowSource | StateSource | None = None,
         return_lse: bool = False,
         retrieve: bool = True,
-        audit: bool = False,
+        audit: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the m newest positions, causal, over the rows that the plan reads.
 
@@ -193,7 +193,8 @@ class AttentionDB:
             extra: rows of other origin that every query reads as well, or the state of a query over such rows.
             return_lse: also return the log-sum-exp over the rows read, ``[B, Hq, m]`` float32.
             retrieve: False scans all rows.
-            audit: compare a retrieving call with dense whatever ``audit_rate`` says; see ``stats.audits``.
+            audit: whether to compare a retrieving call with dense, whatever ``audit_rate`` says; see ``stats.audits``.
+                Default: as it says.
 
         Returns:
             ``[B, Hq, m, Dv]`` in the query's dtype. Inference only: where a gradient is wanted, backward raises.
@@ -206,7 +207,8 @@ class AttentionDB:
         if retrieve and (plans := self._block_plans(call)):
             return self._read(call, plans, query, return_lse=return_lse)
         expected = self._expected if self.config.max_error is None else None
-        audit = audit or stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
+        if audit is None:
+            audit = stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
         plan = self._plan(call, retrieve=retrieve, exact=audit)
         stats.rows_stored = len(self)
         if plan.is_dense:
@@ -292,6 +294,11 @@ class AttentionDB:
         call.measure = True
         self._answer(call, plan)
         return self._answer(call, plan).plan
+
+    @inference_only
+    def plan_of(self, query: Tensor, *, scale: float | None = None) -> QueryPlan:
+        """How ``attend`` would answer a query, with what that is estimated to take; nothing runs."""
+        return self._plan(self._call(query, scale), estimate=True, exact=False)
 
     @inference_only
     def audit(

@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from index_kernels import attend_rows, dense_decode, floats, merge_states
+from index_kernels import attend_rows, dense_decode, floats, merge_states, resolve_backend
 from index_kernels.ops import check_rows
 from index_kernels.packed import row_dim
 from index_kernels.reference import softcapped
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
 _LOGITS_BYTES = 64 << 20
-# Positions of a call, over many rows, that are answered as one wide query: what a check of drafted tokens has.
-FEW_POSITIONS, MANY_ROWS = 16, 1024
+# Queries for each KV head, over many rows, up to which our own kernel is faster than torch's: a check of drafted tokens
+# has as few, and a question about a long text.
+FEW_QUERIES, MANY_ROWS = 384, 1024
 
 
 def dense_attention(
@@ -52,7 +53,10 @@ def dense_attention(
     if softcap is None and start is None and _takes_flash(query, keys, values):
         out, lse = _flash(query, keys, values, scale)
         return (out.float(), lse) if return_lse else out
-    if query.shape[2] == 1 and not (sdpa and _prefers_sdpa(query.device) and keys.dtype == values.dtype == query.dtype):
+    one = query.shape[2] == 1
+    if one and sdpa and _prefers_sdpa(query.device) and keys.dtype == values.dtype == query.dtype:
+        return _scan_many(query, keys, values, start, scale)
+    if one or _are_few(query, keys):
         out, lse = dense_decode(query, keys, values, start=start, scale=scale, softcap=softcap)
         return (out, lse) if return_lse else out.to(query.dtype)
     if sdpa:
@@ -100,6 +104,12 @@ def _prefers_sdpa(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _are_few(query: Tensor, keys: Tensor) -> bool:
+    """Whether our own kernel serves so few positions over so many rows faster than torch's."""
+    few = query.shape[1] * query.shape[2] <= FEW_QUERIES * keys.shape[1] and keys.shape[2] >= MANY_ROWS
+    return few and resolve_backend(query) == "numba"
+
+
 def _takes_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether torch's flash kernel serves these rows."""
     dim = query.shape[3]
@@ -140,9 +150,6 @@ def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None
         ]
         return torch.cat(heads, dim=1).to(query.dtype)
     m, rows = query.shape[2], keys.shape[2]
-    few = 1 < m <= FEW_POSITIONS and rows >= MANY_ROWS
-    if few and start is None and query.device.type == "cpu" and keys.shape[3] == values.shape[3]:
-        return _scan_few(query, keys, values, scale)
     if start is None and m in (1, rows):  # without a mask torch may take its fast kernels
         return F.scaled_dot_product_attention(query, keys, values, is_causal=m > 1, scale=scale, enable_gqa=True)
     mask = torch.ones(m, rows, dtype=torch.bool, device=query.device).tril(rows - m)
@@ -151,26 +158,6 @@ def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
     # A padded query sees no row at all; its output is defined as zero, where SDPA may give NaN.
     return out if start is None else out.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
-
-
-def _scan_few(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-    """The same for few positions: what all of them see is read once, for all query heads of a KV head together.
-
-    It is read in parts, so that all threads have some, and their states are merged.
-    """
-    (batch, heads, m, dim), kv_heads = query.shape, keys.shape[1]
-    parts = max(1, -(-2 * torch.get_num_threads() // (batch * kv_heads)))
-    seen = (keys.shape[2] - m) // parts
-    grouped = query.reshape(batch * kv_heads, 1, -1, dim).expand(-1, parts, -1, -1)
-    common = (rows[:, :, : seen * parts].unflatten(2, (parts, seen)).flatten(0, 1) for rows in (keys, values))
-    # By its own name: it also tells the lse.
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(grouped, *common, scale=scale)
-    newest = keys[:, :, seen * parts :], values[:, :, seen * parts :]
-    mask = torch.ones(m, newest[0].shape[2], dtype=torch.bool).tril(newest[0].shape[2] - m)
-    last, last_lse = masked_attention(query, *newest, mask, scale=dim**-0.5 if scale is None else scale)
-    outs = out.transpose(0, 1).reshape(parts, batch, heads, m, -1).float()
-    lses = lse.transpose(0, 1).reshape(parts, batch, heads, m).float()
-    return merge_states(torch.cat([outs, last[None]]), torch.cat([lses, last_lse[None]]))[0].to(query.dtype)
 
 
 def _scan_with_lse(

@@ -1,4 +1,7 @@
-"""dense_decode: the exact scan of one query position at memory speed (split-K online softmax, as in FlashDecoding)."""
+"""dense_decode: the exact scan of one query position at memory speed (split-K online softmax, as in FlashDecoding).
+
+Few positions have a kernel of their own, which shares what is read among them: ``_cpu_dense_few``.
+"""
 
 # mypy: ignore-errors
 # (Numba compiles the kernel and infers its types itself.)
@@ -21,15 +24,25 @@ from ._cpu_common import (
     scan_range,
     store_state,
 )
+from ._cpu_dense_few import dense_few
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes
 from .packed import row_dim
 
 
 def dense_decode(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    start: Tensor,
+    softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_decode."""
+    if query.shape[2] > 1:
+        return dense_few(query, keys, values, scale=scale, start=start, softcap=softcap, causal=causal)
     out = torch.empty((*query.shape[:3], row_dim(values)))
     lse = torch.empty(query.shape[:3])
     group = query.shape[1] // keys.shape[1]

@@ -129,30 +129,35 @@ def dense_decode(
     start: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    causal: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of one new query position over all rows.
+    """Exact attention of the m newest positions over rows up to each one's own, or of m queries over all rows.
 
     Args:
-        query: ``[B, Hq, 1, D]``.
+        query: ``[B, Hq, m, D]``; where ``causal``, the last m positions.
         keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, or packed rows (see ``pack_rows``); Hkv divides Hq.
         start: int64 ``[B]``, the first row each batch row may see (default 0).
         scale: factor of the logits, default ``1 / sqrt(D)``.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
+        causal: whether a query sees the rows up to its own only; False: all of them.
         backend: "auto", "reference", "numba" or "triton".
 
     Returns:
-        out ``[B, Hq, 1, Dv]`` and lse ``[B, Hq, 1]``, float32; ``out = 0, lse = -inf`` where there was no row.
+        out ``[B, Hq, m, Dv]`` and lse ``[B, Hq, m]``, float32; ``out = 0, lse = -inf`` where there was no row.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; states what was received.
     """
     check_rows(query, keys, values)
-    if query.shape[2] != 1:
-        raise ValueError(f"query {list(query.shape)} has {query.shape[2]} positions, expected one")
+    if query.shape[2] < 1 or (causal and query.shape[2] > max(1, keys.shape[2])):
+        raise ValueError(
+            f"query {list(query.shape)} has {query.shape[2]} positions, expected 1 to {keys.shape[2]}: the newest rows"
+        )
     start = _bounds(start, "start", query.shape[0], 0, query)
     run = _implementation("dense_decode", query, backend, keys, values)
-    return run(query, keys, values, scale=_scale(scale, query), start=start, softcap=_softcap(softcap))
+    options = {"scale": _scale(scale, query), "softcap": _softcap(softcap)}
+    return run(query, keys, values, start=start, causal=causal, **options)
 
 
 def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

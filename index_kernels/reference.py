@@ -65,25 +65,35 @@ def attend_rows(
 
 
 def dense_decode(
-    query: Tensor, keys: Tensor, values: Tensor, *, scale: float, start: Tensor, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    start: Tensor,
+    softcap: float | None,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Exact attention of one query position over all rows from ``start [B]`` on: attend_rows over one range."""
+    """Exact attention over rows from ``start [B]`` on, one range of attend_rows; causal: of the newest positions."""
     return attend_rows(
         query,
         keys,
         values,
         scale=scale,
         ids=None,
-        ranges=all_rows(query, keys, start),
+        ranges=rows_seen(query, keys, start, causal=causal),
         log_weights=None,
         softcap=softcap,
     )
 
 
-def all_rows(query: Tensor, keys: Tensor, start: Tensor) -> Tensor:
-    """The ranges ``[B, Hq, m, 1, 2]`` that cover every row from ``start [B]`` on."""
-    ranges = torch.stack([start, torch.full_like(start, keys.shape[2])], dim=-1)
-    return ranges[:, None, None, None, :].expand(*query.shape[:3], 1, 2)
+def rows_seen(query: Tensor, keys: Tensor, start: Tensor, *, causal: bool) -> Tensor:
+    """The ranges ``[B, Hq, m, 1, 2]`` from row ``start [B]`` on; causal: up to each query's own, the newest rows."""
+    (batch, heads, m, _), rows = query.shape, keys.shape[2]
+    stop = torch.arange(rows - m + 1, rows + 1, device=start.device) if causal else start.new_full((m,), rows)
+    stop = stop.expand(batch, m)
+    ranges = torch.stack([start[:, None].minimum(stop), stop], dim=-1)
+    return ranges[:, None, :, None, :].expand(batch, heads, m, 1, 2)
 
 
 def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

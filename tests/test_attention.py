@@ -340,19 +340,23 @@ def test_dense_attention_matches_plain_attention():
     assert lse.shape == (2, 6, 130)
 
 
-@pytest.mark.parametrize(("batch", "m", "n"), [(1, 2, 1024), (2, 7, 1333), (1, 16, 1025)])
-def test_few_positions_over_many_rows_are_one_wide_query_and_as_exact(batch, m, n, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7}, {"softcap": 5.0}, {"start": torch.tensor([3, 1330])}])
+def test_few_positions_over_many_rows_are_read_once_for_all_and_as_exact(options, monkeypatch):
     from dbattn import dense
 
-    keys, values = rows(n, batch=batch, kv_heads=3, dim=16, value_dim=16)
-    query, scanned = torch.randn(batch, 6, m, 16), []
-    few = dense._scan_few
-    monkeypatch.setattr(dense, "_scan_few", lambda *given: scanned.append(m) or few(*given))
-    for scale in (None, 0.7):
-        out = dense_attention(query, keys, values, scale=scale)
-        options = {} if scale is None else {"scale": scale}
-        torch.testing.assert_close(out.double(), plain_attention(query, keys, values, **options), atol=1e-5, rtol=1e-5)
-    assert scanned == [m, m]
+    keys, values = rows(1333, batch=2, kv_heads=3, dim=16, value_dim=16)
+    read, ours = [], dense.dense_decode
+    monkeypatch.setattr(
+        dense, "dense_decode", lambda query, *rest, **more: read.append(query) or ours(query, *rest, **more)
+    )
+    query = torch.randn(2, 6, 7, 16)
+    exact = plain_attention(query, keys, values, **options)
+    torch.testing.assert_close(dense_attention(query, keys, values, **options).double(), exact, atol=1e-5, rtol=1e-5)
+    for dtype in (torch.float16, torch.bfloat16):
+        other = dense_attention(query.to(dtype), keys.to(dtype), values.to(dtype), **options)
+        assert other.dtype == dtype
+        torch.testing.assert_close(other.double(), exact, atol=0.05, rtol=0.05)
+    assert len(read) == 3
 
 
 def test_one_position_is_scanned_by_sdpa_where_that_is_faster(monkeypatch):

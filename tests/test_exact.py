@@ -10,7 +10,7 @@ from test_hf import generate, prompt, tiny
 
 from benchmarks.families import tiny_model
 from dbattn import RetrievalConfig
-from dbattn.hf import UnsupportedModelError, pace, wrap
+from dbattn.hf import UnsupportedModelError, pace, weights, wrap
 from dbattn.hf.pace import FIRST, MOST, RETRY, TIMED, Drafts, Pace
 
 ALMOST_ALL = RetrievalConfig(index="flat", k=60, window=8, n_sink=2, dense_below=0, audit_rate=0.0)
@@ -39,6 +39,7 @@ def test_greedy_tokens_are_dense_s_whatever_is_drafted(family, config):
             torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-3, rtol=1e-3)
         report = handle.report()
         drafts = handle.drafts
+        assert not any(stats.audits for stats in handle.stats)  # dense passes check drafts already
     assert 2 * TIMED < drafts.passes < drafts.tokens == 78
     assert 0 < drafts.accepted <= drafts.drafted
     assert drafts.accepted < drafts.drafted or (family, config) != ("llama", FEW)
@@ -46,6 +47,34 @@ def test_greedy_tokens_are_dense_s_whatever_is_drafted(family, config):
     assert f"Exact: 78 tokens in {drafts.passes} dense passes, {drafts.accepted} of {drafts.drafted}" in str(report)
     assert "generate" not in vars(model)
     assert torch.equal(generate(model, inputs, max_new_tokens=40).sequences, expected.sequences)
+
+
+def test_drafts_by_int8_weights_leave_the_tokens_dense_s_and_the_model_as_it_was(monkeypatch):
+    model, inputs, rounded = tiny(initializer_range=0.2), prompt(**ONE, length=150), []
+    expected = generate(model, inputs, max_new_tokens=40).sequences
+    packed = weights.int8_linear
+    monkeypatch.setattr(weights, "int8_linear", lambda x, weight: rounded.append(x) or packed(x, weight))
+    with wrap(model, ALMOST_ALL, exact=True, draft_weights="int8") as handle:
+        assert torch.equal(generate(model, inputs, max_new_tokens=40).sequences, expected)
+        layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
+        assert len(rounded) == handle.drafts.drafted * len(layers) > 0
+        assert handle.drafts.accepted > handle.drafts.drafted / 2
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"exact": False, "draft_weights": "int8"},
+            'draft_weights="int8" with exact=False on cpu: expected exact=True',
+        ),
+        ({"exact": True, "draft_weights": "int4"}, "weights is 'int4', expected one of float32, int8"),
+    ],
+)
+def test_draft_weights_that_do_not_serve_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        wrap(tiny(), FEW, **options)
 
 
 def test_it_goes_on_in_a_context_and_leaves_a_cache_that_can_be_saved_and_cropped(tmp_path):

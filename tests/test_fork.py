@@ -300,3 +300,28 @@ def test_what_a_fork_holds_alone_is_what_came_or_was_moved_since():
     assert (db.own_nbytes, db.fork().own_nbytes) == (0, 0)
     alone = database("flat", n=300, learning=False)
     assert alone.own_nbytes == alone.nbytes
+
+
+def test_rows_that_forks_share_are_scanned_once_for_all_that_ask_and_each_reads_its_own(monkeypatch):
+    from dbattn import together
+
+    torch.manual_seed(0)
+    origin = AttentionDB(2, 16, config=RetrievalConfig(index="segmented", k=64, window=16, audit_rate=0.0))
+    grow(origin, 3000)
+    forks = [origin.fork() for _ in range(3)]
+    for number, db in enumerate(forks):
+        grow(db, 1 + 30 * number)
+    query, read = torch.randn(3, 4, 1, 16), []
+    expected = torch.cat([db.attend(q, retrieve=False) for db, q in zip(forks, query.split(1), strict=True)])
+    scan = together.dense_decode
+    monkeypatch.setattr(
+        together, "dense_decode", lambda q, keys, *rest, **more: read.append(keys) or scan(q, keys, *rest, **more)
+    )
+    monkeypatch.setattr(together, "_pays", lambda *_: True)
+    found = together.attend_together(forks, query, scale=0.25)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert [keys.shape[2] for keys in read] == [3000, 1, 31, 61]
+    # Not where nothing is shared, or retrieval was asked for whatever it takes.
+    assert together.attend_together([forks[0], copy.deepcopy(forks[1])], query[:2], scale=0.25) is None
+    named = database()
+    assert together.attend_together([named.fork(), named.fork()], query[:2], scale=0.25) is None

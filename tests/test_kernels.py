@@ -297,19 +297,33 @@ def test_a_backend_that_has_no_such_operator_raises():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "length", "dim", "value_dim", "dtype"),
+    ("heads", "kv_heads", "m", "length", "dim", "value_dim", "dtype"),
     [
-        (3, 1, 700, 64, 64, torch.float32),
-        (7, 1, 300, 12, 20, torch.float32),
-        (4, 2, 33, 13, 5, torch.float32),
-        (4, 2, 33, 16, 8, torch.float16),
-        (4, 2, 300, 16, 8, torch.bfloat16),
+        (3, 1, 1, 700, 64, 64, torch.float32),
+        (7, 1, 1, 300, 12, 20, torch.float32),
+        (4, 2, 1, 33, 13, 5, torch.float32),
+        (4, 2, 1, 33, 16, 8, torch.float16),
+        (4, 2, 1, 300, 16, 8, torch.bfloat16),
+        (3, 1, 5, 130, 64, 64, torch.float32),
+        (4, 2, 3, 33, 13, 5, torch.float32),
+        (4, 2, 2, 100, 16, 8, torch.bfloat16),
+        (3, 1, 9, 9, 16, 8, torch.bfloat16),
     ],
 )
-def test_dense_decode_equals_the_reference(run, backend, softcap, heads, kv_heads, length, dim, value_dim, dtype):
-    query = torch.randn(2, heads, 1, dim, generator=rng(5)).to(dtype)
+def test_dense_decode_equals_the_reference(run, backend, softcap, heads, kv_heads, m, length, dim, value_dim, dtype):
+    query = torch.randn(2, heads, m, dim, generator=rng(5)).to(dtype)
     keys, values = rows_of(kv_heads, length, dim, dtype), rows_of(kv_heads, length, value_dim, dtype, seed=1)
     for start in (None, torch.tensor([0, length - 1]), torch.tensor([length, 3])):
         wanted = dense_decode(query, keys, values, start=start, softcap=softcap, backend="reference")
         got = run(backend, "dense_decode", query, keys, values, start=start, softcap=softcap)
         assert_same_state(got, wanted)
+    if m > 1:
+        wanted = [dense_decode(one, keys, values, backend="reference") for one in query.split(1, dim=2)]
+        got = run(backend, "dense_decode", query, keys, values, causal=False)
+        assert_same_state(got, [torch.cat(parts, dim=2) for parts in zip(*wanted, strict=True)])
+
+
+def test_dense_decode_refuses_more_positions_than_rows():
+    rows = torch.randn(1, 1, 3, 8)
+    with pytest.raises(ValueError, match="has 4 positions, expected 1 to 3: the newest rows"):
+        dense_decode(torch.randn(1, 2, 4, 8), rows, rows)

@@ -85,9 +85,11 @@ def test_kernels_read_packed_rows_as_the_reference_reads_their_floats(backend, s
         (attend_rows, {"ids": ids, "log_weights": torch.randn(ids.shape)}),
         (attend_rows, {"ranges": ranges}),
         (dense_decode, {"start": start}),
+        (dense_decode, {"start": start, "query": torch.randn(2, 2 * group, min(4, n), dim)}),
     ):
-        got = op(query, keys, values, **options, softcap=softcap, backend=backend)
-        assert_same_state(got, op(query, floats(keys), floats(values), **options, softcap=softcap, backend="reference"))
+        given = {"query": query, "softcap": softcap, **options}
+        got = op(keys=keys, values=values, **given, backend=backend)
+        assert_same_state(got, op(keys=floats(keys), values=floats(values), **given, backend="reference"))
 
 
 def test_exact_search_in_packed_rows_is_that_in_their_floats(monkeypatch):

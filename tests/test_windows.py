@@ -205,6 +205,31 @@ def test_a_question_and_what_follows_see_the_chosen_windows_alone(model, ids, tw
             torch.testing.assert_close(second, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_beams_and_batch_edits_share_the_text_and_each_row_answers_as_one_alone(model, ids, folder, two_of_four):
+    with torch.inference_mode(), wrap(model, replace(CONFIG, n_windows=2), context=folder) as handle:
+        alone, cache = handle.new_cache(), handle.new_cache()
+        text = [rows.data_ptr() for layer in cache.layers for rows in layer.base.between(0, 1)]
+        cache.batch_repeat_interleave(3)
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        assert text == [rows.data_ptr() for layer in cache.layers for rows in layer.base.between(0, 1)]
+        questions = torch.cat([QUESTION, QUESTION + 1, QUESTION])
+        logits = model(questions, past_key_values=cache).logits
+        torch.testing.assert_close(logits[[0]], model(QUESTION, past_key_values=alone).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits[0], logits[2])
+        cache.batch_select_indices(torch.tensor([1]))
+        alone.crop(ROWS - alone.get_seq_length())
+        expected = model(QUESTION + 1, past_key_values=alone).logits
+        torch.testing.assert_close(logits[[1]], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(cache.layers[0].keys[:, :, :ROWS], alone.layers[0].keys[:, :, :ROWS])
+        whole = torch.cat([handle.context, QUESTION], dim=1)
+        options = {"max_new_tokens": 5, "pad_token_id": 0, "do_sample": False}
+        beams = handle.new_cache()
+        beams.batch_repeat_interleave(3)
+        found = model.generate(whole, past_key_values=beams, num_beams=3, **options)
+        assert found.shape == (1, whole.shape[1] + 5)
+        assert text == [rows.data_ptr() for layer in beams.layers for rows in layer.base.between(0, 1)]
+
+
 def test_files_of_windows_that_are_not_read_are_not_touched(model, ids, two_of_four, tmp_path, monkeypatch):
     monkeypatch.setattr("dbattn.snapshot.writer.ROWS_PER_FILE", 64)
     with torch.inference_mode():

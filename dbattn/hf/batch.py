@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
+from ..together import attend_together
 from .cache import DatabaseLayer
 
 # What a layer of a batch leaves on the keys, for the attention function: keys and values of each cache.
@@ -64,5 +65,27 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # as above
 
 def attend_each(attend: Any, module: Any, query: Tensor, key: Tensor, **kwargs: Any) -> Tensor:
     """``attend`` for the one query of each cache of a batch; ``[B, 1, Hq, Dv]``."""
-    parts = zip(query.split(1), getattr(key, EACH), strict=True)
-    return torch.cat([attend(module, one, *rows, None, **kwargs)[0] for one, rows in parts])
+    each = getattr(key, EACH)
+    if (found := _together(query, [keys._dbattn for keys, _ in each], **kwargs)) is not None:
+        return found.transpose(1, 2).contiguous()
+    return torch.cat(
+        [attend(module, one, *rows, None, **kwargs)[0] for one, rows in zip(query.split(1), each, strict=True)]
+    )
+
+
+def _together(
+    query: Tensor, layers: Sequence[DatabaseLayer], scaling: float | None, softcap: float | None, s_aux: Any, **_: Any
+) -> Tensor | None:
+    """The same where rows that all share are scanned once; None where that does not serve, or does not pay."""
+    switches, dbs = layers[0].session.switches, [layer.db for layer in layers]
+    if softcap is not None or s_aux is not None or switches.audits is not None or switches.watcher is not None:
+        return None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (found := attend_together([db for db in dbs if db is not None], query, scale=scale)) is None:
+        return None
+    for db, one in zip(dbs, query.split(1), strict=True):
+        assert db is not None
+        db.store.note_queries(one, len(db) - 1)
+        if switches.sync:
+            db.sync()
+    return found

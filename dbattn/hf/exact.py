@@ -46,7 +46,7 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
         self._drafted = None if rows != n - 1 else min(self._pace.choose(), self._longest - n - 1)
         drafted, logits = input_ids, []
         if self._drafted:
-            with self._session.switched(retrieve=True):
+            with self._session.switched(retrieve=True, drafting=True):
                 for _step in range(self._drafted):
                     began, before = time.perf_counter(), self._retrieved()
                     scores = self._model(drafted[:, -1:], past_key_values=self._cache, use_cache=True).logits[:, -1]

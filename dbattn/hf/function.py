@@ -71,7 +71,8 @@ def attention_function(
                 softcap=softcap,
                 sink_logits=s_aux,
                 retrieve=switches.retrieve,
-                audit=audits is not None,
+                # Whether a draft was right, the dense pass after it tells.
+                audit=True if audits is not None else False if switches.drafting else None,
             )
             if audits is not None and db.stats.retrieving > before:
                 audits.append(db.stats.audits[-1])

@@ -21,6 +21,8 @@ class Switches:
     sync: bool = True
     # Whether tokens may be drafted, where answers are exact.
     drafts: bool = True
+    # Whether a draft is made now, for which int8 weights may do.
+    drafting: bool = False
     audits: list[AuditReport] | None = None
     watcher: Watcher | None = None
     # What follows a context directly reads the windows that were read before, and chooses none.

@@ -1,9 +1,12 @@
 """A model's weights in int8: a token then reads a third of the bytes of float32."""
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from index_kernels import int8_linear, pack_weight
 
@@ -58,3 +61,25 @@ def to_int8(model: nn.Module) -> None:
         raise ValueError(f'weights="int8": {type(model).__name__} has no torch.nn.Linear in its layers; use "float32"')
     for parent, name, child in found:
         setattr(parent, name, Int8Linear(child))
+
+
+class Int8Meanwhile:
+    """Packed copies of a model's linear layers, which answer in their place while ``active()`` says so."""
+
+    def __init__(self, model: nn.Module, active: Callable[[], bool]) -> None:
+        self._layers = [module for module in model.modules() if type(module) is nn.Linear]
+        for layer in self._layers:
+            # On the object: its class, parameters and hooks are what they were.
+            layer.forward = partial(_int8_meanwhile, layer, pack_weight(layer.weight), active)  # type: ignore[method-assign]
+
+    def undo(self) -> None:
+        """Give the layers back."""
+        for layer in self._layers:
+            vars(layer).pop("forward", None)
+
+
+def _int8_meanwhile(layer: nn.Linear, packed: Tensor, active: Callable[[], bool], x: Tensor) -> Tensor:
+    if not active():
+        return linear(x, layer.weight, layer.bias)
+    out = int8_linear(x, packed)
+    return out if layer.bias is None else out + layer.bias

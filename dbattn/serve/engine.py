@@ -201,7 +201,8 @@ class Engine:
 
     In each round some tokens of prompts are read, in turn, and each answer under way gets its next token: those after
     the same context in one pass through the model. A seed gives the same tokens whoever else is served, as far as
-    a batch's rounding allows.
+    a batch's rounding allows, and what retrieval leaves unread: rows that several share are all read, where reading
+    them once for all is faster (``attend_together``).
     """
 
     def __init__(self, conversations: Conversations, *, batch: int = 8, metrics: Metrics | None = None) -> None:

@@ -67,6 +67,11 @@ class MappedRows:
         part.values.copy_(values)
         return MappedRows((*self.parts, part), self.device)
 
+    def select(self, batch: Tensor) -> "MappedRows":
+        """The batch rows ``batch [B']``: where there is one, or all are the same one, that takes no memory."""
+        parts = (Part(_selected(part.keys, batch), _selected(part.values, batch), part.check) for part in self.parts)
+        return MappedRows(tuple(parts), self.device)
+
     def first(self, rows: int) -> "MappedRows":
         """The first rows alone."""
         kept, at = [], 0
@@ -95,6 +100,12 @@ class MappedRows:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MappedRows":
         return self
+
+
+def _selected(rows: Tensor, batch: Tensor) -> Tensor:
+    if len(rows) == 1 or rows.stride(0) == 0:
+        return rows[:1].expand(len(batch), *rows.shape[1:])
+    return rows.index_select(0, batch.to(rows.device))
 
 
 def new_buffer(like: Tensor, capacity: int, device: torch.device | None = None, *, host: bool = False) -> Tensor:

@@ -239,11 +239,14 @@ class KVStore:
         """Keep the batch rows ``batch [B']`` (an index may repeat): beam search and batch edits."""
         if not self._has_buffers:
             return
-        keys, values = self.buffers
-        batch = batch.to(keys.device)
-        with torch.inference_mode(False), torch.no_grad():
-            keys, values = (self._as_kept(rows.index_select(0, batch)) for rows in (keys, values))
-            self._buffers = keys, values
+        batch = batch.to(self.device)
+        if self._mapped is not None:
+            self._mapped = self._mapped.select(batch)
+        else:
+            keys, values = self.buffers
+            with torch.inference_mode(False), torch.no_grad():
+                keys, values = (self._as_kept(rows.index_select(0, batch)) for rows in (keys, values))
+                self._buffers = keys, values
         self._set_start(self.start[batch])
         if self.sample is not None:
             self.sample.select(batch)
@@ -268,6 +271,13 @@ class KVStore:
             twin._mapped = None
         twin.sample = None if self.sample is None else self.sample.fork()
         return twin
+
+    def rows_shared(self, other: "KVStore") -> int:
+        """How many leading rows, as they stand, are in the same pages as those of another store."""
+        ours, theirs = self._shared, other._shared
+        if ours is None or theirs is None or ours.pages is not theirs.pages:
+            return 0
+        return min(ours.rows, theirs.rows, len(self), len(other))
 
     def _forked(self) -> tuple[tuple[Tensor, Tensor], Shared | None]:
         shared = self._shared
