@@ -3,7 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -73,13 +73,14 @@ class AttentionDB:
         torch.Size([1, 8, 1, 64])
     """
 
-    def __new__(cls, *args: Any, group: "ProcessGroup | Shards | None" = None, **options: Any) -> "AttentionDB":
+    def __new__(cls, *args: Any, group: "ProcessGroup | Shards | None" = None, **options: Any) -> Self:
         """A database of one process, or with ``group`` a rank's part of one of several."""
         if group is None:
             return super().__new__(cls)
         from .sharded import ShardedDB
 
-        return super().__new__(ShardedDB)
+        made = super().__new__(cls if issubclass(cls, ShardedDB) else ShardedDB)
+        return made  # type: ignore[return-value]  # a subclass of AttentionDB, though not of cls
 
     def __init__(
         self,

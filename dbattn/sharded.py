@@ -157,9 +157,9 @@ class ShardedDB(AttentionDB):
     """An AttentionDB whose rows are dealt over the ranks of a process group; ``AttentionDB(..., group=...)`` makes it.
 
     Every rank inserts the same rows and keeps its own (``Shards``), in a store and index like any other, and asks the
-    same queries, of which it answers its part as a state ``(out, lse)``. One all-gather brings the states together; each
-    rank merges them in the order of ranks, so that answers are equal to the bit on machines of one kind. The budget
-    (k, or what ``target_error`` and ``max_error`` ask for) is of all ranks together, and shared by ``Budget``.
+    same queries, of which it answers its part as a state ``(out, lse)``. One all-gather brings the states together;
+    each rank merges them in the order of ranks, so that answers are equal to the bit on machines of one kind. The
+    budget (k, or what ``target_error`` and ``max_error`` ask for) is of all ranks together, and shared by ``Budget``.
 
     All ranks must make the same calls in the same order, from one thread: what each rank tells of a call is compared,
     and another call, or another number of rows, raises ShardError. So does a rank that does not answer.
@@ -332,11 +332,11 @@ class ShardedDB(AttentionDB):
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
         return Hits(ids.gather(-1, best), scores.gather(-1, best), bool(found[:, -1].all()))
 
-    def row_weights(self, query: Tensor, **options: Any) -> Weights:
-        """Not where rows are dealt over ranks."""
+    def row_weights(
+        self, query: Tensor, *, scale: float | None = None, softcap: float | None = None, retrieve: bool = True
+    ) -> Weights:
+        """Not where rows are dealt over ranks; nor are ``weights``."""
         raise ValueError(f"weights of single rows are not told where rows are dealt over {self.shards.ranks} ranks")
-
-    weights = row_weights  # type: ignore[assignment]
 
     @property
     def keys(self) -> Tensor:
@@ -352,9 +352,9 @@ class ShardedDB(AttentionDB):
         """See AttentionDB."""
         if not is_integer(length, 0, self._rows):
             raise ValueError(f"length is {length!r}, expected an integer from 0 to {self._rows}")
-        had = self.store.rows if self._rows else ()
+        kept = self._kept
         super().truncate(self.shards.before(length))
-        self._keep(length, had)
+        self._be(length, kept)
 
     def save(self, target: "str | os.PathLike[str] | SnapshotWriter | ShardWriter") -> SaveReport:
         """See AttentionDB; each rank writes its own part, and the save counts when all have. A path, or a ShardWriter.
@@ -379,28 +379,26 @@ class ShardedDB(AttentionDB):
         self._start = self._start[batch.to(self._start.device)]
 
     def _cut(self, length: int) -> None:
-        had = self.store.rows
+        kept = self._kept
         self.store.truncate(self.shards.before(length))
-        self._keep(length, had)
+        self._be(length, kept)
 
-    def _keep(self, length: int, had: Sequence[Tensor]) -> None:
-        """Be ``length`` rows long. A shard that has lost all its rows stays one of such rows as it ``had``."""
-        self._rows = length
+    @property
+    def _kept(self) -> tuple[torch.dtype, torch.device] | None:
+        """The type of rows that there are, and where."""
+        return (self.store.kept_dtype, self.store.device) if self._rows else None
+
+    def _be(self, length: int, kept: tuple[torch.dtype, torch.device] | None) -> None:
+        """Be ``length`` rows long. A shard that has lost all of its own stays one of rows as those it ``kept``."""
+        self._rows, store = length, self.store
         if not length:
-            self._start = self.store.start
-        elif self.store.is_empty:
-            self.begin_empty(len(self._start), had[0].dtype, had[0].device)
-
-    def begin_empty(self, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Be a shard without rows of a database of rows of such a type."""
-        dtype = dtype if dtype.is_floating_point else torch.float32
-        store = self.store
-        store.append(
-            *(
-                torch.empty(batch, store.num_kv_heads, 0, dim, dtype=dtype, device=device)
-                for dim in (store.head_dim, store.value_dim)
+            self._start = store.start
+        elif store.is_empty and kept is not None:
+            dtype = kept[0] if kept[0].is_floating_point else torch.float32
+            shape = len(self._start), store.num_kv_heads, 0
+            store.append(
+                *(torch.empty(*shape, dim, dtype=dtype, device=kept[1]) for dim in (store.head_dim, store.value_dim))
             )
-        )
 
     def _asked(
         self,
@@ -467,33 +465,25 @@ class ShardedDB(AttentionDB):
 
     def _finished(self, call: Call, climb: Climb, tries: Sequence[Whole]) -> Whole:
         """The last try, with KV heads answered densely where it was not enough."""
-        whole, answer = tries[-1], climb.answer
-        given_up = [tried.answer for tried in tries[:-1]]
-        read, size = (sum(getattr(tried, name) for tried in given_up) for name in ("rows_read", "bytes_read"))
-        out, lse = answer.state
+        answer, given_up = climb.answer, [tried.answer for tried in tries[:-1]]
         if climb.dense_heads:
-            step = DenseHeads.of(climb.dense_heads, call)
-            if call.query.shape[2] == 1 and len(self.store):
-                own = run_plan(QueryPlan((step,), ""), self._bare(call))
-            else:
-                own = self._scan(call)
+            step, bare = DenseHeads.of(climb.dense_heads, call), self._bare(call)
+            alone = call.query.shape[2] == 1 and len(self.store) > 0
+            own = run_plan(QueryPlan((step,), "max_error"), bare) if alone else self._scan(call)
             dense = self._together(call, own, None).answer
+            given_up.append(dense)
             asking = step.asking(call)[None, :, None]
-            out, lse = torch.where(asking[..., None], dense.out, out), torch.where(asking, dense.state[1], lse)
-            read, size = read + dense.rows_read, size + dense.bytes_read
+            (out, lse), (dense_out, dense_lse) = answer.state, dense.state
+            exact_lse = None if answer.exact_lse is None else torch.where(asking, dense_lse, answer.exact_lse)
+            out, lse = torch.where(asking[..., None], dense_out, out), torch.where(asking, dense_lse, lse)
+            answer = answer._replace(out=out, lse=lse, exact_lse=exact_lse, dense_heads=climb.dense_heads)
         answer = answer._replace(
-            out=out,
-            lse=lse,
-            exact_lse=None if answer.exact_lse is None else torch.where(asking, lse, answer.exact_lse)
-            if climb.dense_heads
-            else answer.exact_lse,
-            rows_read=answer.rows_read + read,
-            bytes_read=answer.bytes_read + size,
+            rows_read=answer.rows_read + sum(tried.rows_read for tried in given_up),
+            bytes_read=answer.bytes_read + sum(tried.bytes_read for tried in given_up),
             plan=replace(answer.plan, reason=f"{answer.plan.reason}; max_error: {climb.name}"),
             tried=climb.answer,
-            dense_heads=climb.dense_heads,
         )
-        return whole._replace(answer=answer)
+        return tries[-1]._replace(answer=answer)
 
     def _bare(self, call: Call) -> Call:
         """The call without what it brings along, which no rank's rows are."""
@@ -638,7 +628,9 @@ class ShardedDB(AttentionDB):
             got = best
             if whole.own.slots is not None:
                 got = self.store.scores(call.query, whole.own.slots, call.scale)
-                got = pad(got.topk(min(k, got.shape[-1]), dim=-1).values, (0, k - min(k, got.shape[-1])), value=-torch.inf)
+                got = pad(
+                    got.topk(min(k, got.shape[-1]), dim=-1).values, (0, k - min(k, got.shape[-1])), value=-torch.inf
+                )
         found = self.shards.gather(torch.stack([best, got]).flatten())
         both = found.view(self.shards.ranks, 2, *best.shape).movedim(0, -2).flatten(-2)
         assert answer.exact_lse is not None

@@ -1,7 +1,7 @@
 """Shards: the ranks of a process group, and which of a context's rows each of them holds.
 
 Positions are dealt in blocks of ``BLOCK``: block b belongs to rank ``b % ranks``. So where a row is follows from its
-position alone, a rank's rows stay in the order of their positions, and all ranks hold about as many. What the ranks tell
+position alone, a rank's rows stay in the order of their positions, and all ranks hold about as many. What ranks tell
 each other goes through torch.distributed.
 """
 

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -248,10 +248,8 @@ class ShardWriter:
             found = SAVE.fullmatch(entry.name)
             if found and int(found[1]) != kept:
                 shutil.rmtree(entry / f"shard-{self._shards.rank}", ignore_errors=True)
-                try:
+                with suppress(OSError):  # another rank's part is still there
                     entry.rmdir()
-                except OSError:
-                    pass  # another rank's part is still there
 
 
 def _parts_of(folder: Path) -> Parts:

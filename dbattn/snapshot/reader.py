@@ -233,7 +233,7 @@ def _read_manifest(folder: Path) -> bytes:
             raise FileNotFoundError(f"{folder} does not exist; expected a snapshot, which is a folder") from None
         if (folder / SHARDS).exists():
             raise SnapshotError(
-                f"{folder} holds shards of several ranks: open it with as many (torchrun --nproc-per-node ..., group=...)"
+                f"{folder} holds shards of several ranks: open it by as many (torchrun, group=...)"
             ) from None
         raise SnapshotError(f"{folder} is not a snapshot: {MANIFEST} is missing") from None
     except NotADirectoryError:
