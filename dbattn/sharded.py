@@ -185,7 +185,8 @@ class ShardedDB(AttentionDB):
         assert group is not None
         self.shards = Shards.of(group)
         self.budget = Budget(self.shards.ranks)
-        self._rows = 0
+        # Of all ranks: rows, their padding, and how many it is settled for; see KVStore.
+        self._rows = self._settled = 0
         self._start = self.store.start
 
     def __len__(self) -> int:
@@ -219,17 +220,24 @@ class ShardedDB(AttentionDB):
         return bool(self._start.any())
 
     def can_start_at(self, start: Tensor) -> bool:
-        """See AttentionDB."""
-        return start is self._start or self.store.can_start_at(self.shards.before_each(start))
+        """See AttentionDB; the same on all ranks, whichever of them has the rows in between."""
+        if start is self._start or torch.equal(start, self._start):
+            return True
+        unsettled = (self._start >= self._settled) & (start >= self._settled)
+        return bool(((start == self._start) | unsettled).all())
 
     def set_start(self, start: Tensor) -> None:
         """See AttentionDB."""
         if start is self._start:
             self.store.set_start(self.store.start)  # settles the rows that came since
-            return
-        fits = start.dtype == torch.int64 and not bool((start < 0).any())
-        self.store.set_start(self.shards.before_each(start) if fits else start)
-        self._start = start.clone()
+        elif start.shape != self._start.shape or start.dtype != torch.int64 or bool((start < 0).any()):
+            self.store.set_start(start)  # says what is wrong
+        elif not self.can_start_at(start):
+            raise ValueError(f"start {start.tolist()} differs from {self._start.tolist()} for rows that are stored")
+        else:
+            self.store.set_start(self.shards.before_each(start))
+            self._start = start.clone()
+        self._settled = self._rows
 
     def analyze(self, queries: Tensor) -> None:
         """See AttentionDB; each rank learns from all of the queries, which all asked its rows."""
@@ -371,7 +379,7 @@ class ShardedDB(AttentionDB):
 
     def begin_with(self, rows: int, start: Tensor) -> None:
         """Be ``rows`` long, where the store was given this rank's part of them."""
-        self._rows, self._start = rows, start.to(self.store.device)
+        self._rows, self._settled, self._start = rows, rows, start.to(self.store.device)
 
     def select(self, batch: Tensor) -> None:
         """See AttentionDB."""
@@ -390,7 +398,7 @@ class ShardedDB(AttentionDB):
 
     def _be(self, length: int, kept: tuple[torch.dtype, torch.device] | None) -> None:
         """Be ``length`` rows long. A shard that has lost all of its own stays one of rows as those it ``kept``."""
-        self._rows, store = length, self.store
+        self._rows, self._settled, store = length, min(self._settled, length), self.store
         if not length:
             self._start = store.start
         elif store.is_empty and kept is not None:
@@ -399,6 +407,7 @@ class ShardedDB(AttentionDB):
             store.append(
                 *(torch.empty(*shape, dim, dtype=dtype, device=kept[1]) for dim in (store.head_dim, store.value_dim))
             )
+            store.set_start(self.shards.before_each(self._start))
 
     def _asked(
         self,

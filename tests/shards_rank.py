@@ -25,6 +25,8 @@ FOLDER, MODEL = Path(sys.argv[1]), Path(sys.argv[2])
 RANK, HEADS, DIM = int(os.environ["RANK"]), 2, 16
 ALL = {"k": 10**6, "dense_below": 0, "audit_rate": 0.0}
 FOUND = {}
+# A group that has ended may still hold its port.
+PORTS = os.environ["PORTS"].split(",")
 
 
 def rows(n, batch=1):
@@ -87,13 +89,13 @@ def exactness():
 def retrieval():
     # A few lists of the rows of one rank alone hold what queries ask for.
     keys, values = rows(5000)
-    keys[:, :, 512:700] += 1.5
-    needles = keys[:, :, 512:700], values[:, :, 512:700]
+    keys[:, :, 512:600] += 1.5
+    needles = keys[:, :, 512:600]
     options = {"k": 192, "audit_rate": 0.0, "dense_below": 0}
     db, one, keys, values = both(keys=(keys, values), **options)
     errors = {"shards": [], "one": []}
     for i in range(24):
-        asked = 0.7 * query() + needles[0][:, :, 7 * i : 7 * i + 1].repeat_interleave(2, dim=1)
+        asked = 0.7 * query() + needles[:, :, 3 * i : 3 * i + 1].repeat_interleave(2, dim=1)
         dense = dense_attention(asked, keys, values)
         for name, each in (("shards", db), ("one", one)):
             errors[name].append(float(relative_error(each.attend(asked), dense).mean()))
@@ -110,7 +112,8 @@ def retrieval():
     db.config = one.config = RetrievalConfig(**options, max_queries=8)
     before = db.stats.retrieving
     out, dense = db.attend(several), dense_attention(several, keys, values)
-    FOUND["several positions"] = [float(relative_error(out, dense).mean()), db.stats.retrieving - before]
+    found = [float(relative_error(each, dense).mean()) for each in (out, one.attend(several))]
+    FOUND["several positions"] = [*found, db.stats.retrieving - before]
 
 
 def bound():
@@ -145,11 +148,8 @@ def snapshots():
     db, one, *_ = both(storage="int8", k=64, dense_below=0, audit_rate=0.0)
     asked = query()
     db.save(path)
-    wanted = db.attend(asked)
     opened = AttentionDB.open(path, group=group)
-    # The parts of the budget are learnt anew.
-    opened.budget = db.budget
-    FOUND["opened"] = [torch.equal(opened.attend(asked), db.attend(asked)), len(opened), worst(wanted, wanted)]
+    FOUND["opened"] = [torch.equal(opened.attend(asked), db.attend(asked)), len(opened)]
     opened.insert(*rows(700))
     report = opened.save(path)
     FOUND["saved again"] = [report.files_kept > 0, len(AttentionDB.open(path, group=group)), sorted(os.listdir(path))]
@@ -244,6 +244,7 @@ def commands():
         ["ask", str(out), "what is here?", "--model", str(MODEL), "--show-sources"],
         ["chat", str(out)],
     ):
+        os.environ["MASTER_PORT"] = PORTS.pop()
         printed, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
             code = main(arguments)
@@ -252,6 +253,7 @@ def commands():
 
 
 def death():
+    os.environ["MASTER_PORT"] = PORTS.pop()
     dist.init_process_group("gloo")
     db = AttentionDB(HEADS, DIM, group=dist.group.WORLD, config=RetrievalConfig(**ALL))
     db.insert(*rows(1500))
@@ -271,6 +273,7 @@ def write():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    os.environ["MASTER_PORT"] = PORTS.pop()
     dist.init_process_group("gloo")
     for part in (exactness, retrieval, bound, refusals, snapshots, models, commands, death):
         torch.manual_seed(0)
