@@ -8,9 +8,9 @@ answers the same queries with the same budget of all ranks together: its own by 
 from the earlier half of the captured queries and answer the later half, rows inserted on the way.
 
 JSON: results = {layers[], exchange[], steps[], model}. layers[] = {model, layer, ranks, rows, exact (largest relative
-error where k covers all rows), k, one_error, error, ratio, one_rows, rows_read (hot rows included), parts}; exchange[]
-= {ranks, bytes (that a rank sends for a layer and token), us (median of a gather)}; steps[] = {rows, ms (a layer's step
-in one process, one thread)}. model: tokens/s of clusters of other sizes and lengths, not measured, by
+error where k covers all rows), k, one_error, error, ratio, one_rows, rows_read (hot rows included), parts, moves (of the
+weight, between ranks, from call to call)}; exchange[] = {ranks, bytes (that a rank sends for a layer and token), us
+(median of a gather)}; steps[] = {rows, ms (a layer's step in one process, one thread)}. model: tokens/s of clusters of other sizes and lengths, not measured, by
 
   seconds a token = weights + layers * (step(rows / ranks, k / ranks) + (ranks - 1) * hop)
 
@@ -30,12 +30,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
 from dbattn.index._list_scan import default_rows_read
 from dbattn.metrics import relative_error
+from dbattn.sharded import ShardedDB
 from dbattn.shards import Shards
 
 from . import readme
@@ -71,7 +72,7 @@ def layers_of(paths: Sequence[Path], rows: int) -> list[tuple[str, int, Rows]]:
 def in_ranks(ranks: int, work: Any, *given: Any) -> list[Any]:
     """What ``work(shards, *given)`` gives in each of so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (ranks, folder, work, given), nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(_rank, (ranks, folder, work, given), nprocs=ranks)  # type: ignore[no-untyped-call]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -104,7 +105,8 @@ def quality(shards: Shards | None, rows: Rows, k: int | None) -> Figures:
         errors.append(_error(out, query, rows, stop))
     found: Figures = {"k": k, "error": statistics.fmean(errors), "rows_read": db.stats.rows_read / db.stats.retrieving}
     if shards is not None:
-        found["parts"] = db.budget.parts(k, shards.held_by_each(len(db)))  # type: ignore[attr-defined]
+        assert isinstance(db, ShardedDB)
+        found["parts"], found["moves"] = db.budget.parts(k, shards.held_by_each(len(db))), db.budget.moves
         exact = _learnt(shards, rows, first, RetrievalConfig(k=10**9, dense_below=0, audit_rate=0.0))
         query = rows.query[:, :, half - 1 : half].contiguous()
         found["exact"] = _error(exact.attend(query), query, rows, first, worst=True)

@@ -38,6 +38,9 @@ from .store import RowSource, StateSource, check_range, on_device
 NEWEST = 0.2
 # No shard's part is below this share of an equal one: what nobody looks at is never found.
 LEAST_PART = 0.25
+# Where this share of the weight moves between ranks from call to call, each is asked before, by the summaries of its
+# lists and so many of its rows.
+MOVES, GLANCED = 0.1, 16
 # Budgets are of so many sizes, so that plans are the same from call to call.
 SIZES = 64
 
@@ -70,31 +73,46 @@ class Budget:
     """How the rows to be read are shared among ranks, by what each was found to leave unread.
 
     A shard that reads k rows leaves the weight c / k unread, about, so that errors are least in all where k grows with
-    the root of c. It is the same on all ranks: a function of what all of them told. Forks share it.
+    the root of c. Where weight moves between ranks from call to call, c is taken to move with it. It is the same on all
+    ranks: a function of what all of them told. Forks share it.
     """
 
     def __init__(self, ranks: int) -> None:
-        # Of each rank: c, and rows asked for over those of a budget by size. None until it retrieved.
+        # Of each rank: c, None until it retrieved, and the share of the weight that is on its rows.
         self._unread: list[float | None] = [None] * ranks
+        self._masses = [1 / ranks] * ranks
+        # How far calls are from these shares; and rows asked for over those of a budget by size.
+        self.moves = 0.0
         self.more = 1.0
 
-    def parts(self, total: int, indexed: Sequence[int]) -> list[int]:
-        """Rows that each rank reads of ``total``, where so many are in its index; at least 1."""
+    def parts(self, total: int, indexed: Sequence[int], masses: Sequence[float] | None = None) -> list[int]:
+        """Rows that each rank reads of ``total``, where so many are in its index; at least 1.
+
+        ``masses``: the shares of the weight for this call, where they are known.
+        """
         known = [unread for unread in self._unread if unread is not None]
         usual = sum(known) / len(known) if known else 1.0
-        roots = [(usual if unread is None else unread) ** 0.5 for unread in self._unread]
-        roots = [root * (rows > 0) for root, rows in zip(roots, indexed, strict=True)]
+        needs = [usual if unread is None else unread for unread in self._unread]
+        if masses is not None:
+            needs = [need * now / max(was, 1e-3) for need, now, was in zip(needs, masses, self._masses, strict=True)]
+        roots = [need**0.5 * (rows > 0) for need, rows in zip(needs, indexed, strict=True)]
         mean = sum(roots) / max(1, sum(rows > 0 for rows in indexed)) or 1.0
-        wanted = [max(root, LEAST_PART * mean) * (rows > 0) for root, rows in zip(roots, indexed, strict=True)]
+        least = LEAST_PART * mean * (1.0 if masses is None else 0.5)
+        wanted = [max(root, least) * (rows > 0) for root, rows in zip(roots, indexed, strict=True)]
         size = max(1, total // SIZES)
         return [max(1, int(total * each / (sum(wanted) or 1.0)) // size * size) for each in wanted]
 
-    def note(self, parts: Sequence[int], unread: Sequence[float], told: Sequence[Told]) -> None:
-        """Take in what shares of the whole weight the ranks left unread of their rows."""
+    def note(
+        self, parts: Sequence[int], unread: Sequence[float], masses: Sequence[float], told: Sequence[Told]
+    ) -> None:
+        """Take in what shares of the whole weight the ranks left unread of their rows, and have in all."""
         for rank, (part, share, one) in enumerate(zip(parts, unread, told, strict=True)):
             if one.retrieves:
                 before, now = self._unread[rank], max(share, 1e-9) * part
                 self._unread[rank] = now if before is None else before ** (1 - NEWEST) * now**NEWEST
+        moved = max(abs(now - was) for now, was in zip(masses, self._masses, strict=True))
+        self.moves += NEWEST * (moved - self.moves)
+        self._masses = [was + NEWEST * (now - was) for now, was in zip(masses, self._masses, strict=True)]
         asked = [one.more for one in told if one.retrieves]
         if asked:
             self.more = sum(asked) / len(asked)
@@ -444,9 +462,12 @@ class ShardedDB(AttentionDB):
         work = call.workload._replace(rows=self._rows, indexed=max(1, sum(indexed)), needs=None)
         total = round(type(self.index).rows_asked(config, work) * self.budget.more)
 
+        masses, looked_at = self._glance(call)
+
         def at(config: RetrievalConfig | None = None) -> Whole:
-            parts = self.budget.parts(total if config is None else config.rows_retrieved, indexed)
+            parts = self.budget.parts(total if config is None else config.rows_retrieved, indexed, masses)
             own = self._own(call, parts[self.shards.rank], config or self.config)
+            own = own._replace(bytes_read=own.bytes_read + looked_at)
             return self._together(call, own, parts, learn=learn)
 
         if config.max_error is None:
@@ -472,6 +493,18 @@ class ShardedDB(AttentionDB):
             stats.rungs[climb.name] += 1
         return self._finished(call, climb, tries)
 
+    def _glance(self, call: Call) -> tuple[list[float] | None, int]:
+        """What share of the weight is on each rank's rows, by a look at summaries, and bytes read for it.
+
+        None where it is about the same from call to call, or where there are no summaries to look at.
+        """
+        if self.budget.moves < MOVES or not self.index.moves_rows or call.query.shape[2] > 1:
+            return None, 0
+        own = self._own(replace(call, measure=False), GLANCED, self.config)
+        lse = own.state[1]
+        found = self.shards.gather(lse.reshape(-1)).view(self.shards.ranks, -1)
+        return _masses(found, torch.logsumexp(found, dim=0)), own.bytes_read
+
     def _finished(self, call: Call, climb: Climb, tries: Sequence[Whole]) -> Whole:
         """The last try, with KV heads answered densely where it was not enough."""
         answer, given_up = climb.answer, [tried.answer for tried in tries[:-1]]
@@ -496,7 +529,7 @@ class ShardedDB(AttentionDB):
 
     def _bare(self, call: Call) -> Call:
         """The call without what it brings along, which no rank's rows are."""
-        return call if call.extra is call.sink_logits is None else replace(call, extra=None, sink_logits=None)
+        return call if call.extra is None and call.sink_logits is None else replace(call, extra=None, sink_logits=None)
 
     def _own(self, call: Call, read: int, config: RetrievalConfig) -> Answer:
         """This rank's answer from its own rows, of which it reads about ``read`` per KV head."""
@@ -557,7 +590,7 @@ class ShardedDB(AttentionDB):
         shares = shares * weights
         if learn and parts is not None:
             left = (shares if bool(shares.any()) else weights).mean(dim=tuple(range(1, shares.ndim))).tolist()
-            self.budget.note(parts, left, each)
+            self.budget.note(parts, left, _masses(lses, lse), each)
         brought = [step.run(call) for step in steps_of_call(call)]
         if brought:
             out, lse_with = merged([(out, lse), *((one.out, one.lse) for one in brought)])
@@ -688,6 +721,12 @@ def check_config(config: RetrievalConfig) -> RetrievalConfig:
     return config
 
 
+def _masses(lses: Tensor, lse: Tensor) -> list[float]:
+    """The mean share of the weight on each rank's rows; ``lses [ranks, ...]``."""
+    shares: list[float] = torch.exp(lses - lse).nan_to_num().mean(dim=tuple(range(1, lses.ndim))).tolist()
+    return shares
+
+
 def _in_order(parts: Sequence[Answer]) -> Answer:
     """The answers for several positions as one."""
     last = parts[-1]
@@ -720,4 +759,4 @@ def _with_brought(exact_lse: Tensor, brought: Sequence[StepAnswer]) -> Tensor:
 
 def _by_size(index: Any, config: RetrievalConfig, work: Workload, rows: int) -> int:
     """Rows that a budget by size reads of so many."""
-    return max(1, index.rows_asked(config, work._replace(rows=rows, indexed=rows, needs=None)))
+    return max(1, int(index.rows_asked(config, work._replace(rows=rows, indexed=rows, needs=None))))

@@ -131,7 +131,7 @@ class Shards:
             ShardError: another rank does not answer.
         """
         parts = self.gather_objects(ours.cpu())
-        whole = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts))
+        whole: Tensor = parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts))
         for rank, part in enumerate(parts):
             rows = torch.arange(part.shape[1])
             whole[:, (rows // BLOCK * self.ranks + rank) * BLOCK + rows % BLOCK] = part

@@ -145,7 +145,7 @@ def refusals():
 
 def snapshots():
     group, path = dist.group.WORLD, FOLDER / "db"
-    db, one, *_ = both(storage="int8", k=64, dense_below=0, audit_rate=0.0)
+    db, one, *_ = both(k=64, dense_below=0, audit_rate=0.0)
     asked = query()
     db.save(path)
     opened = AttentionDB.open(path, group=group)
@@ -278,6 +278,7 @@ if __name__ == "__main__":
     for part in (exactness, retrieval, bound, refusals, snapshots, models, commands, death):
         torch.manual_seed(0)
         began = time.perf_counter()
+        print(part.__name__, file=sys.stderr, flush=True)
         try:
             part()
         except Exception:

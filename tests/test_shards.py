@@ -87,10 +87,11 @@ def test_a_shard_that_leaves_more_unread_gets_more_of_the_budget_and_none_gets_n
     assert budget.parts(300, [4096, 4096, 4096]) == [100, 100, 100]
     for _ in range(20):
         parts = budget.parts(300, [4096] * 3)
-        budget.note(parts, [0.2, 0.02, 0.0001], [told()] * 3)
+        budget.note(parts, [0.2, 0.02, 0.0001], [0.4, 0.4, 0.2], [told()] * 3)
     assert parts[0] > 2 * parts[1] > parts[2] >= 12
     assert 285 <= sum(parts) <= 300
     assert budget.parts(300, [4096, 0, 0])[0] >= 296
+    assert budget.parts(300, [4096] * 3, [0.0, 0.1, 0.9])[2] > parts[2]
 
 
 def test_answers_over_all_ranks_are_exact_where_all_rows_are_read(first):
