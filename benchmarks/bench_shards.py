@@ -8,9 +8,10 @@ answers the same queries with the same budget of all ranks together: its own by 
 from the earlier half of the captured queries and answer the later half, rows inserted on the way.
 
 JSON: results = {layers[], exchange[], steps[], model}. layers[] = {model, layer, ranks, rows, exact (largest relative
-error where k covers all rows), k, one_error, error, ratio, one_rows, rows_read (hot rows included), parts, moves (of the
-weight, between ranks, from call to call)}; exchange[] = {ranks, bytes (that a rank sends for a layer and token), us
-(median of a gather)}; steps[] = {rows, ms (a layer's step in one process, one thread)}. model: tokens/s of clusters of other sizes and lengths, not measured, by
+error where k covers all rows), k, one_error, error, ratio, one_rows, rows_read (hot rows included), parts, moves (of
+the weight, between ranks, from call to call)}; exchange[] = {ranks, bytes (that a rank sends for a layer and token),
+us (median of a gather)}; steps[] = {rows, ms (a layer's step in one process, one thread)}. model: tokens/s of clusters
+of other sizes and lengths, not measured, by
 
   seconds a token = weights + layers * (step(rows / ranks, k / ranks) + (ranks - 1) * hop)
 
