@@ -37,9 +37,9 @@ from .store import RowSource, StateSource, check_range, on_device
 # Of how much a shard's part of the budget is worth, the newest call tells this share.
 NEWEST = 0.2
 # No shard's part is below this share of an equal one: what nobody looks at is never found.
-LEAST_PART = 0.25
-# Where this share of the weight moves between ranks from call to call, each is asked before, by the summaries of its
-# lists and so many of its rows.
+LEAST_PART = 0.2
+# Where this share of what is left unread moves between ranks from call to call (and until it is known not to), each is
+# asked before, by the summaries of its lists and so many of its rows.
 MOVES, GLANCED = 0.1, 16
 # Budgets are of so many sizes, so that plans are the same from call to call.
 SIZES = 64
@@ -73,46 +73,39 @@ class Budget:
     """How the rows to be read are shared among ranks, by what each was found to leave unread.
 
     A shard that reads k rows leaves the weight c / k unread, about, so that errors are least in all where k grows with
-    the root of c. Where weight moves between ranks from call to call, c is taken to move with it. It is the same on all
-    ranks: a function of what all of them told. Forks share it.
+    the root of c. It is the same on all ranks: a function of what all of them told. Forks share it.
     """
 
     def __init__(self, ranks: int) -> None:
-        # Of each rank: c, None until it retrieved, and the share of the weight that is on its rows.
+        # Of each rank: c, None until it retrieved.
         self._unread: list[float | None] = [None] * ranks
-        self._masses = [1 / ranks] * ranks
-        # How far calls are from these shares; and rows asked for over those of a budget by size.
-        self.moves = 0.0
+        # How far a call's c are from these, as shares of their sum; and rows asked for over those of a budget by size.
+        self.moves = 1.0
         self.more = 1.0
 
-    def parts(self, total: int, indexed: Sequence[int], masses: Sequence[float] | None = None) -> list[int]:
+    def parts(self, total: int, indexed: Sequence[int], unread: Sequence[float] | None = None) -> list[int]:
         """Rows that each rank reads of ``total``, where so many are in its index; at least 1.
 
-        ``masses``: the shares of the weight for this call, where they are known.
+        ``unread``: what the ranks leave unread of this call, each with as many rows, where it is known.
         """
-        known = [unread for unread in self._unread if unread is not None]
+        known = [each for each in self._unread if each is not None]
         usual = sum(known) / len(known) if known else 1.0
-        needs = [usual if unread is None else unread for unread in self._unread]
-        if masses is not None:
-            needs = [need * now / max(was, 1e-3) for need, now, was in zip(needs, masses, self._masses, strict=True)]
+        needs = unread or [usual if each is None else each for each in self._unread]
         roots = [need**0.5 * (rows > 0) for need, rows in zip(needs, indexed, strict=True)]
         mean = sum(roots) / max(1, sum(rows > 0 for rows in indexed)) or 1.0
-        least = LEAST_PART * mean * (1.0 if masses is None else 0.5)
-        wanted = [max(root, least) * (rows > 0) for root, rows in zip(roots, indexed, strict=True)]
+        wanted = [max(root, LEAST_PART * mean) * (rows > 0) for root, rows in zip(roots, indexed, strict=True)]
         size = max(1, total // SIZES)
         return [max(1, int(total * each / (sum(wanted) or 1.0)) // size * size) for each in wanted]
 
-    def note(
-        self, parts: Sequence[int], unread: Sequence[float], masses: Sequence[float], told: Sequence[Told]
-    ) -> None:
-        """Take in what shares of the whole weight the ranks left unread of their rows, and have in all."""
-        for rank, (part, share, one) in enumerate(zip(parts, unread, told, strict=True)):
-            if one.retrieves:
-                before, now = self._unread[rank], max(share, 1e-9) * part
-                self._unread[rank] = now if before is None else before ** (1 - NEWEST) * now**NEWEST
-        moved = max(abs(now - was) for now, was in zip(masses, self._masses, strict=True))
+    def note(self, parts: Sequence[int], unread: Sequence[float], told: Sequence[Told]) -> None:
+        """Take in what shares of the whole weight the ranks left unread of their rows."""
+        found = [max(share, 1e-9) * part for part, share in zip(parts, unread, strict=True)]
+        before = [now if was is None else was for was, now in zip(self._unread, found, strict=True)]
+        moved = max(abs(now / sum(found) - was / sum(before)) for was, now in zip(before, found, strict=True))
         self.moves += NEWEST * (moved - self.moves)
-        self._masses = [was + NEWEST * (now - was) for now, was in zip(masses, self._masses, strict=True)]
+        for rank, (was, now, one) in enumerate(zip(before, found, told, strict=True)):
+            if one.retrieves:
+                self._unread[rank] = was ** (1 - NEWEST) * now**NEWEST
         asked = [one.more for one in told if one.retrieves]
         if asked:
             self.more = sum(asked) / len(asked)
@@ -462,10 +455,10 @@ class ShardedDB(AttentionDB):
         work = call.workload._replace(rows=self._rows, indexed=max(1, sum(indexed)), needs=None)
         total = round(type(self.index).rows_asked(config, work) * self.budget.more)
 
-        masses, looked_at = self._glance(call)
+        unread, looked_at = self._glance(call)
 
         def at(config: RetrievalConfig | None = None) -> Whole:
-            parts = self.budget.parts(total if config is None else config.rows_retrieved, indexed, masses)
+            parts = self.budget.parts(total if config is None else config.rows_retrieved, indexed, unread)
             own = self._own(call, parts[self.shards.rank], config or self.config)
             own = own._replace(bytes_read=own.bytes_read + looked_at)
             return self._together(call, own, parts, learn=learn)
@@ -494,16 +487,18 @@ class ShardedDB(AttentionDB):
         return self._finished(call, climb, tries)
 
     def _glance(self, call: Call) -> tuple[list[float] | None, int]:
-        """What share of the weight is on each rank's rows, by a look at summaries, and bytes read for it.
+        """What share of the weight each rank leaves unread after a look at few rows, and bytes read for it.
 
-        None where it is about the same from call to call, or where there are no summaries to look at.
+        None where the ranks' shares are about the same from call to call, or where no summaries tell.
         """
         if self.budget.moves < MOVES or not self.index.moves_rows or call.query.shape[2] > 1:
             return None, 0
         own = self._own(replace(call, measure=False), GLANCED, self.config)
         lse = own.state[1]
-        found = self.shards.gather(lse.reshape(-1)).view(self.shards.ranks, -1)
-        return _masses(found, torch.logsumexp(found, dim=0)), own.bytes_read
+        told = torch.stack([lse, torch.zeros_like(lse) if own.deviation is None else own.deviation])
+        lses, shares = self.shards.gather(told.flatten()).view(self.shards.ranks, *told.shape).unbind(1)
+        unread = _of_all(shares, lses, torch.logsumexp(lses, dim=0))
+        return [max(each, 1e-9) for each in _mean(unread)], own.bytes_read
 
     def _finished(self, call: Call, climb: Climb, tries: Sequence[Whole]) -> Whole:
         """The last try, with KV heads answered densely where it was not enough."""
@@ -585,12 +580,11 @@ class ShardedDB(AttentionDB):
         self._check_same(each)
         out, lse = merge_states(outs, lses)
         exact_lse = torch.logsumexp(exacts[0], dim=0) if exacts else None
-        # Shares of a rank's own weight become shares of all.
-        weights = torch.exp(lses - lse).nan_to_num()
-        shares = shares * weights
+        shares = _of_all(shares, lses, lse)
         if learn and parts is not None:
-            left = (shares if bool(shares.any()) else weights).mean(dim=tuple(range(1, shares.ndim))).tolist()
-            self.budget.note(parts, left, _masses(lses, lse), each)
+            # An index that does not tell what it left unread: what weighs most may have most of it.
+            left = _mean(shares)
+            self.budget.note(parts, left if any(left) else _mean(torch.exp(lses - lse).nan_to_num()), each)
         brought = [step.run(call) for step in steps_of_call(call)]
         if brought:
             out, lse_with = merged([(out, lse), *((one.out, one.lse) for one in brought)])
@@ -721,10 +715,15 @@ def check_config(config: RetrievalConfig) -> RetrievalConfig:
     return config
 
 
-def _masses(lses: Tensor, lse: Tensor) -> list[float]:
-    """The mean share of the weight on each rank's rows; ``lses [ranks, ...]``."""
-    shares: list[float] = torch.exp(lses - lse).nan_to_num().mean(dim=tuple(range(1, lses.ndim))).tolist()
-    return shares
+def _of_all(shares: Tensor, lses: Tensor, lse: Tensor) -> Tensor:
+    """Shares of each rank's own weight as shares of all; ``shares, lses [ranks, ...]``."""
+    return shares * torch.exp(lses - lse).nan_to_num()
+
+
+def _mean(by_rank: Tensor) -> list[float]:
+    """The mean of each rank's numbers ``[ranks, ...]``."""
+    means: list[float] = by_rank.flatten(1).mean(dim=1).tolist()
+    return means
 
 
 def _in_order(parts: Sequence[Answer]) -> Answer:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -101,9 +102,9 @@ def retrieval():
             errors[name].append(float(relative_error(each.attend(asked), dense).mean()))
     FOUND["errors"] = {name: sum(each[8:]) / len(each[8:]) for name, each in errors.items()}
     FOUND["retrieving"] = db.stats.retrieving
-    FOUND["parts"] = db.budget.parts(192, [2048, 2048])
     plan = db.explain(asked)
     FOUND["explain"] = str(plan)
+    FOUND["parts"] = [int(part) for part in re.search(r"by need as (\d+) \+ (\d+)", plan.reason).groups()]
     FOUND["sources"] = [(source.kind, source.actual.bytes, source.actual.rows, source.mass) for source in plan.sources]
     report = db.audit(asked)
     FOUND["audit"] = [report.recall, report.attention_mass, report.relative_error, report.rows_stored]

@@ -87,11 +87,12 @@ def test_a_shard_that_leaves_more_unread_gets_more_of_the_budget_and_none_gets_n
     assert budget.parts(300, [4096, 4096, 4096]) == [100, 100, 100]
     for _ in range(20):
         parts = budget.parts(300, [4096] * 3)
-        budget.note(parts, [0.2, 0.02, 0.0001], [0.4, 0.4, 0.2], [told()] * 3)
+        budget.note(parts, [0.2, 0.02, 0.0001], [told()] * 3)
     assert parts[0] > 2 * parts[1] > parts[2] >= 12
     assert 285 <= sum(parts) <= 300
     assert budget.parts(300, [4096, 0, 0])[0] >= 296
-    assert budget.parts(300, [4096] * 3, [0.0, 0.1, 0.9])[2] > parts[2]
+    # Of a call that is known to want another one.
+    assert budget.parts(300, [4096] * 3, [0.001, 0.1, 0.9])[2] > 200 > 2 * parts[2]
 
 
 def test_answers_over_all_ranks_are_exact_where_all_rows_are_read(first):
@@ -113,7 +114,7 @@ def test_retrieval_from_shards_errs_no_more_than_from_one_store(first):
 
 def test_the_rank_whose_rows_are_asked_for_gets_more_of_the_budget(both):
     assert both[0]["parts"] == both[1]["parts"]
-    assert both[0]["parts"][1] > 1.2 * both[0]["parts"][0]
+    assert both[0]["parts"][1] > 2 * both[0]["parts"][0]
 
 
 def test_explain_has_a_source_for_each_shard_and_is_the_same_on_all(both):
