@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 
-from index_kernels import attend_rows, merge_states, top_k
+from index_kernels import attend_rows, top_k
 from index_kernels.inference import inference_only
 from index_kernels.integer import is_integer
 
@@ -40,7 +40,7 @@ NEWEST = 0.2
 LEAST_PART = 0.2
 # Where this share of what is left unread moves between ranks from call to call (and until it is known not to), each is
 # asked before, by the summaries of its lists and so many of its rows.
-MOVES, GLANCED = 0.1, 16
+MOVES, GLANCED = 0.05, 16
 # Budgets are of so many sizes, so that plans are the same from call to call.
 SIZES = 64
 
@@ -95,7 +95,7 @@ class Budget:
         mean = sum(roots) / max(1, sum(rows > 0 for rows in indexed)) or 1.0
         wanted = [max(root, LEAST_PART * mean) * (rows > 0) for root, rows in zip(roots, indexed, strict=True)]
         size = max(1, total // SIZES)
-        return [max(1, int(total * each / (sum(wanted) or 1.0)) // size * size) for each in wanted]
+        return [max(1, round(total * each / (sum(wanted) or 1.0) / size) * size) for each in wanted]
 
     def note(self, parts: Sequence[int], unread: Sequence[float], told: Sequence[Told]) -> None:
         """Take in what shares of the whole weight the ranks left unread of their rows."""
@@ -497,7 +497,7 @@ class ShardedDB(AttentionDB):
         lse = own.state[1]
         told = torch.stack([lse, torch.zeros_like(lse) if own.deviation is None else own.deviation])
         lses, shares = self.shards.gather(told.flatten()).view(self.shards.ranks, *told.shape).unbind(1)
-        unread = _of_all(shares, lses, torch.logsumexp(lses, dim=0))
+        unread = shares * torch.softmax(lses, dim=0).nan_to_num()
         return [max(each, 1e-9) for each in _mean(unread)], own.bytes_read
 
     def _finished(self, call: Call, climb: Climb, tries: Sequence[Whole]) -> Whole:
@@ -578,13 +578,15 @@ class ShardedDB(AttentionDB):
         )
         each = [Told(*row) for row in told_by_each.contiguous().cpu().view(torch.float64).tolist()]
         self._check_same(each)
-        out, lse = merge_states(outs, lses)
+        # As merge_states, with weights that sum to 1 however large the logits are.
+        weights, lse = torch.softmax(lses, dim=0).nan_to_num(), torch.logsumexp(lses, dim=0)
+        out = (weights[..., None] * outs).sum(dim=0)
         exact_lse = torch.logsumexp(exacts[0], dim=0) if exacts else None
-        shares = _of_all(shares, lses, lse)
+        shares = shares * weights  # of all
         if learn and parts is not None:
             # An index that does not tell what it left unread: what weighs most may have most of it.
             left = _mean(shares)
-            self.budget.note(parts, left if any(left) else _mean(torch.exp(lses - lse).nan_to_num()), each)
+            self.budget.note(parts, left if any(left) else _mean(weights), each)
         brought = [step.run(call) for step in steps_of_call(call)]
         if brought:
             out, lse_with = merged([(out, lse), *((one.out, one.lse) for one in brought)])
@@ -713,11 +715,6 @@ def check_config(config: RetrievalConfig) -> RetrievalConfig:
     if config.prefill != "dense":
         raise ValueError(f"prefill={config.prefill!r} does not go with group, which reads prompts densely: 'dense'")
     return config
-
-
-def _of_all(shares: Tensor, lses: Tensor, lse: Tensor) -> Tensor:
-    """Shares of each rank's own weight as shares of all; ``shares, lses [ranks, ...]``."""
-    return shares * torch.exp(lses - lse).nan_to_num()
 
 
 def _mean(by_rank: Tensor) -> list[float]:
