@@ -9,18 +9,20 @@ from the earlier half of the captured queries and answer the later half, rows in
 
 JSON: results = {layers[], exchange[], steps[], model}. layers[] = {model, layer, ranks, rows, exact (largest relative
 error where k covers all rows), k, one_error, error, ratio, one_rows, rows_read (hot rows included), parts, moves (of
-the weight, between ranks, from call to call)}; exchange[] = {ranks, bytes (that a rank sends for a layer and token),
-us (median of a gather)}; steps[] = {rows, ms (a layer's step in one process, one thread)}. model: tokens/s of clusters
+the weight, between ranks, from call to call)}; exchange[] = {ranks, cores, bytes (that a rank sends for a layer and
+token), us (median of a gather)}; steps[] = {rows, ms (a layer's step in one process, one thread)}. model: tokens/s of clusters
 of other sizes and lengths, not measured, by
 
   seconds a token = weights + layers * (step(rows / ranks, k / ranks) + (ranks - 1) * hop)
 
 with ``weights`` the time of all that is not attention, ``step`` interpolated in steps[] on log-log scales (extrapolated
-beyond the longest), and ``hop`` the slope of exchange[] in the number of ranks, at least a network's ``--hop-us``.
+beyond the longest), and ``hop`` what a gather takes for each rank more, where each has a core (exchange[]), at least a
+network's ``--hop-us``.
 """
 
 import argparse
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -146,9 +148,10 @@ def exchange(shards: Shards) -> Figures:
     times = []
     for _ in range(EXCHANGES):
         began = time.perf_counter()
-        gather(sent[0])
+        gather(sent[-1])
         times.append(time.perf_counter() - began)
-    return {"ranks": shards.ranks, "bytes": sent[0].nbytes, "us": 1e6 * statistics.median(times)}
+    cores = len(os.sched_getaffinity(0))
+    return {"ranks": shards.ranks, "cores": cores, "bytes": sent[-1].nbytes, "us": 1e6 * statistics.median(times)}
 
 
 def steps(sizes: Sequence[int]) -> list[Figures]:
@@ -181,9 +184,9 @@ def interpolated(points: Sequence[Figures], rows: float) -> float:
 
 def clusters(found: Figures, weights_ms: float, hop_us: float) -> Figures:
     """The model of clusters; see above."""
-    two, more = found["exchange"][0], found["exchange"][-1]
-    slope = (more["us"] - two["us"]) / max(1, more["ranks"] - two["ranks"])
-    hop = max(slope, hop_us) / 1e3
+    # Processes that share a core wait for each other: that is no network's doing.
+    alone = [one["us"] / (one["ranks"] - 1) for one in found["exchange"] if one["ranks"] <= one["cores"]]
+    hop = max([hop_us, *alone]) / 1e3
     points = []
     for rows in LENGTHS:
         for ranks in CLUSTERS:

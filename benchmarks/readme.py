@@ -449,7 +449,8 @@ def _shards(results: Record) -> list[str]:
     speeds = [[f"{rows:,}", *(show(point["tokens_per_s"]) for point in each)] for rows, each in by_length.items()]
     steps = ", ".join(f"{show(step['ms'])} ms over {step['rows']:,}" for step in results["steps"])
     sent = "; ".join(
-        f"{one['bytes']:,} bytes a rank, layer and token, {one['us']:.0f} µs among {one['ranks']}"
+        f"{one['bytes']:,} bytes a rank, layer and token, {one['us']:.0f} µs among {one['ranks']} on "
+        f"{one['cores']} core{'s' * (one['cores'] > 1)}"
         for one in results["exchange"]
     )
     return [
@@ -464,7 +465,7 @@ def _shards(results: Record) -> list[str]:
         "rank on a machine of its own: `1000 / (weights + layers · (step(rows / ranks) + (ranks - 1) · hop))` ms, with",
         f"weights = {show(model['weights_ms'])} ms (measured, without attention), layers = {30}, hop = "
         f"{show(model['hop_us'])} µs (what one more rank",
-        "adds to a gather here, or what is assumed of a network, whichever is more), and a layer's step in one process",
+        "adds to a gather where each has a core, or what is assumed of a network, whichever is more), and a layer's step in one process",
         f"measured as {steps} rows, beyond that as it grows between the last two. Each rank reads what one store of",
         "its rows would.",
         "",

@@ -308,9 +308,9 @@ def test_a_prompt_through_lists_is_measured_and_stands_on_the_page():
 
 
 def test_a_cluster_is_faster_by_its_formula_until_exchange_takes_longer_than_reading():
-    exchange = [{"ranks": 2, "us": 40.0, "bytes": 2500}, {"ranks": 4, "us": 80.0, "bytes": 2500}]
+    exchange = [{"ranks": 2, "cores": 2, "us": 40.0}, {"ranks": 4, "cores": 2, "us": 8000.0}]
     steps = [{"rows": 1000, "ms": 1.0}, {"rows": 100_000, "ms": 10.0}]
-    assert bench_shards.clusters({"exchange": exchange, "steps": steps}, 5.0, 1.0)["hop_us"] == pytest.approx(20.0)
+    assert bench_shards.clusters({"exchange": exchange, "steps": steps}, 5.0, 1.0)["hop_us"] == pytest.approx(40.0)
     model = bench_shards.clusters({"exchange": exchange, "steps": steps}, 5.0, 100.0)
     speeds = {(each["rows"], each["ranks"]): each["tokens_per_s"] for each in model["points"]}
     # A step grows with the root of its rows here.
