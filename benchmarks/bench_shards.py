@@ -10,8 +10,8 @@ from the earlier half of the captured queries and answer the later half, rows in
 JSON: results = {layers[], exchange[], steps[], model}. layers[] = {model, layer, ranks, rows, exact (largest relative
 error where k covers all rows), k, one_error, error, ratio, one_rows, rows_read (hot rows included), parts, moves (of
 the weight, between ranks, from call to call)}; exchange[] = {ranks, cores, bytes (that a rank sends for a layer and
-token), us (median of a gather)}; steps[] = {rows, ms (a layer's step in one process, one thread)}. model: tokens/s of clusters
-of other sizes and lengths, not measured, by
+token), us (median of a gather)}; steps[] = {rows, ms (a layer's step in one process, one thread)}. model: tokens/s of
+clusters of other sizes and lengths, not measured, by
 
   seconds a token = weights + layers * (step(rows / ranks, k / ranks) + (ranks - 1) * hop)
 
@@ -245,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found["exchange"] = [in_ranks(count, exchange)[0] for count in args.ranks]
     found["steps"] = steps(STEP_ROWS)
     found["model"] = clusters(found, args.weights_ms or weights_time(), args.hop_us)
+    found["model"]["weights_given"] = args.weights_ms is not None
     settings = {"captured": [path.name for path in args.captured], "rows": args.rows, "ranks": args.ranks}
     write_json(args.json, "shards", settings, found)
     readme.write(args.json.parent)

@@ -443,6 +443,7 @@ def shard_rows(layers: Sequence[Record]) -> list[list[Any]]:
 def _shards(results: Record) -> list[str]:
     model, points = results["model"], results["model"]["points"]
     ranks = list(dict.fromkeys(point["ranks"] for point in points))
+    given = "given" if model["weights_given"] else "measured"
     by_length: dict[int, list[Record]] = {}
     for point in points:
         by_length.setdefault(point["rows"], []).append(point)
@@ -463,11 +464,11 @@ def _shards(results: Record) -> list[str]:
         "",
         "**Larger clusters: a model, not a measurement.** Tokens/s of SmolLM2-135M in float32, one thread a rank, each",
         "rank on a machine of its own: `1000 / (weights + layers · (step(rows / ranks) + (ranks - 1) · hop))` ms, with",
-        f"weights = {show(model['weights_ms'])} ms (measured, without attention), layers = {30}, hop = "
-        f"{show(model['hop_us'])} µs (what one more rank",
-        "adds to a gather where each has a core, or what is assumed of a network, whichever is more), and a layer's step in one process",
-        f"measured as {steps} rows, beyond that as it grows between the last two. Each rank reads what one store of",
-        "its rows would.",
+        f"weights = {show(model['weights_ms'])} ms (without attention, {given}), layers = 30, hop = "
+        f"{show(model['hop_us'])} µs (what one more",
+        "rank adds to a gather where each has a core, or what is assumed of a network, whichever is more), and a layer's",
+        f"step in one process measured as {steps} rows, beyond that as it grows between the last two. Each rank reads",
+        "what one store of its rows would.",
         "",
         *_table(("rows of the context", *(f"{count} rank{'s' * (count > 1)}" for count in ranks)), speeds),
     ]
