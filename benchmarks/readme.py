@@ -466,9 +466,9 @@ def _shards(results: Record) -> list[str]:
         "rank on a machine of its own: `1000 / (weights + layers · (step(rows / ranks) + (ranks - 1) · hop))` ms, with",
         f"weights = {show(model['weights_ms'])} ms (without attention, {given}), layers = 30, hop = "
         f"{show(model['hop_us'])} µs (what one more",
-        "rank adds to a gather where each has a core, or what is assumed of a network, whichever is more), and a layer's",
-        f"step in one process measured as {steps} rows, beyond that as it grows between the last two. Each rank reads",
-        "what one store of its rows would.",
+        "rank adds to a gather where each has a core, or what is assumed of a network, whichever is more), and a step",
+        f"of a layer in one process measured as {steps} rows, beyond that as it grows between the last two. Each rank",
+        "reads what one store of its rows would.",
         "",
         *_table(("rows of the context", *(f"{count} rank{'s' * (count > 1)}" for count in ranks)), speeds),
     ]
