@@ -75,7 +75,7 @@ def layers_of(paths: Sequence[Path], rows: int) -> list[tuple[str, int, Rows]]:
 def in_ranks(ranks: int, work: Any, *given: Any) -> list[Any]:
     """What ``work(shards, *given)`` gives in each of so many processes."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (ranks, folder, work, given), nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(_rank, (ranks, folder, work, given), nprocs=ranks)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
