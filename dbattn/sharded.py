@@ -332,6 +332,7 @@ class ShardedDB(AttentionDB):
         call.measure = True
         return self._compared(call, self._answered(call, retrieve=not call.is_prompt), learn=False)
 
+    @inference_only
     def search(self, query: Tensor, k: int, *, scale: float | None = None) -> Hits:
         """See AttentionDB, for one position; ids are row positions in the whole."""
         call = self._asked(query, scale)
