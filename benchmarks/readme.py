@@ -39,6 +39,7 @@ medians of calls in turn within one run, and times stand with their 10th and 90t
 | `python -m benchmarks.bench_exact` | exact=True: are the tokens dense's, and how fast do they come | 20 minutes |
 | `python -m benchmarks.bench_open` | opening a context, and the caches that begin with it: time and memory | a minute |
 | `python -m benchmarks.bench_serve` | the server: first token and tokens per second, 1 to 32 clients | 10 minutes |
+| `python -m benchmarks.bench_shards --captured FILE ...` | rows over 2 and 4 processes against one store | minutes |
 | `python -m benchmarks.bench_cost` | the cost model against the clock | minutes |
 
 The model is SmolLM2-135M-Instruct in float32. Its rows are captured over real prose (`benchmarks/capture.py`); beyond
@@ -458,6 +459,65 @@ def _exact(results: Sequence[Record]) -> list[str]:
     return [*lines, *_table(head, rows)] if rows else lines[:-1]
 
 
+SHARDS_HEAD = (
+    "model, layer", "ranks", "k of all", "error, one store", "shards", "ratio", "rows read, one store", "shards",
+    "parts of k", "error where all is read",
+)  # fmt: skip
+
+
+def shard_rows(layers: Sequence[Record]) -> list[list[Any]]:
+    """The rows of the table of shards."""
+    return [
+        [
+            f"{one['model']}, {one['layer']}",
+            one["ranks"],
+            one["k"],
+            one["one_error"],
+            one["error"],
+            f"{one['ratio']:.2f}",
+            f"{one['one_rows']:.0f}",
+            f"{one['rows_read']:.0f}",
+            " + ".join(map(str, one["parts"])),
+            f"{one['exact']:.1e}",
+        ]
+        for one in layers
+    ]
+
+
+def _shards(results: Record) -> list[str]:
+    model, points = results["model"], results["model"]["points"]
+    ranks = list(dict.fromkeys(point["ranks"] for point in points))
+    given = "given" if model["weights_given"] else "measured"
+    by_length: dict[int, list[Record]] = {}
+    for point in points:
+        by_length.setdefault(point["rows"], []).append(point)
+    speeds = [[f"{rows:,}", *(show(point["tokens_per_s"]) for point in each)] for rows, each in by_length.items()]
+    steps = ", ".join(f"{show(step['ms'])} ms over {step['rows']:,}" for step in results["steps"])
+    sent = "; ".join(
+        f"{one['bytes']:,} bytes a rank, layer and token, {one['us']:.0f} µs among {one['ranks']} on "
+        f"{one['cores']} core{'s' * (one['cores'] > 1)}"
+        for one in results["exchange"]
+    )
+    return [
+        "Rows of a layer dealt over processes of this machine (gloo, one thread each), against one store of the same",
+        "rows with the same budget k; rows read have sinks and hot rows in them, of which each shard has its own.",
+        "",
+        *_table(SHARDS_HEAD, shard_rows(results["layers"])),
+        "",
+        f"What is exchanged, one all-gather a layer: {sent}. (More processes than cores wait for each other.)",
+        "",
+        "**Larger clusters: a model, not a measurement.** Tokens/s of SmolLM2-135M in float32, one thread a rank, each",
+        "rank on a machine of its own: `1000 / (weights + layers · (step(rows / ranks) + (ranks - 1) · hop))` ms, with",
+        f"weights = {show(model['weights_ms'])} ms (without attention, {given}), layers = 30, hop = "
+        f"{show(model['hop_us'])} µs (what one more",
+        "rank adds to a gather where each has a core, or what is assumed of a network, whichever is more), and a step",
+        f"of a layer in one process measured as {steps} rows, beyond that as it grows between the last two. Each rank",
+        "reads what one store of its rows would.",
+        "",
+        *_table(("rows of the context", *(f"{count} rank{'s' * (count > 1)}" for count in ranks)), speeds),
+    ]
+
+
 _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "decode": ("One decode step", _decode),
     "model": ("The whole model", _model),
@@ -471,6 +531,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "frontier": ("Recall, error and bytes", _frontier),
     "exact": ("Exact answers by drafts", _exact),
     "serve": ("The server", _serve),
+    "shards": ("Rows over several processes", _shards),
     "arena": ("The arena", _arena),
     "tasks": ("Tasks", _tasks),
     "families": ("Model families", _families),
@@ -482,6 +543,7 @@ _COMMANDS = {
     "prefill": "python -m benchmarks.bench_prefill",
     "exact": "python -m benchmarks.bench_exact",
     "serve": "python -m benchmarks.bench_serve",
+    "shards": "python -m benchmarks.bench_shards",
     "windows": "python -m benchmarks.bench_windows",
     "open": "python -m benchmarks.bench_open",
     "arena": "make arena",

@@ -3,7 +3,7 @@
 import copy
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from .query.weights import Weights, dense_weights, weights_of
 from .store import KVStore, RowSource, StateSource, on_device, rows_at
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .shards import Shards
     from .snapshot import SaveReport, Snapshot, SnapshotWriter
 
 
@@ -68,6 +71,8 @@ class AttentionDB:
         head_dim: dimension of queries and keys.
         value_dim: dimension of values, default head_dim.
         config: what a query reads, default ``RetrievalConfig()``.
+        group: a process group of ``torch.distributed`` over which rows are dealt: what is made then is a ``ShardedDB``,
+            and every rank makes the same calls.
 
     Example:
         >>> db = AttentionDB(num_kv_heads=2, head_dim=64)
@@ -76,8 +81,23 @@ class AttentionDB:
         torch.Size([1, 8, 1, 64])
     """
 
+    def __new__(cls, *args: Any, group: "ProcessGroup | Shards | None" = None, **options: Any) -> Self:
+        """A database of one process, or with ``group`` a rank's part of one of several."""
+        if group is None:
+            return super().__new__(cls)
+        from .sharded import ShardedDB
+
+        made = super().__new__(cls if issubclass(cls, ShardedDB) else ShardedDB)
+        return made  # type: ignore[return-value]  # a subclass of AttentionDB, though not of cls
+
     def __init__(
-        self, num_kv_heads: int, head_dim: int, *, value_dim: int | None = None, config: RetrievalConfig | None = None
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        config: RetrievalConfig | None = None,
+        group: "ProcessGroup | Shards | None" = None,
     ) -> None:
         self.config = RetrievalConfig.checked(config)
         value_dim = head_dim if value_dim is None else value_dim
@@ -107,25 +127,51 @@ class AttentionDB:
                 larger than ``storage.LARGEST``. The store is unchanged then.
         """
         check_fork()  # before anything changes: the index may need kernels
-        before = len(self.store)
+        before = len(self)
         if queries is not None and keys.ndim == 4:
             self.store.check_queries(queries, keys.shape[0], keys.shape[2], keys.device)
-        self.store.append(keys, values)
+        self.append(keys, values)
         try:
-            self.store.set_start(self.store.start if start is None else start)
+            self.set_start(self.start if start is None else start)
         except ValueError:
-            self.store.truncate(before)
+            self._cut(before)
             raise
         if queries is not None:
-            self.store.note_queries(queries, before)
+            self.note_queries(queries, before)
         try:
             self.sync()
         except Exception:
             # Whatever the index made of the new rows goes with them; it is built again from the rows that stay.
             self.release()
             self.index, self._prepared = make_index(self.config), None
-            self.store.truncate(before)
+            self._cut(before)
             raise
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows after the newest, for callers that say later which queries came, and ``sync``; see ``KVStore``."""
+        self.store.append(keys, values)
+
+    def note_queries(self, queries: Tensor, first: int) -> None:
+        """Sample queries ``[B, Hq, n, D]`` of the rows from ``first`` on, likewise."""
+        self.store.note_queries(queries, first)
+
+    @property
+    def start(self) -> Tensor:
+        """The first valid row ``[B]`` of each batch row."""
+        return self.store.start
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any of them is not 0."""
+        return self.store.has_padding
+
+    def can_start_at(self, start: Tensor) -> bool:
+        """Whether ``set_start`` would accept ``start [B]``."""
+        return self.store.can_start_at(start)
+
+    def set_start(self, start: Tensor) -> None:
+        """Declare left padding; see ``KVStore``."""
+        self.store.set_start(start)
 
     def analyze(self, queries: Tensor) -> None:
         """Learn from queries in place of what was learnt before, and index all rows anew by it.
@@ -363,7 +409,7 @@ class AttentionDB:
             ValueError: a length below 0 or above ``len(db)``.
         """
         indexed = len(self.index)
-        if len(self) and is_integer(length, 0, len(self)):
+        if len(self.store) and is_integer(length, 0, len(self.store)):
             self.index.truncate(self.store, length, self._first_index_row())
         self.store.truncate(length)
         self._prompt_log = PromptLog()
@@ -394,6 +440,7 @@ class AttentionDB:
         *,
         config: RetrievalConfig | None = None,
         device: torch.device | str = "cpu",
+        group: "ProcessGroup | Shards | None" = None,
     ) -> "AttentionDB":
         """A database that answers bit for bit like the one saved; changing it does not change the snapshot.
 
@@ -403,6 +450,7 @@ class AttentionDB:
             path: a snapshot folder of one layer; may come from anyone.
             config: default: the one saved. Another may differ in how a query reads, not in what was built.
             device: where the rows will be.
+            group: of as many ranks as saved it, each of which opens its own part.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -411,6 +459,10 @@ class AttentionDB:
         """
         from .snapshot import Snapshot, SnapshotError
 
+        if group is not None:
+            from .sharded import open_shard
+
+            return open_shard(path, config, torch.device(device), group)
         snapshot = Snapshot.open(path)
         if len(snapshot.info.layers) != 1:
             raise SnapshotError(
@@ -423,7 +475,12 @@ class AttentionDB:
 
     @classmethod
     def of_snapshot(
-        cls, snapshot: "Snapshot", number: int, config: RetrievalConfig, device: torch.device
+        cls,
+        snapshot: "Snapshot",
+        number: int,
+        config: RetrievalConfig,
+        device: torch.device,
+        group: "Shards | None" = None,
     ) -> "AttentionDB":
         """The database that was layer ``number`` of an opened snapshot; see ``open``.
 
@@ -431,7 +488,7 @@ class AttentionDB:
             SnapshotError (a ValueError): a file holds something else than what the manifest says; names the file.
         """
         layer = snapshot.info.layers[number]
-        db = cls(layer.num_kv_heads, layer.head_dim, value_dim=layer.value_dim, config=config)
+        db = cls(layer.num_kv_heads, layer.head_dim, value_dim=layer.value_dim, config=config, group=group)
         snapshot.restore(number, db.store, db.index, device)
         return db
 
@@ -592,8 +649,10 @@ class AttentionDB:
             return run_plan(plan, call)
         ladder = stats.ladder or Ladder(config)
         climb = ladder.climb(
-            call,
-            lambda at_rung: self._plan(call, config=at_rung, exact=call.measure),
+            lambda at_rung: run_plan(self._plan(call, config=at_rung, exact=call.measure), call),
+            config=config,
+            kv_heads=self.store.num_kv_heads,
+            needs=self.index.needs,
             base=self.index.rows_asked(config, call.workload),
             eligible=plan.hot - config.n_sink,
             learn=learn,
@@ -615,7 +674,7 @@ class AttentionDB:
 
     def _may_retrieve(self) -> bool:
         """Whether rows on a device are to be in the index: where a decode call might retrieve."""
-        config, index, store, rows = self.config, type(self.index), self.store, len(self)
+        config, index, store, rows = self.config, type(self.index), self.store, len(self.store)
         if len(self.index) or config.dense_below_rows is not None or config.wishes_retrieval:
             return True
         rows -= rows % ROWS_PER_PLAN  # asked at every step: the same as the last time
@@ -632,6 +691,10 @@ class AttentionDB:
     def _processor(self, backend: str) -> int | str | None:
         """Which rates are those of a call: of so many threads, of the GPU of that name, or none."""
         return torch.get_num_threads() if backend == "numba" else gpu_of(self.store) if backend == "triton" else None
+
+    def _cut(self, length: int) -> None:
+        """Take rows out again that came to no index."""
+        self.store.truncate(length)
 
     def _by_position(self, rows: Tensor) -> Tensor:
         if not self.index.moves_rows:

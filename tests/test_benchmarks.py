@@ -20,6 +20,7 @@ from benchmarks import (
     bench_model,
     bench_plan,
     bench_prefill,
+    bench_shards,
     readme,
 )
 from benchmarks._common import (
@@ -285,7 +286,8 @@ def test_a_record_is_written_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", [bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, bench_prefill, everything]
+    "module",
+    [bench_decode, bench_frontier, bench_insert, bench_model, bench_plan, bench_prefill, bench_shards, everything],
 )
 def test_help_teaches_with_an_example(module, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -307,6 +309,18 @@ def test_a_prompt_through_lists_is_measured_and_stands_on_the_page():
     assert results["exponent"] == pytest.approx(2)
     page = readme._prefill(results)
     assert [line.split()[1] for line in page if line.startswith("| ")] == ["rows", "3,072", "6,144"]
+
+
+def test_a_cluster_is_faster_by_its_formula_until_exchange_takes_longer_than_reading():
+    exchange = [{"ranks": 2, "cores": 2, "us": 40.0}, {"ranks": 4, "cores": 2, "us": 8000.0}]
+    steps = [{"rows": 1000, "ms": 1.0}, {"rows": 100_000, "ms": 10.0}]
+    assert bench_shards.clusters({"exchange": exchange, "steps": steps}, 5.0, 1.0)["hop_us"] == pytest.approx(40.0)
+    model = bench_shards.clusters({"exchange": exchange, "steps": steps}, 5.0, 100.0)
+    speeds = {(each["rows"], each["ranks"]): each["tokens_per_s"] for each in model["points"]}
+    # A step grows with the root of its rows here.
+    assert 1000 / speeds[1_000_000, 4] == pytest.approx(5 + 30 * (250**0.5 + 3 * 0.1))
+    assert speeds[100_000_000, 64] > 4 * speeds[100_000_000, 1]
+    assert speeds[131_072, 64] < speeds[131_072, 16]
 
 
 def test_the_page_of_figures_is_what_the_records_say():

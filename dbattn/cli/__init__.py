@@ -8,9 +8,11 @@ import io
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 from typing import Any
 
 from ._parser import make_parser
+from ._ranks import ranks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dbattn {args.command}: loading torch", file=sys.stderr, flush=True)
     aside = redirect_stdout(sys.stderr) if getattr(args, "json", None) is sys.stdout else nullcontext()
     try:
-        with aside:
-            _run(args)
+        with aside, ranks(args) as shards:
+            _run(args, shards)
         sys.stdout.flush()
     except KeyboardInterrupt as stop:
         print(f"dbattn: interrupted{': ' if str(stop) else ''}{stop}", file=sys.stderr)
@@ -43,7 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"dbattn: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not _is_of_shards(error):
+            raise
+        print(f"dbattn: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _is_of_shards(error: RuntimeError) -> bool:
+    from ..shards import ShardError
+
+    return isinstance(error, ShardError)
 
 
 def _end_output() -> None:
@@ -54,11 +67,11 @@ def _end_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, shards: Any) -> None:
     commands = {
         "demo": _demo,
-        "ingest": _ingest,
-        "ask": _ask,
+        "ingest": partial(_ingest, shards=shards),
+        "ask": partial(_ask, shards=shards),
         "chat": _chat,
         "serve": _serve,
         "info": _info,
@@ -66,7 +79,7 @@ def _run(args: argparse.Namespace) -> None:
         "compare": _compare,
         "cost": _cost,
     }
-    commands[args.command](args)
+    commands[args.command](args)  # type: ignore[operator]
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -79,16 +92,16 @@ def _demo(args: argparse.Namespace) -> None:
         raise ValueError(f"--model: {error}") from error
 
 
-def _ingest(args: argparse.Namespace) -> None:
+def _ingest(args: argparse.Namespace, shards: Any) -> None:
     from .ingest import run_ingest
 
-    run_ingest(**_options(args))
+    run_ingest(**_options(args), shards=shards)
 
 
-def _ask(args: argparse.Namespace) -> None:
+def _ask(args: argparse.Namespace, shards: Any) -> None:
     from .ask import run_ask
 
-    run_ask(**_options(args, json_path="json"))
+    run_ask(**_options(args, json_path="json"), shards=shards)
 
 
 def _chat(args: argparse.Namespace) -> None:

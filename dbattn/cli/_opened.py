@@ -15,7 +15,8 @@ from ..config import RetrievalConfig
 from ..hf import Handle, UnsupportedModelError, load_model, wrap
 from ..hf.cache import DatabaseLayer
 from ..serve.contexts import reading_config
-from ..snapshot import SnapshotError
+from ..shards import Shards
+from ..snapshot import SnapshotError, open_parts
 from ..text.prompt import check_question, question_ids
 from ._console import waiting
 
@@ -78,14 +79,16 @@ def load(model: Path | None, weights: str, console: Console) -> tuple[Any, Any]:
 
 
 @contextmanager
-def serving(model: Any, config: RetrievalConfig | None, context: Path | None) -> Iterator[Handle]:
+def serving(
+    model: Any, config: RetrievalConfig | None, context: Path | None, shards: Shards | None = None
+) -> Iterator[Handle]:
     """The model wrapped, in inference mode.
 
     Raises:
         ValueError: a model that cannot be wrapped, or another one's context.
     """
     try:
-        handle = wrap(model, config, context=context)
+        handle = wrap(model, config, context=context, group=shards)
     except UnsupportedModelError as error:
         raise ValueError(f"--model: {error}") from error
     with torch.inference_mode(), handle:
@@ -94,7 +97,13 @@ def serving(model: Any, config: RetrievalConfig | None, context: Path | None) ->
 
 @contextmanager
 def opened(
-    context: Path, model: Path | None, weights: str, k: int | None, console: Console, windows: int | None = None
+    context: Path,
+    model: Path | None,
+    weights: str,
+    k: int | None,
+    console: Console,
+    windows: int | None = None,
+    shards: Shards | None = None,
 ) -> Iterator[Opened]:
     """A context ready for a question, read as it was ingested to be.
 
@@ -103,14 +112,14 @@ def opened(
     Raises:
         FileNotFoundError, ValueError: the context or the model is missing, damaged, or they do not belong together.
     """
-    config = reading_config(context, k)
+    config = reading_config(context if shards is None else open_parts(context, shards)[1], k)
     if windows is not None:
         if windows < 1:
             raise ValueError(f"--windows is {windows}, expected at least 1")
         config = replace(config, n_windows=windows)
     lm, tokenizer = load(model, weights, console)
     began = time.perf_counter()
-    with serving(lm, config, context) as handle:
+    with serving(lm, config, context, shards) as handle:
         if handle.context is None:
             raise SnapshotError(f"{context} is not a context of dbattn ingest: its token ids are missing")
         cache = handle.new_cache()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..files import check_output, write_json
 from ..serve.sources import SourceFinder
+from ..shards import Shards
 from ..text.prompt import answer_tokens
 from ._console import line_console, wrapped
 from ._opened import Opened, opened
@@ -57,17 +58,19 @@ def run_ask(
     dense: bool,
     json_path: Path | TextIO | None,
     quiet: bool,
+    shards: Shards | None = None,
 ) -> str:
     """Print the answer to a question about a context, token by token; returns it.
 
     ``dense``: answer once more from all rows, from the same state, and print that and where the two differ.
+    ``shards``: the processes that share the context's rows, all of which do the same.
 
     Raises:
         FileNotFoundError, ValueError: see ``opened``, and a question that does not fit.
     """
     check_output("--json", json_path)
     console = line_console(stderr=True, quiet=quiet)
-    with opened(context, model, weights, k, console, windows) as about:
+    with opened(context, model, weights, k, console, windows, shards) as about:
         asked = about.asked(question, max_tokens)
         finder = SourceFinder(about.model, about.tokenizer, about.handle) if show_sources else None
         # The figures are of this question alone.

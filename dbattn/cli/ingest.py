@@ -13,7 +13,8 @@ from torch import Tensor
 from ..config import RetrievalConfig
 from ..files import name_of
 from ..hf import Handle
-from ..snapshot import SnapshotError, SnapshotWriter, describe
+from ..shards import Shards
+from ..snapshot import ShardWriter, SnapshotError, SnapshotInfo, SnapshotWriter, describe, open_parts
 from ..text.prompt import CHUNK, QUESTION_TOKENS, context_ids, context_limit, read_text, windows_for
 from ..windows import Windows
 from ._console import first_ctrl_c, line_console, long_work
@@ -39,11 +40,12 @@ def run_ingest(
     window_tokens: int | None,
     save_every: int | None,
     quiet: bool,
+    shards: Shards | None = None,
 ) -> None:
     """Read what ``out`` does not hold yet of a text, saving every ``save_every`` tokens; nothing to do is no error.
 
     A text that is longer than what the model reads at once is read by windows, whose rows are kept as int8 if nothing
-    else is asked for.
+    else is asked for. ``shards``: the processes that share the rows, all of which do the same.
 
     Raises:
         ValueError: options that do not fit the model, a folder that holds another text, another model's rows or
@@ -59,47 +61,61 @@ def run_ingest(
         raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
     if os.path.lexists(out):
         # What can be wrong with it is said before the model is loaded.
-        with SnapshotWriter(out) as writer:
+        with _writer(out, shards) as writer:
             if writer.exists:
-                _check_begun_with(out, index, storage)
+                _check_begun_with(out, _described(out, shards), index, storage)
     elif not os.access(out.absolute().parent, os.W_OK):
         raise PermissionError(f"--out {out}: the folder {out.parent} cannot be written")
     console, name = line_console(stderr=True, quiet=quiet), name_of(file)
     lm, tokenizer = load(model, weights, console)
     ids, limit = context_ids(text, tokenizer)[:, :tokens], context_limit(lm)
     by_windows = window_tokens is not None or (limit is not None and ids.shape[1] > limit)
+    if by_windows and shards is not None:
+        raise ValueError(
+            f"{name} must be read by windows, which one process does: the model reads {limit} tokens at once"
+        )
     windows = windows_for(lm, tokenizer, window_tokens) if by_windows else None
-    with SnapshotWriter(out) as writer:
+    with _writer(out, shards) as writer:
         config = None
         if writer.exists:
-            windows = _windows(out, windows, window_tokens, name)
+            windows = _windows(out, _described(out, shards), windows, window_tokens, name)
         else:
             kept = storage or (None if windows is None else "int8")
             config = RetrievalConfig(index=index or "auto", storage=kept, max_queries=QUESTION_TOKENS)
-        with serving(lm, config, out if writer.exists else None) as handle:
+        with serving(lm, config, out if writer.exists else None, shards) as handle:
             held = _held(handle, ids, out, name) if writer.exists else 0
             began = time.perf_counter()
             if held < ids.shape[1]:
                 if windows is not None:
                     console.print(_how(ids.shape[1], windows, lm, name))
                 every = save_every or (SAVE_EVERY if windows is None else SAVE_EVERY_BY_WINDOWS)
-                _read(lm, handle, writer, ids, held, windows, every, console)
-    info = describe(out)
-    size = f"{info.nbytes / 1e6:,.1f} MB on disk, {info.nbytes / info.rows:,.0f} bytes a token"
+                _read(lm, handle, writer, ids, held, windows, every, console, shards)
+    info = _described(out, shards)
+    nbytes = info.nbytes if shards is None else sum(shards.gather_objects(info.nbytes))
+    size = f"{nbytes / 1e6:,.1f} MB on disk, {nbytes / ids.shape[1]:,.0f} bytes a token"
     if held == ids.shape[1]:
         done = "all of it was read before"
     else:
         done = f"{ids.shape[1] - held} of them read in {time.perf_counter() - began:.0f} s"
-    line_console(quiet=quiet).print(f"{out}: {info.rows} tokens of {name}, {done}; {size}", markup=False)
+    line_console(quiet=quiet).print(f"{out}: {ids.shape[1]} tokens of {name}, {done}; {size}", markup=False)
 
 
-def _windows(out: Path, wanted: Windows | None, tokens: int | None, file: str) -> Windows | None:
+def _writer(out: Path, shards: Shards | None) -> SnapshotWriter | ShardWriter:
+    return SnapshotWriter(out) if shards is None else ShardWriter(out, shards)
+
+
+def _described(out: Path, shards: Shards | None) -> SnapshotInfo:
+    """What the folder holds, or this rank's part of it."""
+    return describe(out if shards is None else open_parts(out, shards)[1])
+
+
+def _windows(out: Path, info: SnapshotInfo, wanted: Windows | None, tokens: int | None, file: str) -> Windows | None:
     """How the folder ``out`` was begun to be read.
 
     Raises:
         ValueError: another way than is wanted now.
     """
-    begun = describe(out).windows
+    begun = info.windows
     if begun is None and wanted is not None:
         raise ValueError(
             f"{out} was read in one piece, {file} must be read by windows (--window-tokens, or it is longer than what "
@@ -121,8 +137,8 @@ def _how(total: int, windows: Windows, lm: Any, file: str) -> str:
     )
 
 
-def _check_begun_with(out: Path, index: str | None, storage: str | None) -> None:
-    config = describe(out).config
+def _check_begun_with(out: Path, info: SnapshotInfo, index: str | None, storage: str | None) -> None:
+    config = info.config
     if index is not None and RetrievalConfig(index=index).index_name != config.index_name:
         raise ValueError(f"--index is {index}, but {out} was begun with {config.index_name}: give another --out")
     if storage is not None and storage != config.storage:
@@ -157,12 +173,13 @@ def _held(handle: Handle, ids: Tensor, out: Path, file: str) -> int:
 def _read(
     lm: Any,
     handle: Handle,
-    writer: SnapshotWriter,
+    writer: SnapshotWriter | ShardWriter,
     ids: Tensor,
     held: int,
     windows: Windows | None,
     save_every: int,
     console: Console,
+    shards: Shards | None = None,
 ) -> None:
     """Read ``ids`` from ``held`` on, and save."""
     total, cache = ids.shape[1], handle.new_cache()
@@ -175,7 +192,9 @@ def _read(
     if durable:
         console.print(f"{writer.path} holds {durable} of {total} tokens, going on from there")
     began = time.perf_counter()
-    with first_ctrl_c() as stop_asked, long_work(console, "reading", total, "tokens", durable) as advance:
+    with first_ctrl_c() as heard, long_work(console, "reading", total, "tokens", durable) as advance:
+        # Where one process hears it, all stop at the same token.
+        stop_asked = heard if shards is None else lambda: any(shards.gather_objects(heard()))
         parts = _chunks(lm, handle, cache, ids, advance)
         if windows is not None:
             parts = _each_window(handle, cache, ids, windows, advance, stop_asked)

@@ -15,10 +15,11 @@ from ..attention import AttentionDB
 from ..config import RetrievalConfig
 from ..index import KeyIndex, make_index
 from ..query.stats import RunningStats
+from ..shards import Shards
 from ..store import KVStore, MappedRows, Part
 from ..windows import Reading, Windows
 from .adapters import Adapters
-from .stored_rows import rows_as
+from .stored_rows import rows_as, rows_elsewhere
 from .switches import Switches
 
 # Cache layers of transformers that keep every row; the second kind keeps a state of linear attention beside them.
@@ -33,6 +34,7 @@ class LayerSession(Protocol):
 
     config: RetrievalConfig
     stats: list[RunningStats]
+    shards: Shards | None
 
     @property
     def serving(self) -> bool:
@@ -113,7 +115,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.db = self._new_db(key_states.shape[1], key_states.shape[3], value_states.shape[3], self.session.config)
 
     def _new_db(self, heads: int, dim: int, value_dim: int, config: RetrievalConfig) -> AttentionDB:
-        db = AttentionDB(heads, dim, value_dim=value_dim, config=config)
+        db = AttentionDB(heads, dim, value_dim=value_dim, config=config, group=self.session.shards)
         db.stats = self.session.stats[self.layer_index]
         return db
 
@@ -209,11 +211,14 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
             self.lazy_initialization(key_states, value_states)
         assert self.db is not None
         self.dtype = self.db.store.widen(torch.promote_types(key_states.dtype, value_states.dtype))
-        self.db.store.append(key_states.to(self.dtype), value_states.to(self.dtype))
+        self.db.append(key_states.to(self.dtype), value_states.to(self.dtype))
         if not self.session.serving:
             self.db.release()
         store = self.db.store
-        keys, values = (rows_as(rows, self.dtype, rotated=store.rotated) for rows in store.rows)
+        if self.session.shards is None:
+            keys, values = (rows_as(rows, self.dtype, rotated=store.rotated) for rows in store.rows)
+        else:
+            keys, values = (rows_elsewhere(rows, len(self.db), self.dtype) for rows in (key_states, value_states))
         if torch.is_grad_enabled() and self.db.requires_grad:
             keys, values = refuse_gradients(keys), refuse_gradients(values)
         for rows in (keys, values):
@@ -266,7 +271,7 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         """The first valid row of each batch row; None without rows."""
         if self.base is not None:
             return self.base.start
-        return None if self.db is None else self.db.store.start
+        return None if self.db is None else self.db.start
 
     def _select(self, batch: Tensor) -> None:
         # Beams often stay as they are; copying all rows would cost more than the step itself.

@@ -2,20 +2,25 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..snapshot import SaveReport, Snapshot, SnapshotError, SnapshotWriter, save
+from ..snapshot import Parts, SaveReport, ShardWriter, Snapshot, SnapshotError, SnapshotWriter, save
 from .cache import SERVED, DatabaseLayer
 from .fingerprint import difference, fingerprint
 from .layer_states import KEPT, Mark, check_states, kind_of
 from .session import Session
 
 
-def open_context(context: str | os.PathLike[str], decoder: nn.Module, layers: Sequence[Any]) -> Snapshot:
+def open_context(
+    context: str | os.PathLike[str], decoder: nn.Module, layers: Sequence[Any], parts: Parts | None = None
+) -> Snapshot:
     """A snapshot that a decoder can go on from, whose fresh cache has such layers.
+
+    ``parts``: what it is one rank's part of.
 
     Raises:
         SnapshotError (a ValueError): it is of another model, or of none; says what differs.
@@ -29,7 +34,7 @@ def open_context(context: str | os.PathLike[str], decoder: nn.Module, layers: Se
         differs = f"it has {len(info.layers)} layers, this one {databases}"
     if differs is None:
         try:
-            check_states(info.states, layers, info.rows, info.batch)
+            check_states(info.states, layers, info.rows if parts is None else parts.rows, info.batch)
         except ValueError as error:
             differs = str(error)
     if differs is None and info.windows is not None:
@@ -44,7 +49,7 @@ def open_context(context: str | os.PathLike[str], decoder: nn.Module, layers: Se
 
 
 def save_context(
-    target: str | os.PathLike[str] | SnapshotWriter,
+    target: str | os.PathLike[str] | SnapshotWriter | ShardWriter,
     cache: DynamicCache,
     session: Session,
     decoder: nn.Module,
@@ -65,7 +70,7 @@ def save_context(
         if not layer.get_seq_length():
             raise ValueError(f"layer {number} of the cache has no rows: nothing to save")
         databases.append(layer.whole())
-    rows, mark = len(databases[0][0]), Mark.of(cache)
+    rows, mark, shards = cache.get_seq_length(), Mark.of(cache), session.shards
     if mark.states and session.was_interrupted(cache):
         raise ValueError("a call on this cache was interrupted: states that not all layers went on to cannot be saved")
     try:
@@ -78,12 +83,14 @@ def save_context(
             raise ValueError(f"the token ids of the cache's {rows} rows are not known: pass token_ids")
         token_ids = token_ids[:, :rows]
     session.check_adapters(cache)
-    return save(
-        target,
-        databases,
-        session.config,
-        model=fingerprint(decoder),
-        token_ids=token_ids,
-        windows=session.windows_of(cache),
-        states=mark.states,
-    )
+    given: dict[str, Any] = {"model": fingerprint(decoder), "token_ids": token_ids}
+    given |= {"windows": session.windows_of(cache), "states": mark.states}
+    if shards is None:
+        if isinstance(target, ShardWriter):
+            raise ValueError("a ShardWriter writes what several ranks have: wrap the model with group, or pass a path")
+        return save(target, databases, session.config, **given)
+    if isinstance(target, SnapshotWriter):
+        raise ValueError("a SnapshotWriter writes what one process has: pass a path, or a ShardWriter")
+    start = next(layer.db.start for layer in cache.layers if isinstance(layer, DatabaseLayer) and layer.db is not None)
+    with nullcontext(target) if isinstance(target, ShardWriter) else ShardWriter(target, shards) as writer:
+        return writer.save(databases, session.config, rows=rows, start=start, **given)

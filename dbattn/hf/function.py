@@ -58,11 +58,11 @@ def attention_function(
         db = layer.db
         start = padding
         if start is None:
-            start = torch.zeros_like(db.store.start) if db.store.has_padding else db.store.start
+            start = torch.zeros_like(db.start) if db.has_padding else db.start
         # The newest position sees every row either way: one query is causal.
         in_order = causal or query.shape[2] == 1
-        if in_order and (attention_mask is None or padding is not None) and db.store.can_start_at(start):
-            db.store.set_start(start)
+        if in_order and (attention_mask is None or padding is not None) and db.can_start_at(start):
+            db.set_start(start)
             switches, before = layer.session.switches, db.stats.retrieving
             audits = switches.audits
             out = db.attend(
@@ -78,7 +78,7 @@ def attention_function(
                 audits.append(db.stats.audits[-1])
             if switches.watcher is not None:
                 switches.watcher(layer.layer_index, db, query.detach(), scale, softcap)
-            db.store.note_queries(query, len(db) - query.shape[2])
+            db.note_queries(query, len(db) - query.shape[2])
             # Only now: an index may move rows, and the newest queries see only what came before them.
             if switches.sync:
                 db.sync(reading=query.shape[2] > db.config.max_queries)

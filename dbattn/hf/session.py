@@ -17,6 +17,7 @@ from index_kernels.integer import is_integer
 
 from ..config import RetrievalConfig
 from ..query.stats import RunningStats
+from ..shards import Shards
 from ..windows import Reading, Windows, choose
 from .adapters import Adapters, in_words
 from .batch import BatchCache
@@ -33,9 +34,18 @@ WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
 class Session:
     """What the layers of all caches of one wrapped model share. Copies of a cache stay in their session."""
 
-    def __init__(self, config: RetrievalConfig, stats: list[RunningStats], *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        config: RetrievalConfig,
+        stats: list[RunningStats],
+        *,
+        exact: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
         self.config = config
         self.stats = stats
+        # The ranks that rows are dealt over; None: this process has them all.
+        self.shards = shards
         # Where answers must be dense's, retrieval is for drafts alone.
         self._usual = Switches(retrieve=not exact)
         # What became of these; None where there are none.
@@ -91,6 +101,8 @@ class Session:
     def note_call(self, cache: DynamicCache, token_ids: Tensor | None) -> None:
         """Remember that the model is about to read ``token_ids [B, n]`` (None: unknown) into a cache of ours."""
         self.newest = cache
+        if self.shards is not None:
+            self.shards.about = _in_a_number(token_ids)
         if (first := self._first(cache)) is not None:
             first.note_tokens(token_ids)
             first.note_adapters(self.adapters())
@@ -279,10 +291,18 @@ class Session:
         if isinstance(layer, DatabaseLayer):
             assert ours.db is not None
             assert layer.db is not None
-            if layer.db.store.has_padding:
-                ours.db.store.set_start(layer.db.store.start)
+            if layer.db.has_padding:
+                ours.db.set_start(layer.db.start)
             ours.db.store.take_sample(copy.deepcopy(layer.db.store.sample))
         return ours
+
+
+def _in_a_number(token_ids: Tensor | None) -> int:
+    """What differs for other tokens, nearly always, and as a float64 is exact."""
+    if token_ids is None:
+        return 0
+    at = torch.arange(1, token_ids.numel() + 1, device=token_ids.device)
+    return int(((token_ids.reshape(-1) + 1) * at * 2654435761 % (1 << 31)).sum() % (1 << 50)) + 1
 
 
 @dataclass

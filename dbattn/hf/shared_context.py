@@ -6,17 +6,28 @@ import torch
 
 from ..attention import AttentionDB
 from ..config import RetrievalConfig
-from ..snapshot import LayerState, Snapshot
+from ..sharded import ShardedDB
+from ..shards import Shards
+from ..snapshot import LayerState, Parts, Snapshot
 
 
 class SharedContext:
     """The layers of a snapshot as databases, read when a cache first asks for them; all caches hold forks of them.
 
-    Rows that were read by windows stay in their files, where caches find those that they read.
+    Rows that were read by windows stay in their files, where caches find those that they read. ``parts``: what the
+    snapshot is one rank's part of.
     """
 
-    def __init__(self, snapshot: Snapshot, config: RetrievalConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        config: RetrievalConfig,
+        device: torch.device,
+        shards: Shards | None = None,
+        parts: Parts | None = None,
+    ) -> None:
         self._snapshot: Snapshot | None = snapshot
+        self._shards, self._parts = shards, parts
         self._config, self._device = config, device
         self._reading = threading.Lock()
         self._layers: list[AttentionDB] = []
@@ -32,14 +43,22 @@ class SharedContext:
         """
         with self._reading:
             if self._snapshot is not None:
-                self._layers = self._read(self._snapshot)
+                snapshot, made = self._snapshot, []
+                if self._shards is None:
+                    made = self._read(snapshot)
+                else:
+                    # Damage that one rank finds stops all of them.
+                    self._shards.agreed(lambda: made.extend(self._read(snapshot)))
+                self._layers = made
                 self._snapshot = None  # its files are let go
         return self._layers
 
     def _read(self, snapshot: Snapshot) -> list[AttentionDB]:
         layers, self.states = [], snapshot.states(self._device)
         for number in range(len(snapshot.info.layers)):
-            db = AttentionDB.of_snapshot(snapshot, number, self._config, self._device)
+            db = AttentionDB.of_snapshot(snapshot, number, self._config, self._device, self._shards)
+            if isinstance(db, ShardedDB) and self._parts is not None:
+                db.begin_with(self._parts.rows, torch.tensor(self._parts.start))
             if snapshot.info.windows is None:
                 db.fork()  # moves the rows to where forks share them
             else:

@@ -43,9 +43,26 @@ class StoredRows(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.detach.default:
-            return StoredRows(args[0].rows, args[0].dtype, args[0].rotated)
+            return type(args[0])(args[0].rows, args[0].dtype, args[0].rotated)
         args, kwargs = tree_map_only(cls, cls.plain, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class RowsElsewhere(StoredRows):
+    """A stand-in for rows that are dealt over ranks, which nobody but a database can read."""
+
+    def plain(self) -> Tensor:
+        """Not to be had."""
+        raise ValueError(
+            "the rows of this cache are dealt over several ranks, none of which has all of them: only attention that a "
+            "database answers (causal, with left padding alone) can be served"
+        )
+
+
+def rows_elsewhere(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """A stand-in for ``rows`` rows of the shape of ``like [B, Hkv, n, D]``."""
+    nothing = like.new_empty(1, dtype=dtype).expand(*like.shape[:2], rows, like.shape[3])
+    return RowsElsewhere(nothing, dtype, False)
 
 
 def rows_as(rows: Tensor, dtype: torch.dtype, *, rotated: bool) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import DynamicCache, PreTrainedModel
 
 from ..attention import AttentionDB
@@ -18,7 +19,9 @@ from ..config import RetrievalConfig
 from ..query.audit import AuditReport
 from ..query.plan import QueryPlan, sum_plans
 from ..query.stats import RunningStats
-from ..snapshot import SaveReport, SnapshotWriter
+from ..sharded import check_config
+from ..shards import Shards
+from ..snapshot import SaveReport, ShardWriter, SnapshotWriter, open_parts
 from ..store import check_host_rows
 from ..windows import Reading, Windows
 from .adapters import active_adapters
@@ -29,6 +32,7 @@ from .decoder import UnsupportedModelError as UnsupportedModelError
 from .decoder import check_exact, find_decoder
 from .exact import ExactGenerate
 from .function import NAME, register, unregister
+from .in_step import InStep, check_shards
 from .layer_states import ContextCache, Mark, refuse_states
 from .offload import device_of, devices_of
 from .pace import Drafts
@@ -49,6 +53,7 @@ def wrap(
     context: str | os.PathLike[str] | None = None,
     exact: bool = False,
     draft_weights: str = "float32",
+    group: ProcessGroup | Shards | None = None,
 ) -> "Handle":
     """Let a model's full-attention layers answer decode steps from an index.
 
@@ -70,6 +75,12 @@ def wrap(
             windows, both are over the windows that a question chooses.
         draft_weights: what drafts are made with: the model's own weights ("float32"), or int8 copies of those of its
             linear layers ("int8": a fourth more memory, and a third of the bytes that a drafted token reads), on CPUs.
+        group: a process group of ``torch.distributed`` over which each layer's rows are dealt (``ShardedDB``). Every
+            rank wraps the same model and makes the same calls; ``generate`` begins with rank 0's random numbers on all
+            of them, and states are merged in one order, so that greedy and sampled tokens are the same. A rank that is
+            given another token raises ShardError. Contexts are opened by as many ranks as saved them. Not with
+            ``exact``, contexts read by windows, ``rows="host"`` or ``prefill`` other than "dense". Of a model whose
+            heads are split over ranks (tensor parallelism), ``group`` holds ranks with the same heads.
 
     Raises:
         TypeError: a config that is no RetrievalConfig.
@@ -87,7 +98,7 @@ def wrap(
         ...     ids = torch.cat([handle.context, question], dim=1)
         ...     model.generate(ids, past_key_values=handle.new_cache())
     """
-    return Handle(model, config, context, exact=exact, draft_weights=draft_weights)
+    return Handle(model, config, context, exact=exact, draft_weights=draft_weights, group=group)
 
 
 class Handle:
@@ -105,6 +116,7 @@ class Handle:
         *,
         exact: bool = False,
         draft_weights: str = "float32",
+        group: ProcessGroup | Shards | None = None,
     ) -> None:
         check_weights(draft_weights)
         int8 = draft_weights == "int8"
@@ -125,16 +137,25 @@ class Handle:
                 f"{type(model).__name__} is on {', '.join(sorted(map(str, devices)))}: the rows of a context are "
                 "opened on one device"
             )
-        snapshot = None if context is None else open_context(context, self._decoder, layers)
+        shards, parts = None if group is None else Shards.of(group), None
+        if shards is not None:
+            check_shards(shards, model, exact=exact)
+            if context is not None:
+                parts, context = open_parts(context, shards)
+        snapshot = None if context is None else open_context(context, self._decoder, layers, parts)
         self.config = (config or RetrievalConfig()) if snapshot is None else snapshot.config(config)
         if self.config.rows == "host":
             check_host_rows(device_of(model))
-        self._session = Session(self.config, [RunningStats() for _ in layers], exact=exact)
+        if shards is not None:
+            check_config(self.config)
+        self._session = Session(self.config, [RunningStats() for _ in layers], exact=exact, shards=shards)
         self._session.adapters = partial(active_adapters, self._decoder)
         if snapshot is not None:
             self._session.context_adapters = self._session.adapters()
             self._session.token_ids, self._session.windows = snapshot.token_ids, snapshot.info.windows
-            self._session.context = SharedContext(snapshot, self.config, device_of(model))
+            if shards is not None and snapshot.token_ids is not None:
+                self._session.token_ids = shards.together(snapshot.token_ids)
+            self._session.context = SharedContext(snapshot, self.config, device_of(model), shards, parts)
         for stats, layer in zip(self._session.stats, layers, strict=True):
             if type(layer) not in SERVED:
                 stats.dense_reasons[left_to_transformers(layer)] = 0
@@ -150,6 +171,8 @@ class Handle:
         self._text_config._attn_implementation_internal = NAME
         if self._session.drafts is not None:
             model.generate = ExactGenerate(model, self._session, self._session.drafts)
+        elif shards is not None:
+            model.generate = InStep(model, shards)
         self._int8 = Int8Meanwhile(model, lambda: self._session.switches.drafting) if int8 else None
         self._active = True
 
@@ -159,7 +182,7 @@ class Handle:
             return
         self._active = False
         self._session.newest = None
-        if self._session.drafts is not None:
+        if self._session.drafts is not None or self._session.shards is not None:
             del self.model.generate
         if self._int8 is not None:
             self._int8.undo()
@@ -237,6 +260,8 @@ class Handle:
             ValueError: a model that takes no positions or has layers that keep more than rows (see ``new_cache``),
                 windows beyond its range, a cache with rows that were not read so, or all of the text in it.
         """
+        if self._session.shards is not None:
+            raise ValueError("a text cannot be read by windows where rows are dealt over a group")
         held, total = cache.get_seq_length(), token_ids.shape[1]
         before = self._session.windows_of(cache)
         limit = getattr(self._text_config, "max_position_embeddings", None)
@@ -269,7 +294,7 @@ class Handle:
 
     def save(
         self,
-        target: str | os.PathLike[str] | SnapshotWriter,
+        target: str | os.PathLike[str] | SnapshotWriter | ShardWriter,
         cache: DynamicCache | None = None,
         *,
         token_ids: Tensor | None = None,
@@ -277,7 +302,8 @@ class Handle:
         """Write a cache's rows to a snapshot folder, for ``wrap(model, context=...)``; only what is new since the last.
 
         Args:
-            target: the folder, made if need be; or a SnapshotWriter, which keeps it locked between saves.
+            target: the folder, made if need be; or a SnapshotWriter (with ``group`` a ShardWriter), which keeps it
+                locked between saves.
             cache: default: the one that went through the model last, whichever thread it was. The handle keeps it (its
                 memory, too) until another cache goes through or the model is unwrapped.
             token_ids: int64 ``[B, n]``, of the rows. Default: what the model was given, which is known unless it was

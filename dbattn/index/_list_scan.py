@@ -194,7 +194,7 @@ class ListScan(Step):
             rows_read=rows + hot,
             rows_retrieved=rows,
             bytes_read=sum(sizes),
-            deviation=partial(unread_share, whole.lse_by_source) if self.bounded else None,
+            deviation=partial(unread_share, whole.lse_by_source) if self.bounded or call.tells_unread else None,
             tail="centroid" if self.tail else "none",
             counted=None
             if whole.totals is None

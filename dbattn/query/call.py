@@ -37,6 +37,7 @@ class Call:
         sink_logits: ``[Hq]``, logit of one more row with value zero per head.
         measure: tell what each source did, too.
         needs_lse: whether the log-sum-exp of the answer is wanted.
+        tells_unread: say what weight was left unread, where that is known without reading more.
     """
 
     query: Tensor
@@ -49,6 +50,7 @@ class Call:
     sink_logits: Tensor | None = None
     measure: bool = False
     needs_lse: bool = True
+    tells_unread: bool = False
 
     @classmethod
     def checked(
@@ -62,13 +64,18 @@ class Call:
         softcap: float | None = None,
         extra: RowSource | StateSource | None = None,
         sink_logits: Tensor | None = None,
+        rows: int | None = None,
     ) -> "Call":
-        """The call with its default scale; ValueError states what was received where it does not fit the store."""
+        """The call with its default scale; ValueError states what was received where it does not fit the store.
+
+        ``rows``: of which the query's positions are the newest, where the store holds some of them alone.
+        """
         keys, dim, shape = store.buffers[0], store.head_dim, query.shape
+        rows = len(store) if rows is None else rows
         if len(shape) != 4 or shape[0] != keys.shape[0] or shape[3] != dim:
             raise ValueError(f"query has shape {list(shape)}, expected [{keys.shape[0]}, Hq, m, {dim}]")
-        if not 1 <= shape[2] <= len(store):
-            raise ValueError(f"query has {shape[2]} positions, expected 1 to {len(store)}: they are the newest rows")
+        if not 1 <= shape[2] <= rows:
+            raise ValueError(f"query has {shape[2]} positions, expected 1 to {rows}: they are the newest rows")
         check_queries("query is", query, store.num_kv_heads, keys.device)
         if scale is None:
             scale = dim**-0.5

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..config import RetrievalConfig
 from ..store.drift import AUDITS_TO_LEARN, REMEMBERED
 from .call import Call
-from .execute import Answer, merged, run_plan
-from .plan import QueryPlan, Source
+from .execute import Answer, merged
+from .plan import Source
 from .steps import DenseHeads, steps_of_call
 from .usage import Needs, Usage
 
@@ -86,24 +86,30 @@ class Ladder:
         return self
 
     def climb(
-        self, call: Call, plan_of: Callable[[RetrievalConfig], QueryPlan], *, base: int, eligible: int, learn: bool
+        self,
+        answer_of: Callable[[RetrievalConfig], Answer],
+        *,
+        config: RetrievalConfig,
+        kv_heads: int,
+        needs: Needs | None,
+        base: int,
+        eligible: int,
+        learn: bool,
     ) -> Climb:
         """Answer within ``max_error`` as far as estimates tell.
 
-        ``base``: rows that the config's own budget reads per KV head; ``eligible``: rows in the index.
+        ``answer_of``: the answer under a config. ``needs``: what a sample of the queries told. ``base``: rows that the
+        config's own budget reads per KV head; ``eligible``: rows in the index.
         """
-        config = call.config
         assert config.max_error is not None
-        kv_heads = call.store.num_kv_heads
         usable = [i for i, rung in enumerate(self.rungs) if rung.times * base < eligible / 2] or [0]
         level = min(self.level, usable[-1])
         given_up: list[tuple[Rung, Answer]] = []
         while True:
             rung = self.rungs[level]
-            at_rung = _config_at(config, max(1, round(rung.times * base)), rung.tail)
-            answer = run_plan(plan_of(at_rung), call)
+            answer = answer_of(config_at(config, max(1, round(rung.times * base)), rung.tail))
             batch, heads, m = answer.state[1].shape
-            errors = self.estimate(answer, call.index.needs).nan_to_num().view(batch, kv_heads, heads // kv_heads, m)
+            errors = self.estimate(answer, needs).nan_to_num().view(batch, kv_heads, heads // kv_heads, m)
             excess = errors.amax(dim=(0, 2, 3)) / config.max_error
             failing = (excess > 1).nonzero()[:, 0].tolist()
             if not failing:
@@ -214,6 +220,7 @@ def _given_up(rung: Rung, tried: Answer) -> Source:
 
 
 @lru_cache(maxsize=256)
-def _config_at(config: RetrievalConfig, k: int, tail: str) -> RetrievalConfig:
+def config_at(config: RetrievalConfig, k: int, tail: str) -> RetrievalConfig:
+    """The config with another budget, where it has been decided to retrieve."""
     # Dense or not has been decided for the config's own budget.
     return replace(config, k=k, tail=tail, dense_below=0)

@@ -8,6 +8,7 @@ and ``wrap(model, context=path)``; a :class:`SnapshotWriter` keeps a folder lock
 
 from .folder import SnapshotError
 from .manifest import FileInfo, LayerInfo, ModelInfo, SnapshotInfo, StateInfo
+from .parts import Parts, ShardWriter, open_parts, read_parts
 from .reader import Snapshot, describe
 from .states import LayerState
 from .writer import SaveReport, SnapshotWriter, save
@@ -17,12 +18,16 @@ __all__ = [
     "LayerInfo",
     "LayerState",
     "ModelInfo",
+    "Parts",
     "SaveReport",
+    "ShardWriter",
     "Snapshot",
     "SnapshotError",
     "SnapshotInfo",
     "SnapshotWriter",
     "StateInfo",
     "describe",
+    "open_parts",
+    "read_parts",
     "save",
 ]

@@ -19,6 +19,8 @@ from torch import Tensor
 from ..files import disk_errors
 
 MANIFEST = "manifest.json"
+# In its place where several ranks saved, each a part; see parts.py.
+SHARDS = "shards.json"
 # What a writer may remove when no manifest names it; nothing else in the folder is ever touched.
 DATA_FILE = re.compile(r"(rows|segment|index|tokens|queries|states)-\d{9,}-\d{9,}-[0-9a-f]{16}\.safetensors")
 ASIDE = ".writing"

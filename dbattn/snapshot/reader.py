@@ -14,7 +14,7 @@ from index_kernels.packed import SCALE_BYTES
 from ..config import RetrievalConfig
 from ..index import KeyIndex
 from ..store import KVStore, MappedRows, Part, QuerySample, check_range
-from .folder import MANIFEST, DataFile, SnapshotError, read_small
+from .folder import MANIFEST, SHARDS, DataFile, SnapshotError, read_small
 from .manifest import MANIFEST_LIMIT, FileInfo, LayerInfo, SnapshotInfo
 from .states import LayerState
 
@@ -231,6 +231,10 @@ def _read_manifest(folder: Path) -> bytes:
     except FileNotFoundError:
         if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist; expected a snapshot, which is a folder") from None
+        if (folder / SHARDS).exists():
+            raise SnapshotError(
+                f"{folder} holds shards of several ranks: open it by as many (torchrun, group=...)"
+            ) from None
         raise SnapshotError(f"{folder} is not a snapshot: {MANIFEST} is missing") from None
     except NotADirectoryError:
         raise SnapshotError(f"{folder} is not a snapshot: it is a file, expected a folder") from None
