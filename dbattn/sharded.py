@@ -256,7 +256,7 @@ class ShardedDB(AttentionDB):
         self.store.check_queries(queries, len(call.store.start), queries.shape[2], queries.device)
         m = min(queries.shape[2], len(self.store))
         self.release()
-        self.index = make_index(self.config)
+        self.index, self._prepared = make_index(self.config), None
         if m:
             self.store.learn(queries[:, :, -m:], len(self.store) - m)
         self.sync()
@@ -272,7 +272,7 @@ class ShardedDB(AttentionDB):
         extra: RowSource | StateSource | None = None,
         return_lse: bool = False,
         retrieve: bool = True,
-        audit: bool = False,
+        audit: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See AttentionDB.
 
@@ -284,7 +284,7 @@ class ShardedDB(AttentionDB):
         if prompt and retrieve:
             reason = f"more queries in one call than max_queries={self.config.max_queries}"
         retrieve = retrieve and not prompt
-        call.measure = retrieve and (audit or stats.audit_is_due(self.config))
+        call.measure = retrieve and (stats.audit_is_due(self.config) if audit is None else audit)
         whole = self._answered(call, retrieve=retrieve, learn=True)
         answer, stats.rows_stored = whole.answer, self._rows
         if not whole.retrieves:
