@@ -241,17 +241,18 @@ def held_back_logits(model: Any, cache: DynamicCache, ids: Tensor) -> Tensor:
 
 def _print(results: dict[str, Any]) -> None:
     columns = ("rows", "lists s", "SDPA s", "x SDPA", "sealing", "rows read", "error", "p95", "quiet")
-    print_table(
-        f"reading a prompt in one layer, {results['threads']} threads",
-        columns,
-        [
+    if results["sizes"]:
+        print_table(
+            f"reading a prompt in one layer, {results['threads']} threads",
+            columns,
             [
-                f"{s['rows']:,}", s["s"], s["sdpa_s"], s["speedup"], f"{s['sealing_share']:.1%}", s["rows_read"],
-                s["error"], s["p95"], f"{s['quiet']:.0%}",
-            ]
-            for s in results["sizes"]
-        ],
-    )  # fmt: skip
+                [
+                    f"{s['rows']:,}", s["s"], s["sdpa_s"], s["speedup"], f"{s['sealing_share']:.1%}", s["rows_read"],
+                    s["error"], s["p95"], f"{s['quiet']:.0%}",
+                ]
+                for s in results["sizes"]
+            ],
+        )  # fmt: skip
     if results["exponent"] is not None:
         print(f"time grows as rows to the power of {results['exponent']:.2f}")
     for m in results["models"]:
@@ -296,7 +297,7 @@ def bench_sizes(names: Sequence[str], *, quick: bool) -> list[dict[str, Any]]:
     sizes = []
     with progress("one layer", len(names)) as tick:
         for length in (SIZES[name] for name in names):
-            sizes.append(bench_layer(rows_of(length, rows), 1 if quick or length > WHOLE else 3))
+            sizes.append(bench_layer(rows_of(length, rows), 1 if quick or length >= WHOLE else 3))
             tick()
     return sizes
 

@@ -27,8 +27,8 @@ BLOCKS_PER_AUDIT, FIRST_AUDITS = 2, 2
 RECENT = 8
 # A call with fewer positions is not worth choosing lists for: "auto" reads it densely.
 LEAST_POSITIONS = 64
-# "auto" reads calls that end within so many rows densely: after 8K of prose read through lists (SmolLM2, 256 positions,
-# one run) 96.5 % of predictions stay the same, and one layer's attention is about 1.5 times as fast.
+# "auto" reads calls that end within so many rows densely: after 8K of prose read through lists (SmolLM2, 256 positions)
+# 96 % of predictions stay the same, whether 448 or 576 rows are read, and the whole prompt is 1.1 times as fast.
 LEAST_ROWS = 8192
 
 
