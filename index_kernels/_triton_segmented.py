@@ -43,7 +43,7 @@ from .summaries import Array, ListArrays, ListReading, ListTable, SegmentedAnswe
 # code. What was fastest on an H100.
 SCORING, READING, CHOOSING = 2, 6, 6
 # What an entry that answers by its summary costs beside a row that is read.
-SUMMARY_COST = 0.35
+SUMMARY_COST = 0.7
 # Lists of a table are in room for a multiple of this; lists that a program ranks, and lays out, of so many programs for
 # a unit at most; numbers that a program merges.
 BLOCK_LISTS, BLOCK_RANKED, BLOCK_LAID, MOST_PROGRAMS, MERGED = 64, 512, 256, 16, 32
@@ -430,6 +430,8 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
     }
     if wide and not narrow:
         attending |= {"num_warps": 8}
+    elif block_d == block_dv == 128 and not wide:
+        attending |= {"maxnreg": 128}  # so that four programs share a processor
     if wide and large:
         scoring |= {"BLOCK": 16, "num_warps": 8}
     return shapes, scoring, attending

@@ -179,7 +179,7 @@ class Recorder:
         return self.launch
 
     def launch(self, *args, **kwargs):
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         self.launches.append((self.kernel, self.kernel.signature.bind(*args, **kwargs).arguments, options))
 
 

@@ -33,7 +33,11 @@ def run_ranks(folder, model):
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(RANKS)
     ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=500)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     found = [folder / f"rank-{rank}.json" for rank in range(RANKS)]
     assert all(path.is_file() for path in found), "\n".join(errors)
     assert [rank.returncode for rank in ranks] == [0, -9], "\n".join(errors)

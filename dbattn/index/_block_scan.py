@@ -21,10 +21,9 @@ BLOCK = 512
 PIECE, NEWEST = 1024, 512
 # So many rows are sealed anew when lists are first read for a prompt.
 ANEW = 4096
-# (sealed rows, rows of lists read per KV head), interpolated on log scales. Swept on layers of SmolLM2 whose lists were
-# just made: there more rows gain little from here on. Lists made earlier in a prompt are worse: a mean error of 0.04 at
-# 32K and 0.07 at 131K. Super-lists cannot answer for lists: half of them closed doubles the error at 16K and 32K.
-ROWS = np.log(np.array([(2048, 448), (8192, 576), (16384, 700), (32768, 900), (131072, 1800)]))
+# (sealed rows, rows of lists read per KV head), interpolated on log scales; swept on layers of SmolLM2. Super-lists
+# cannot answer for lists here: half of them closed doubles the error at 16K and 32K.
+ROWS = np.log(np.array([(2048, 384), (8192, 448), (32768, 1280), (131072, 2560)]))
 # Multiply-adds of a block take longer than a dense scan's by so much: lists are scored to be chosen, rows are gathered.
 DEARER = 1.25
 
