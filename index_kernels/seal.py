@@ -50,7 +50,8 @@ def seal_rows(
     made = slice(first_segment, first_segment + count)
     trace = np.maximum(segments.trace[:, :, made], SMALLEST_TRACE)[..., None, None]
     for to, of in zip(moments, (shape, cross), strict=True):
-        to[:, :, made] = of / trace
+        # torch turns numbers into half ones many times as fast as NumPy.
+        torch.from_numpy(to)[:, :, made] = torch.from_numpy(of / trace)
 
 
 def _seal(
