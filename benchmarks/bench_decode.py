@@ -60,7 +60,7 @@ class Contender:
 def sweep(tokens: int) -> list[int | None]:
     """Budgets k of the segmented index to try: its own, and some around ``540 (T / 8192)^0.65``."""
     base = 540 * (tokens / 8192) ** 0.65
-    return [None, *(round(base * factor) for factor in (0.1, 0.15, 0.25, 0.5, 1))]
+    return [None, *(round(base * factor) for factor in (0.07, 0.1, 0.15, 0.25, 0.5, 1))]
 
 
 def sdpa_gqa(db: AttentionDB, query: Tensor) -> Tensor:

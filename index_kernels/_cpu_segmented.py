@@ -150,7 +150,7 @@ def _placed(table, keys, values, start):
     """Keys and values as flat memory, and the addresses of all else that a store's kernel reads."""
     (key_memory, *key_steps), (value_memory, *value_steps) = flat_rows(keys), flat_rows(values)
     steps = np.array([*key_steps, *value_steps])
-    arrays = *table.lists, *table.supers, steps, start.numpy(), table.shape, table.cross, table.codes
+    arrays = *table.lists, *table.supers, steps, start.contiguous().numpy(), table.shape, table.cross, table.codes
     return key_memory, value_memory, Addresses.of(OF_STORE, arrays)
 
 

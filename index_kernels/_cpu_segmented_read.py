@@ -56,12 +56,18 @@ def _read_tile(b, h, q, tile, filled, keys, values, how, peak, scratch, logits, 
     coded, mean, sums, leans = scratch.row_logit[b, h], scratch.mean[b, h], scratch.sum[b, h], scratch.lean[b, h]
     key_at, value_at = b * keys.batch + h * keys.head, b * values.batch + h * values.head
     for i in range(filled):
-        row, e, j = tile[0, i], tile[1, i], tile[2, i]
-        score_rows(q, 0, keys.memory, key_at + row * keys.row, keys.row, 1, logits, i, TILE, heads, ck, width)
-        for g in range(acc.shape[0]):
-            x = exp32(coded[g, e] - peak[g])
-            sums[g, j] -= x
-            leans[g, j] -= x * (coded[g, e] - mean[g, j])
+        row = key_at + tile[0, i] * keys.row
+        score_rows(q, 0, keys.memory, row, keys.row, 1, logits, i, TILE, heads, ck, width)
+    by_code = np.empty(TILE, F)
+    for g in range(acc.shape[0]):
+        for i in range(filled):
+            by_code[i] = coded[g, tile[1, i]] - peak[g]
+        for i in range(filled):
+            by_code[i] = exp32(by_code[i])
+        for i in range(filled):
+            j = tile[2, i]
+            sums[g, j] -= by_code[i]
+            leans[g, j] -= by_code[i] * (coded[g, tile[1, i]] - mean[g, j])
     flush(
         values.memory, value_at, values.row, tile[0], np.ones(TILE, np.int64), filled, filled, how.softcap, logits, acc,
         top, total, lanes,

@@ -145,6 +145,10 @@ class ListTable:
             kept = self._cache["beside"] = keys, start, made(self, keys, values, start)
         return kept[2]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy must look at its own arrays.
+        return {**self.__dict__, "_cache": {}}
+
     def _to(self, device: torch.device) -> Levels:
         most, most_supers = int(self.lists.used.max()), int(self.supers.used.max())
         shape, cross = (_tensor(bits.view(np.float16), device).float() for bits in (self.shape, self.cross))

@@ -1,5 +1,7 @@
 """attend_segmented: every backend against the specification, and the specification against attention over rows."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -194,6 +196,16 @@ def test_queries_of_any_layout_and_lists_that_grew_are_read_where_they_stand():
     got = run("numba", query, keys.clone(), values.clone(), lists.table, how, start=start)
     assert torch.equal(got.out, wanted.out)
     assert torch.equal(got.lse, wanted.lse)
+
+
+def test_a_copy_of_the_lists_is_read_where_it_stands():
+    query, keys, values, lists, how, start, _ = sealed_store("float32")
+    wanted = run("numba", query, keys, values, lists.table, how, start=start)
+    store = copy.deepcopy((keys, values, lists.table, start))
+    for array in (keys, values, lists.lists.key, lists.codes):
+        array[:] = 0
+    got = run("numba", query, *store[:3], how, start=store[3])
+    assert torch.equal(got.out, wanted.out)
 
 
 def test_arrays_that_a_kernel_would_misread_by_address_are_refused():

@@ -50,6 +50,8 @@ CODES_PER_ITEM = 6
 NO_CODES = Usage(0.0, 0)
 # Rows under opened super-lists for each row coded.
 OPENED_PER_CODED = 2
+# Rows whose lists are all scored, whatever the budget.
+ONE_LEVEL = 8192
 
 
 class Budget(NamedTuple):
@@ -85,8 +87,8 @@ def budget(sealed: int, k: int | None) -> Budget:
     read = default_rows_read(sealed) if k is None else k
     coded = min(CODED_PER_READ * read, sealed)
     opened = OPENED_PER_CODED * coded
-    # Scoring every list, in the order they stand, costs no more than opening half of the super-lists.
-    return Budget(read, coded, sealed if 2 * opened > sealed else opened)
+    # Scoring every list, in the order they stand, costs no more than opening half of the super-lists, or any of few.
+    return Budget(read, coded, sealed if 2 * opened > sealed or sealed <= ONE_LEVEL else opened)
 
 
 def needs_of(config: RetrievalConfig, work: Workload) -> Needs | None:
