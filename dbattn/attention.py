@@ -494,6 +494,7 @@ class AttentionDB:
 
     def select(self, batch: Tensor) -> None:
         """Keep the batch rows ``batch [B']`` int64; an index may repeat (beam search)."""
+        self._prepared = None
         self.store.select(batch)
         self.index.select(batch)
 
@@ -585,7 +586,7 @@ class AttentionDB:
             store, given = self.store, None if self.store.sample is None else self.store.sample.given_rows
             about = (
                 config, call.query.shape, store.starts, len(self.index), rows + -rows % ROWS_PER_PLAN, backend,
-                processor, retrieve, self.unindexed, given, self._needs,
+                processor, retrieve, self.unindexed, given, self._needs, call.scale, call.softcap,
             )  # fmt: skip
             kept = self._prepared
             if kept is not None and kept.about == about and kept.rows <= rows:

@@ -56,7 +56,7 @@ def dense_attention(
     one = query.shape[2] == 1
     if one and sdpa and _prefers_sdpa(query.device) and keys.dtype == values.dtype == query.dtype:
         return _scan_many(query, keys, values, start, scale)
-    if one or _are_few(query, keys):
+    if one or _are_few(query, keys, values):
         out, lse = dense_decode(query, keys, values, start=start, scale=scale, softcap=softcap)
         return (out, lse) if return_lse else out.to(query.dtype)
     if sdpa:
@@ -104,8 +104,10 @@ def _prefers_sdpa(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _are_few(query: Tensor, keys: Tensor) -> bool:
-    """Whether our own kernel serves so few positions over so many rows faster than torch's."""
+def _are_few(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether our own kernel, which has no gradients, serves so few positions over so many rows faster than torch's."""
+    if torch.is_grad_enabled() and any(rows.requires_grad for rows in (query, keys, values)):
+        return False
     few = query.shape[1] * query.shape[2] <= FEW_QUERIES * keys.shape[1] and keys.shape[2] >= MANY_ROWS
     return few and resolve_backend(query) == "numba"
 

@@ -32,7 +32,7 @@ from .query.usage import Usage, Workload, scan_usage
 from .query.weights import Weights
 from .shards import ShardError, Shards
 from .snapshot import SaveReport, ShardWriter, SnapshotWriter, open_parts
-from .store import RowSource, StateSource, check_range, on_device
+from .store import RowSource, StateSource, check_range, on_device, stored
 
 # Of how much a shard's part of the budget is worth, the newest call tells this share.
 NEWEST = 0.2
@@ -207,9 +207,13 @@ class ShardedDB(AttentionDB):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """See AttentionDB; rows of other ranks are looked at, so that all ranks refuse the same."""
         ours = [self.shards.ours(rows, self._rows) if rows.ndim == 4 else rows for rows in (keys, values)]
+        if keys.shape[:-1] != values.shape[:-1]:
+            ours = [keys, values]  # say what is wrong
         for name, rows in (("keys", keys), ("values", values)):
             if rows.is_floating_point() and not (on_device(rows) and rows.shape[-2] == 1):
                 check_range(name, rows)
+                if self.config.storage == "float16":
+                    stored(name, rows, "float16")
         empty = not self._rows
         self.store.append(*ours)
         self._rows += keys.shape[2]

@@ -9,7 +9,16 @@ from torch import Tensor
 from . import _torch_seal
 from .ops import resolve_backend
 from .packed import floats
-from .summaries import SMALLEST_TRACE, Array, Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
+from .summaries import (
+    LARGEST_HALF,
+    SMALLEST_TRACE,
+    Array,
+    Clustering,
+    LearntMetric,
+    ListArrays,
+    SegmentArrays,
+    SuperListArrays,
+)
 
 
 def seal_rows(
@@ -50,8 +59,9 @@ def seal_rows(
     made = slice(first_segment, first_segment + count)
     trace = np.maximum(segments.trace[:, :, made], SMALLEST_TRACE)[..., None, None]
     for to, of in zip(moments, (shape, cross), strict=True):
-        # torch turns numbers into half ones many times as fast as NumPy.
-        torch.from_numpy(to)[:, :, made] = torch.from_numpy(of / trace)
+        # Of rows that are alike, rounding may leave sums that are many times the trace. By torch: it turns numbers into
+        # half ones many times as fast as NumPy.
+        torch.from_numpy(to)[:, :, made] = torch.from_numpy(of / trace).clamp_(-LARGEST_HALF, LARGEST_HALF)
 
 
 def _seal(

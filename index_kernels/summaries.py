@@ -19,6 +19,7 @@ from .packed import floats
 Array = np.ndarray[Any, Any]
 # What a trace of residuals is taken for where all rows are alike.
 SMALLEST_TRACE = 1e-20
+LARGEST_HALF = float(np.finfo(np.float16).max)
 
 
 class ListArrays(NamedTuple):

@@ -381,3 +381,10 @@ def test_one_position_is_scanned_by_sdpa_where_that_is_faster(monkeypatch):
         dense_attention(query, keys.half(), values.half()),
     ):
         assert relative_error(other, expected[None]).max() < 0.05
+
+
+def test_dense_attention_of_several_positions_over_many_rows_has_gradients():
+    keys, values = rows(1100)
+    query = torch.randn(1, 4, 8, 16, requires_grad=True)
+    dense_attention(query, keys, values).sum().backward()
+    assert query.grad.abs().sum() > 0

@@ -223,6 +223,14 @@ def test_moments_saved_as_sums_are_what_they_are_saved_as_now_when_they_are_load
         np.testing.assert_allclose(theirs.view(np.float16), ours.view(np.float16), rtol=2e-3, atol=1e-6)
 
 
+def test_a_segment_of_equal_rows_leaves_the_moments_of_its_head_finite():
+    keys, values = clustered(2600)
+    keys[:, :, 600:1200] = 3 * torch.randn(16)
+    db = database(keys, values, k=64)
+    assert all(np.isfinite(bits.view(np.float16)).all() for bits in moments(db.index))
+    assert bool(db.attend(torch.randn(1, 4, 1, 16)).isfinite().all())
+
+
 def test_missing_numba_names_the_extra(monkeypatch):
     monkeypatch.setattr("dbattn.index.segmented.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"dbattn\[cpu\]"):

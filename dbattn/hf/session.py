@@ -124,6 +124,8 @@ class Session:
         Raises:
             ValueError: more than a token each, or caches that are not this session's, or were read by windows.
         """
+        if self.shards is not None:
+            raise ValueError("a batch of caches cannot be read over the ranks of a group: one cache at a time")
         ours = all(map(BatchCache.takes, batch.caches)) and all(
             layer.session is self for cache in batch.caches for layer in cache.layers
         )

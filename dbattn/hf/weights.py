@@ -67,14 +67,18 @@ class Int8Meanwhile:
     """Packed copies of a model's linear layers, which answer in their place while ``active()`` says so."""
 
     def __init__(self, model: nn.Module, active: Callable[[], bool]) -> None:
-        self._layers = [module for module in model.modules() if type(module) is nn.Linear]
-        for layer in self._layers:
-            # On the object: its class, parameters and hooks are what they were.
-            layer.forward = partial(_int8_meanwhile, layer, pack_weight(layer.weight), active)  # type: ignore[method-assign]
+        # Not those with a forward of their own, as accelerate's hooks give them.
+        layers = [one for one in model.modules() if type(one) is nn.Linear and "forward" not in vars(one)]
+        self._packed, self._active = [(layer, pack_weight(layer.weight)) for layer in layers], active
+
+    def begin(self) -> None:
+        """Let them answer; on the objects: their class, parameters and hooks are what they were."""
+        for layer, packed in self._packed:
+            layer.forward = partial(_int8_meanwhile, layer, packed, self._active)  # type: ignore[method-assign]
 
     def undo(self) -> None:
         """Give the layers back."""
-        for layer in self._layers:
+        for layer, _ in self._packed:
             vars(layer).pop("forward", None)
 
 

@@ -161,6 +161,7 @@ class Handle:
                 stats.dense_reasons[left_to_transformers(layer)] = 0
         self._signature = inspect.signature(self._decoder.forward)
         # What can fail comes first, so that a failure leaves nothing behind.
+        self._int8 = Int8Meanwhile(model, lambda: self._session.switches.drafting) if int8 else None
         self._hooks = [
             self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_forward, always_call=True),
@@ -173,7 +174,8 @@ class Handle:
             model.generate = ExactGenerate(model, self._session, self._session.drafts)
         elif shards is not None:
             model.generate = InStep(model, shards)
-        self._int8 = Int8Meanwhile(model, lambda: self._session.switches.drafting) if int8 else None
+        if self._int8 is not None:
+            self._int8.begin()
         self._active = True
 
     def unwrap(self) -> None:

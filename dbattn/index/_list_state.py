@@ -6,7 +6,7 @@ import torch
 from index_kernels import ListArrays, SuperListArrays, floats
 from index_kernels.lists import row_places
 from index_kernels.packed import code_rows
-from index_kernels.summaries import SMALLEST_TRACE, Array
+from index_kernels.summaries import LARGEST_HALF, SMALLEST_TRACE, Array
 
 from ..store import KVStore, check_finite
 from ._lists import Lists, most_lists
@@ -121,7 +121,7 @@ def _expect_moments(state: Arrays, lists: Lists) -> Arrays:
         kept, like = state.get(f"segment_{name}"), getattr(lists.segments, name)
         are_sums = kept is not None and kept.dtype == np.float32
         array = expect(state, f"segment_{name}", np.float32 if are_sums else like.dtype, *grid, *like.shape[3:])
-        found[name] = array / over if are_sums else array
+        found[name] = (array / over).clip(-LARGEST_HALF, LARGEST_HALF) if are_sums else array
     return found
 
 

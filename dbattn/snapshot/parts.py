@@ -151,7 +151,8 @@ class ShardWriter:
         if self._saved is not None and len(self._saved.digests) != shards.ranks:
             self.close()
             open_parts(path, shards)  # says so
-        self._remove_others()
+        # Together: a slow rank must not remove the folder that a fast one has made for its next part.
+        shards.agreed(self._remove_others)
 
     @property
     def exists(self) -> bool:
@@ -190,6 +191,7 @@ class ShardWriter:
         own = wanted.part(self.path, shards.rank)
 
         def write() -> tuple[SaveReport, str]:
+            shutil.rmtree(own, ignore_errors=True)  # of a save that another rank could not make
             own.parent.mkdir(parents=True, exist_ok=True)
             if self._saved is not None:
                 # Files of rows never change: the new part shares them with the old one.
@@ -213,7 +215,7 @@ class ShardWriter:
 
         shards.agreed(commit)
         self._saved = parts
-        self._remove_others()
+        shards.agreed(self._remove_others)
         reports = [report for report, _ in done]
         return SaveReport(*(sum(getattr(each, name) for each in reports) for name in SaveReport.__dataclass_fields__))
 
@@ -232,6 +234,7 @@ class ShardWriter:
         if self._shards.rank:
             return None
         self._lock.enter_context(locked(self.path))
+        shutil.rmtree(self.path / ASIDE, ignore_errors=True)  # of a writer that was killed
         saved = read_parts(self.path)
         others = sorted(each.name for each in self.path.iterdir() if not _is_ours(each.name))
         if others:

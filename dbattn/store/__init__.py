@@ -7,7 +7,7 @@ from .pages import Pages, Spread
 from .queries import QuerySample
 from .rows import KVStore, rows_at
 from .source import RowSource, StateSource
-from .storage import check_finite, check_queries, check_range, on_device
+from .storage import check_finite, check_queries, check_range, on_device, stored
 
 __all__ = [
     "KVStore",
@@ -26,4 +26,5 @@ __all__ = [
     "new_buffer",
     "on_device",
     "rows_at",
+    "stored",
 ]
