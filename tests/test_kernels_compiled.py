@@ -139,7 +139,8 @@ CASES = {
         {
             "score_kernel",
             "rank_kernel",
-            "open_kernel",
+            "lay_kernel",
+            "score_named_kernel",
             "choose_kernel",
             "attend_coded_kernel",
             "attend_kernel",
