@@ -41,8 +41,8 @@ DTYPES = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 80, 128, 256)
 ROWS = 4096
-# Bytes that ptxas rather spills than to let fewer programs run at once: kernels that wait for rows in the host's memory,
-# and one whose registers are capped at 128, which took an H100 3 % less time.
+# Bytes that ptxas rather spills than to let fewer programs run at once: kernels that wait for rows in the memory of the
+# host, and one whose registers are capped at 128, which took an H100 3 % less time.
 SPILLED = {"choose_kernel": 32, "attend_coded_kernel": 80, "attend_kernel": 64}
 
 
