@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found["model"]["weights_given"] = args.weights_ms is not None
     settings = {"captured": [path.name for path in args.captured], "rows": args.rows, "ranks": args.ranks}
     write_json(args.json, "shards", settings, found)
-    readme.write(args.json.parent)
+    readme.write(args.json.parent.resolve())
 
 
 if __name__ == "__main__":
