@@ -344,7 +344,7 @@ class AttentionDB:
     @inference_only
     def plan_of(self, query: Tensor, *, scale: float | None = None) -> QueryPlan:
         """How ``attend`` would answer a query, with what that is estimated to take; nothing runs."""
-        return self._plan(self._call(query, scale), estimate=True, exact=False)
+        return self._plan(self._call(query, scale), estimate=True)
 
     @inference_only
     def audit(

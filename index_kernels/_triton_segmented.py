@@ -36,8 +36,7 @@ from ._triton_segmented_kernels import (
 )
 from .lists import weights_by_place
 from .packed import SCALE_BYTES, scales, turned_for_codes
-from .segmented import MANY_ROWS
-from .summaries import Array, ListArrays, ListReading, ListTable, SegmentedAnswer, SuperListArrays
+from .summaries import MANY_ROWS, Array, ListArrays, ListReading, ListTable, SegmentedAnswer, SuperListArrays
 
 # Programs per multiprocessor: of those that score summaries; that read opened lists and summaries; that choose rows by
 # code. What was fastest on an H100.

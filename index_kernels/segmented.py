@@ -28,8 +28,6 @@ from .summaries import ListReading, ListTable, SegmentedAnswer
 
 # On layers of two models at 16K and 32K, whole lists are nearer than codes with so many rows.
 WHOLE, WHOLE_PER_READ = 4608, 7
-# Rows from which on a GPU ranks super-lists first, where not all are to be opened.
-MANY_ROWS = 1 << 18
 
 
 def attend_segmented(

@@ -20,6 +20,8 @@ Array = np.ndarray[Any, Any]
 # What a trace of residuals is taken for where all rows are alike.
 SMALLEST_TRACE = 1e-20
 LARGEST_HALF = float(np.finfo(np.float16).max)
+# Rows from which on a GPU ranks super-lists first, where not all are to be opened.
+MANY_ROWS = 1 << 18
 
 
 class ListArrays(NamedTuple):

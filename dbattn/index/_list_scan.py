@@ -12,7 +12,8 @@ from torch.nn.functional import pad
 
 from index_kernels import ListReading, ListTable, SegmentedAnswer, attend_segmented
 from index_kernels.packed import code_bytes
-from index_kernels.segmented import MANY_ROWS, rows_opened
+from index_kernels.segmented import rows_opened
+from index_kernels.summaries import MANY_ROWS
 
 from ..config import RetrievalConfig
 from ..query.call import Call
