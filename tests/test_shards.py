@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,13 +21,25 @@ from dbattn.shards import BLOCK, Shards
 RANKS = 2
 
 
+def free_ports(n):
+    """Ports that nobody listens at, none of those that a system gives to whoever asks for any."""
+    found = []
+    with ExitStack() as stack:
+        for port in random.sample(range(20000, 32000), 200):
+            listener = stack.enter_context(socket.socket())
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            found.append(port)
+            if len(found) == n:
+                break
+    return found
+
+
 def run_ranks(folder, model):
     """What each of two processes found; the second one kills itself in the end."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(8)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = ",".join(str(each.getsockname()[1]) for each in sockets)
+    ports = ",".join(map(str, free_ports(8)))
     shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "PORTS": ports, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("shards_rank.py")), str(folder), str(model)]
     ranks = [
@@ -34,7 +47,7 @@ def run_ranks(folder, model):
         for rank in range(RANKS)
     ]
     try:
-        errors = [rank.communicate(timeout=500)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

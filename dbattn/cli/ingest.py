@@ -57,15 +57,12 @@ def run_ingest(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
     text = read_text(file)
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
-    if os.path.lexists(out):
+    # One decision of all ranks: a fast one must not make the folder before a slow one has looked for it.
+    if _begun(out) if shards is None else any(shards.agreed(lambda: _begun(out))):
         # What can be wrong with it is said before the model is loaded.
         with _writer(out, shards) as writer:
             if writer.exists:
                 _check_begun_with(out, _described(out, shards), index, storage)
-    elif not os.access(out.absolute().parent, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder {out.parent} cannot be written")
     console, name = line_console(stderr=True, quiet=quiet), name_of(file)
     lm, tokenizer = load(model, weights, console)
     ids, limit = context_ids(text, tokenizer)[:, :tokens], context_limit(lm)
@@ -98,6 +95,21 @@ def run_ingest(
     else:
         done = f"{ids.shape[1] - held} of them read in {time.perf_counter() - began:.0f} s"
     line_console(quiet=quiet).print(f"{out}: {ids.shape[1]} tokens of {name}, {done}; {size}", markup=False)
+
+
+def _begun(out: Path) -> bool:
+    """Whether there is something at ``out``.
+
+    Raises:
+        OSError: there is nothing, and it cannot be made.
+    """
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
+    if os.path.lexists(out):
+        return True
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise PermissionError(f"--out {out}: the folder {out.parent} cannot be written")
+    return False
 
 
 def _writer(out: Path, shards: Shards | None) -> SnapshotWriter | ShardWriter:
