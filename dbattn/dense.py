@@ -7,15 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from index_kernels import attend_rows, dense_decode, floats, merge_states, resolve_backend
-from index_kernels.ops import check_rows
+from index_kernels.ops import FEW_QUERIES, check_rows
 from index_kernels.packed import row_dim
 from index_kernels.reference import softcapped
 
 # Bytes of float32 logits held at once where the logits are needed explicitly (softcap, lse).
 _LOGITS_BYTES = 64 << 20
-# Queries for each KV head, over many rows, up to which our own kernel is faster than torch's: a check of drafted tokens
-# has as few, and a question about a long text.
-FEW_QUERIES, MANY_ROWS = 384, 1024
+# Of few queries, as a check of drafted tokens has, our own kernel is faster than torch's from so many rows on.
+MANY_ROWS = 1024
 
 
 def dense_attention(
@@ -56,7 +55,8 @@ def dense_attention(
     one = query.shape[2] == 1
     if one and sdpa and _prefers_sdpa(query.device) and keys.dtype == values.dtype == query.dtype:
         return _scan_many(query, keys, values, start, scale)
-    if one or _are_few(query, keys, values):
+    plain = sdpa and start is None and query.shape[2] == keys.shape[2] and keys.dtype == values.dtype == query.dtype
+    if one or _is_ours(query, keys, values, plain=plain):
         out, lse = dense_decode(query, keys, values, start=start, scale=scale, softcap=softcap)
         return (out, lse) if return_lse else out.to(query.dtype)
     if sdpa:
@@ -104,12 +104,15 @@ def _prefers_sdpa(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _are_few(query: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether our own kernel, which has no gradients, serves so few positions over so many rows faster than torch's."""
+def _is_ours(query: Tensor, keys: Tensor, values: Tensor, *, plain: bool) -> bool:
+    """Whether our own kernels, which have no gradients, serve several positions faster than torch's.
+
+    ``plain``: torch's need no mask, no other type of rows, and tell no log-sum-exp: then they are as fast.
+    """
     if torch.is_grad_enabled() and any(rows.requires_grad for rows in (query, keys, values)):
         return False
-    few = query.shape[1] * query.shape[2] <= FEW_QUERIES * keys.shape[1] and keys.shape[2] >= MANY_ROWS
-    return few and resolve_backend(query) == "numba"
+    few = query.shape[1] * query.shape[2] <= FEW_QUERIES * keys.shape[1]
+    return (keys.shape[2] >= MANY_ROWS if few else not plain) and resolve_backend(query) == "numba"
 
 
 def _takes_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:

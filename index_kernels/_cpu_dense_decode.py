@@ -1,6 +1,6 @@
 """dense_decode: the exact scan of one query position at memory speed (split-K online softmax, as in FlashDecoding).
 
-Few positions have a kernel of their own, which shares what is read among them: ``_cpu_dense_few``.
+Several positions have kernels that share what is read among them: few ``_cpu_dense_few``, many ``_cpu_blocks``.
 """
 
 # mypy: ignore-errors
@@ -11,6 +11,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from ._cpu_blocks import dense_many
 from ._cpu_common import (
     FAST,
     NEG,
@@ -27,6 +28,7 @@ from ._cpu_common import (
 from ._cpu_dense_few import dense_few
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes
+from .ops import FEW_QUERIES
 from .packed import row_dim
 
 
@@ -41,6 +43,8 @@ def dense_decode(
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """See reference.dense_decode."""
+    if causal and query.shape[1] * query.shape[2] > FEW_QUERIES * keys.shape[1]:
+        return dense_many(query, keys, values, scale=scale, start=start, softcap=softcap)
     if query.shape[2] > 1:
         return dense_few(query, keys, values, scale=scale, start=start, softcap=softcap, causal=causal)
     out = torch.empty((*query.shape[:3], row_dim(values)))

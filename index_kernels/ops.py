@@ -19,6 +19,8 @@ BACKENDS = ("auto", "reference", "numba", "triton")
 # The ops that a backend implements; the reference serves the others.
 _SERVED = {"numba": {"attend_rows", "dense_decode"}, "triton": {"attend_rows", "dense_decode", "merge_states", "top_k"}}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Queries for each KV head of which the CPU deals rows to its threads; of more, queries.
+FEW_QUERIES = 384
 # What keys and values may be: int8 is packed rows, see packed.py.
 STORED = (*FLOATS, torch.int8)
 

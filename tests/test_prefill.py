@@ -9,7 +9,7 @@ from conftest import random_rows
 import dbattn
 from dbattn import dense_attention
 from dbattn.metrics import relative_error
-from index_kernels import BlockReading, attend_block, blocks
+from index_kernels import BlockReading, attend_block, dense_decode
 
 OPTIONS = {"audit_rate": 0.0, "prefill": "lists"}
 
@@ -129,25 +129,34 @@ def test_left_padding_softcap_and_a_sink_are_honoured(softcap):
     torch.testing.assert_close(out[1, :, 900:], dense[1, :, 900:], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (24, 8)])
-def test_the_flash_kernel_answers_as_the_specification(dims, monkeypatch):
-    dim, value_dim = dims
-    query, keys, values = topical(3000, dim=dim)
-    values = values[..., :value_dim]
-    db = reader(keys, values)
+@pytest.mark.parametrize(("softcap", "storage", "value_dim"), [(None, None, 16), (20.0, "int8", 8)])
+def test_the_cpus_kernels_answer_as_the_specification(softcap, storage, value_dim):
+    query, keys, values = topical(3000, batch=2)
+    db = reader(keys, values[..., :value_dim], torch.tensor([0, 700]), storage=storage)
+    query = db.store.turn(query)
     db.index.seal_before(db.store, db.store.start + 4, 2560)
-    sealed = len(db.index)
-    how = BlockReading(sealed, 4, 2 * 256, dim**-0.5, None, 0.38, 0.7, True)
+    how = BlockReading(len(db.index), 4, 2 * 256, 0.25, softcap, 0.38, 0.7, True)
+    fast, slow = (
+        attend_block(query[:, :, 2560:], *db.store.rows, db.index.table, how, start=db.store.start, backend=backend)
+        for backend in ("numba", "reference")
+    )
+    assert fast.rows_read == slow.rows_read > 600
+    torch.testing.assert_close(fast.out, slow.out, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast.lse_by_source, slow.lse_by_source, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fast.lse, fast.lse_by_source.logsumexp(dim=0), atol=1e-5, rtol=1e-5)
 
-    def answer():
-        return attend_block(query[:, :, 2560:], *db.store.rows, db.index.table, how, start=db.store.start)
 
-    fast = answer()
-    monkeypatch.setattr(blocks, "_FLASH", None)
-    slow = answer()
-    assert fast.rows_read == slow.rows_read > 300
-    torch.testing.assert_close(fast.out, slow.out, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(fast.lse_by_source, slow.lse_by_source, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_many_positions_are_scanned_as_the_specification_says(softcap):
+    query, keys, values = torch.randn(2, 4, 260, 16), torch.randn(2, 2, 700, 16), torch.randn(2, 2, 700, 16)
+    start = torch.tensor([30, 500])  # the first 60 positions of the second see nothing
+    fast, slow = (
+        dense_decode(query, keys, values, start=start, softcap=softcap, backend=backend)
+        for backend in ("numba", "reference")
+    )
+    assert (fast[0][1, :, :60] == 0).all()
+    for got, wanted in zip(fast, slow, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_block_whose_rows_stand_in_lists_is_refused():

@@ -47,7 +47,7 @@ def run_ranks(folder, model):
         for rank in range(RANKS)
     ]
     try:
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=400)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
