@@ -335,19 +335,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     path = args.json or results_folder(args.quick) / "serve.json"
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    held: list[dict[str, Any]] = []
     for side in args.sides:
         for one in SIDES[side](asking):
             found[tuple(one[name] for name in SAME)] = one
             held = with_earlier(path, list(found.values()), SAME)
             settings = {"quick": args.quick, "tokens": asking.tokens, "seconds": asking.seconds}
             write_json(path, "serve", settings, held)
-    _print(asking, list(found.values()))
+    _print(asking, held)
     write(path.parent)
 
 
-def _print(asking: Asking, found: Sequence[dict[str, Any]]) -> None:
-    """Sides next to each other."""
-    rows = []
+def _print(asking: Asking, held: Sequence[dict[str, Any]]) -> None:
+    """Sides next to each other, as the record has them."""
+    rows, same = [], (asking.weights, asking.context)
+    found = [one for one in held if one["side"] == "forks" or (one["weights"], one["context"]) == same]
     for clients in asking.clients:
         sides = {one["side"]: one for one in found if one["clients"] == clients and one["side"] != "forks"}
         served, dense = sides.get("server", {}), sides.get("dense", {})
