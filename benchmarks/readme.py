@@ -412,21 +412,48 @@ def _serve(results: Sequence[Record]) -> list[str]:
                 one["tokens_per_s"],
                 None if other is None else other["tokens_per_s"],
                 None if other is None else one["tokens_per_s"] / other["tokens_per_s"],
-                *(f"{show(side['first_p50'])} / {show(side['first_p90'])}" if side else "" for side in (one, other)),
-                f"{show(one['next_turn']['first_p50'])} ({show(one['next_turn']['read'])})",
+                *(
+                    f"{show(side['first_p50'])} / {show(side.get('first_p95'))}" if side else ""
+                    for side in (one, other)
+                ),
+                f"{show(again['first_p50'])} ({show(again['read'])})" if (again := one.get("next_turn")) else "",
+                " / ".join(f"{side['cut']}" if side and "cut" in side else "" for side in (one, other)).strip(" /"),
             ]
         )
     head = (
         "context", "clients at once", "weights", "tokens/s", "dense generate", "times",
-        "first token, s, p50 / p90", "of dense generate", "next turn, s (tokens read)",
+        "first token, s, p50 / p95", "of dense generate", "next turn, s (tokens read)", "cut",
     )  # fmt: skip
     return [
         "SmolLM2-135M: each client asks another question about the context, all at the same moment; the server answers",
         "them together, the unwrapped model's `generate` one after the other, from a cache with the same context",
-        "(empty: not measured).",
+        "(empty: not measured). A number of clients on one side is given some minutes; answers that had not come to",
+        "their end by then were cut (server / dense).",
         "",
         *_table(head, rows),
+        *_forks([one for one in results if one["side"] == "forks"]),
     ]
+
+
+def _forks(results: Sequence[Record]) -> list[str]:
+    if not results:
+        return []
+    rows = [
+        [
+            f"{one['context']:,}",
+            str(one["clients"]),
+            f"{one['scanning']} of {one['layers']}",
+            *(one[f"{name}_ms"] for name in ("together", "each", "scans")),
+            one["each_ms"] / one["together_ms"],
+            one["scans_ms"] / one["together_ms"],
+        ]
+        for one in results
+    ]
+    head = (
+        "rows shared", "forks", "layers whose plan scans", "together, ms", "each by its plan, ms", "each scanning, ms",
+        "times as fast as by plan", "as scanning",
+    )  # fmt: skip
+    return ["", "One query to each of several forks of a layer (median of two layers):", "", *_table(head, rows)]
 
 
 def _exact(results: Sequence[Record]) -> list[str]:

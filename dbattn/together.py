@@ -1,6 +1,8 @@
 """attend_together: one query to each of several databases that share rows, which are scanned once for all of them."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -8,12 +10,22 @@ from torch import Tensor
 from index_kernels import dense_decode, merge_states, resolve_backend
 
 from .attention import AttentionDB
-from .query.rates import rates
-from .query.usage import Workload
+from .query.choose import ROWS_PER_PLAN
 
-# Of the operations of a scan for one query, those of a query for many more heads take so much of the time.
-WIDE = 0.5
+# Rows that each would scan alone, all together: of fewer bytes, scanning them once is not faster. Where each would
+# retrieve it is not either, for up to eight over 4K to 32K rows (``bench_serve --forks``).
+LEAST_BYTES = 16 << 20
 TOGETHER = "rows that several ask for at once are scanned once for all"
+
+
+class _Kept(NamedTuple):
+    """Whether a database's own plan scans, for calls that are the same in what it is chosen by."""
+
+    about: tuple[Any, ...]
+    scans: bool
+
+
+_kept: "WeakKeyDictionary[AttentionDB, _Kept]" = WeakKeyDictionary()
 
 
 def attend_together(dbs: Sequence[AttentionDB], query: Tensor, *, scale: float) -> Tensor | None:
@@ -22,7 +34,8 @@ def attend_together(dbs: Sequence[AttentionDB], query: Tensor, *, scale: float) 
     The leading rows that all of them share (see ``AttentionDB.fork``) are read once, with the queries side by side as
     one wide query; then each one's own rows; and the two states are merged.
 
-    None, and nothing done, where that is not estimated to be faster than each one's own plan, or not wanted.
+    None, and nothing done, where that is not faster than each one's own plan, or not wanted: rows that each would scan
+    are scanned for all, unless they are few; where each would retrieve, it reads less.
     """
     first, stores = dbs[0], [db.store for db in dbs]
     rows = min((stores[0].rows_shared(store) for store in stores[1:]), default=0)
@@ -33,8 +46,12 @@ def attend_together(dbs: Sequence[AttentionDB], query: Tensor, *, scale: float) 
         if db.is_reading:
             db.sync()  # the prompt has been read
     rows = min(stores[0].rows_shared(store) for store in stores[1:])
-    if not _pays(first, query, rows, scale):
-        return None
+    return scan_together(dbs, query, rows, scale=scale) if _pays(first, query, rows, scale) else None
+
+
+def scan_together(dbs: Sequence[AttentionDB], query: Tensor, rows: int, *, scale: float) -> Tensor:
+    """``attend_together`` whether it is faster or not, where the first ``rows`` rows are shared by all."""
+    first, stores = dbs[0], [db.store for db in dbs]
     asked = first.store.turn(query)
     # Side by side, as positions that all see the same rows.
     out, lse = dense_decode(asked.transpose(0, 2), *stores[0].between(0, rows), scale=scale, causal=False)
@@ -52,15 +69,12 @@ def attend_together(dbs: Sequence[AttentionDB], query: Tensor, *, scale: float) 
 
 
 def _pays(db: AttentionDB, query: Tensor, rows: int, scale: float) -> bool:
-    """Whether a scan of so many rows for all is estimated to take less time than as many calls of one's own."""
-    scan = rates(None, torch.get_num_threads())
-    each = db.plan_of(query[:1], scale=scale)
-    if scan is None or each.seconds_estimated is None:
+    """Whether a scan of so many rows for all takes less time than as many calls of one's own."""
+    if len(query) * rows * db.store.num_kv_heads * db.store.row_bytes < LEAST_BYTES:
         return False
-    batch, heads, _, dim = query.shape
-    store = db.store
-    work = Workload(rows, batch, 0, 0, 1, heads, store.num_kv_heads, dim, store.value_dim, store.row_bytes)
-    size = store.num_kv_heads * rows * store.row_bytes
-    own = (len(store) - rows) * (scan.operation * heads * (dim + store.value_dim) + scan.byte * size / rows)
-    together = scan.byte * size + WIDE * scan.operation * work.operations(rows) + batch * (scan.call + own)
-    return together < batch * each.seconds_estimated
+    # Chosen anew, as a plan is, after some rows: every layer asks at every step.
+    about = db.config, len(db) // ROWS_PER_PLAN, len(db.index), query.shape[1:], scale, torch.get_num_threads()
+    kept = _kept.get(db)
+    if kept is None or kept.about != about:
+        kept = _kept[db] = _Kept(about, db.plan_of(query[:1], scale=scale).is_dense)
+    return kept.scans

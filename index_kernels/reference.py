@@ -25,13 +25,27 @@ def top_k(query: Tensor, keys: Tensor, k: int, *, scale: float, start: Tensor, s
     visible = (rows >= start[:, None, None, None]) & (rows < stop[:, None])
     scores = (_grouped_logits(query, keys) * scale).masked_fill(~visible, NEG_INF)
     found = min(k, keys.shape[2])
-    # A stable sort is what makes ties go to the smaller id; torch.topk promises no order among equals.
-    order = scores.sort(dim=-1, descending=True, stable=True)
     ids = torch.full((batch, heads, m, k), -1, dtype=torch.int64, device=keys.device)
     best = scores.new_full((batch, heads, m, k), NEG_INF)
-    best[..., :found] = order.values[..., :found]
-    ids[..., :found] = order.indices[..., :found].masked_fill(best[..., :found] == NEG_INF, -1)
+    best[..., :found], order = _best(scores, found)
+    ids[..., :found] = order.masked_fill(best[..., :found] == NEG_INF, -1)
     return ids, best
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of ``scores [..., T]`` by falling score, and their ids; ties go to the smaller id, but for -inf."""
+    best, ids = scores.topk(k, dim=-1)
+    if k == 0:
+        return best, ids
+    # Which of equal scores it takes, and in what order they come, torch.topk does not say.
+    least = best[..., -1:]
+    left_out = (scores == least).sum(dim=-1) > (best == least).sum(dim=-1)
+    if bool((left_out & (least[..., 0] > NEG_INF)).any()):
+        order = scores.sort(dim=-1, descending=True, stable=True)
+        return order.values[..., :k], order.indices[..., :k]
+    ids = ids.sort(dim=-1).values
+    order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return order.values, ids.gather(-1, order.indices)
 
 
 def attend_rows(

@@ -258,6 +258,15 @@ def test_audit_rate_spreads_audits(rate, audited):
     assert len(db.stats.audits) == audited
 
 
+def test_an_audit_that_was_due_and_not_made_is_made_at_the_next_call():
+    db = database(*rows(600), index="flat", k=32, audit_rate=0.25)
+    made = []
+    for audit in (False, None, None, None, False, False, None, None, None):
+        db.attend(torch.randn(1, 4, 1, 16), audit=audit)
+        made.append(len(db.stats.audits))
+    assert made == [0, 1, 1, 1, 1, 1, 2, 2, 3]
+
+
 @pytest.mark.parametrize("index", INDEXES)
 def test_search_finds_the_best_rows_in_order(index):
     keys, values = rows(1600)

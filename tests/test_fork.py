@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -325,3 +326,27 @@ def test_rows_that_forks_share_are_scanned_once_for_all_that_ask_and_each_reads_
     assert together.attend_together([forks[0], copy.deepcopy(forks[1])], query[:2], scale=0.25) is None
     named = database()
     assert together.attend_together([named.fork(), named.fork()], query[:2], scale=0.25) is None
+
+
+def test_forks_are_read_together_where_each_would_scan_which_is_asked_once_for_many_steps(monkeypatch):
+    from dbattn import together
+
+    torch.manual_seed(0)
+    origin = AttentionDB(2, 16, config=RetrievalConfig(index="segmented", window=16, audit_rate=0.0))
+    grow(origin, 1500)
+    forks, asked, scans = [origin.fork(), origin.fork()], [], True
+
+    def plan_of(db, query, *, scale):
+        asked.append(len(db))
+        return SimpleNamespace(is_dense=scans)
+
+    monkeypatch.setattr(AttentionDB, "plan_of", plan_of)
+    assert together.attend_together(forks, torch.randn(2, 4, 1, 16), scale=0.25) is None  # they are few
+    monkeypatch.setattr(together, "LEAST_BYTES", 2 * 1500 * 2 * 2 * 16 * 4)
+    for _ in range(40):
+        assert together.attend_together(forks, torch.randn(2, 4, 1, 16), scale=0.25) is not None
+        for db in forks:
+            grow(db, 1)
+    assert asked == [1500, 1536]
+    scans = False
+    assert together.attend_together([origin.fork(), forks[1]], torch.randn(2, 4, 1, 16), scale=0.25) is None

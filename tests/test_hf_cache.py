@@ -3,6 +3,7 @@
 import io
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -226,3 +227,16 @@ def test_caches_of_any_length_take_a_step_together_as_each_would_alone(tmp_path)
             model(torch.ones(2, 1, dtype=torch.long), past_key_values=BatchCache(together))
         with pytest.raises(ValueError, match="one token each"):
             model(torch.ones(3, 2, dtype=torch.long), past_key_values=BatchCache(together))
+
+
+@pytest.mark.parametrize(("rate", "audits"), [(0.05, [0, 1, 1]), (1.0, [1, 2, 3])])
+def test_the_first_token_after_a_question_waits_for_no_audit_and_the_next_one_makes_up_for_it(rate, audits):
+    model = tiny(max_position_embeddings=1024)
+    with torch.inference_mode(), wrap(model, replace(RETRIEVING, audit_rate=rate, max_queries=8)) as handle:
+        cache, found = handle.new_cache(), []
+        model(torch.randint(2, 126, (1, 200)), past_key_values=cache)
+        for tokens in (5, 1, 1):
+            model(torch.randint(2, 126, (1, tokens)), past_key_values=cache)
+            found.append([len(stats.audits) for stats in handle.stats])
+        assert found == [[each] * len(cache.layers) for each in audits]
+        assert all(stats.retrieving == 3 for stats in handle.stats)

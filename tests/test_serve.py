@@ -560,6 +560,17 @@ def test_an_answer_that_fails_ends_alone(served):
     assert "no token has a probability" in str(made[0].error)
 
 
+def test_an_answer_that_has_ended_does_not_wait_for_the_prompts_of_others(served):
+    engine, config = Engine(Conversations(1 << 28)), copy.deepcopy(served["tiny"].model.generation_config)
+    config.max_new_tokens = 1
+    one, other = (Generation(served["tiny"], list(range(n)), config, put=lambda token: True) for n in (5, 60))
+    for each in (one, other):
+        engine.submit(each)
+    engine.round()
+    assert 0 < one.first_token <= one.ended < other.first_token
+    engine.stop()
+
+
 def test_two_conversations_that_begin_alike_do_not_take_each_others_rows(served):
     plain, conversations = served["tiny"], Conversations(1 << 28)
     for reused in (0, 9):  # the same again, after an answer that was longer than the question

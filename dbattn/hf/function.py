@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from ..config import RetrievalConfig
 from ..dense import masked_attention, merge_sink
 from .batch import EACH, attend_each
 from .cache import DatabaseLayer
@@ -71,8 +72,7 @@ def attention_function(
                 softcap=softcap,
                 sink_logits=s_aux,
                 retrieve=switches.retrieve,
-                # Whether a draft was right, the dense pass after it tells.
-                audit=True if audits is not None else False if switches.drafting else None,
+                audit=True if audits is not None else _audit(db.config, query, drafting=switches.drafting),
             )
             if audits is not None and db.stats.retrieving > before:
                 audits.append(db.stats.audits[-1])
@@ -96,6 +96,17 @@ def attention_function(
         under_way.note_bypass(getattr(module, "layer_idx", None), query, key, value)
     out = _foreign(query, plain(key), plain(value), attention_mask, scale, softcap, s_aux, causal)
     return _as_sdpa_returns(out), None
+
+
+def _audit(config: RetrievalConfig, query: Tensor, *, drafting: bool) -> bool | None:
+    """Whether a call of a model may be audited where one is due: False, or None.
+
+    Whether a draft was right, the dense pass after it tells. The few positions of a question wait for none either:
+    all layers audit the same call, which takes a multiple of its time, and a reader waits for its first token; the
+    next token's call makes up for it. Where every call is to be audited, or the ladder learns, so are these.
+    """
+    every = config.audit_rate == 1.0 or config.max_error is not None
+    return False if drafting or (query.shape[2] > 1 and not every) else None
 
 
 def _as_sdpa_returns(out: Tensor) -> Tensor:

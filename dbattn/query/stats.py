@@ -100,6 +100,7 @@ class RunningStats:
         bytes_dense: bytes that dense scans would have read for the same calls.
         index: what the index had built at the last retrieving call.
         audits: reports of the latest audited calls.
+        audited: retrieving calls up to the latest audited one.
         heads: sums over all audited calls, per query head (None until the first).
         rungs: how often each rung of the ladder gave the answer (with ``max_error`` only).
         ladder: what was learnt about errors (with ``max_error`` only).
@@ -124,6 +125,7 @@ class RunningStats:
     bytes_dense: int = 0
     index: dict[str, Any] = field(default_factory=dict)
     audits: list[AuditReport] = field(default_factory=list)
+    audited: int = 0
     heads: HeadStats | None = None
     rungs: Counter[str] = field(default_factory=Counter)
     ladder: Ladder | None = None
@@ -134,10 +136,13 @@ class RunningStats:
     prompt: PromptStats = field(default_factory=PromptStats)
 
     def audit_is_due(self, config: RetrievalConfig, *, learning: bool = False) -> bool:
-        """The first retrieving call, then evenly spread ones; all while something is to be learnt, as by a ladder."""
+        """The first retrieving call, then evenly spread ones; all while something is to be learnt, as by a ladder.
+
+        One that was due at a call that was not audited is due at the next.
+        """
         rate, calls = config.audit_rate, self.retrieving
         learning = learning or (config.max_error is not None and calls < AUDITS_TO_LEARN)
-        return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(calls * rate))
+        return rate > 0 and (learning or math.ceil((calls + 1) * rate) > math.ceil(self.audited * rate))
 
     def add_answer(
         self,
@@ -207,6 +212,7 @@ class RunningStats:
             self.heads = HeadStats.of(heads)
         self.heads.add(report, max_error)
         self.audits.append(report)
+        self.audited = self.retrieving
         if len(self.audits) > 2 * AUDITS_KEPT:
             del self.audits[:AUDITS_KEPT]
 

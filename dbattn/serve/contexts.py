@@ -66,7 +66,7 @@ def reading_config(context: Path, k: int | None = None) -> RetrievalConfig:
     if info.batch != 1:
         raise SnapshotError(f"{context} holds {info.batch} texts, expected one")
     config = replace(info.config, max_queries=QUESTION_TOKENS)
-    # The first call and every 20th: an answer comes with its error, for about a hundredth of the time.
+    # The first call and every 20th: an answer comes with its error. An audited call takes some twenty times as long.
     config = replace(config, audit_rate=max(AUDIT_RATE, config.audit_rate))
     # A budget asked for is a wish to retrieve.
     return config if k is None else replace(config, k=k, dense_below=0)

@@ -280,14 +280,14 @@ class Engine:
             self._settle()
             left = PIECE
             for each in [each for each in self._active if each.unread > 1]:
-                if left:
+                if left and not each.ended:
                     tokens = min(each.unread, left)
                     left -= tokens
                     # The next round begins with another one.
                     self._active.remove(each)
                     self._active.append(each)
                     self._attempt(partial(each.read, tokens), [each])
-            self._settle()
+                    self._settle()  # an answer that has ended does not wait for the prompts of others
             groups: dict[Any, list[Generation]] = {}
             for each in [each for each in self._active if each.unread == 1]:
                 groups.setdefault(each.served if each.can_join else each, []).append(each)
