@@ -117,14 +117,14 @@ class AttentionDB(IndexedRows):
         Raises:
             ValueError: an empty store, or a query that does not fit it; states what was received.
         """
-        call, stats = self._call(query, scale=scale, softcap=softcap, sink_logits=sink_logits, extra=extra), self.stats
-        if retrieve and (plans := self._block_plans(call)):
+        call, stats = self._call(query, scale, softcap, extra, sink_logits), self.stats
+        prompt = call.is_prompt
+        if prompt and retrieve and (plans := self._block_plans(call)):
             return self._read(call, plans, query, return_lse=return_lse)
         call.needs_lse = return_lse
         answer, dense = self._answered(call, retrieve=retrieve, audit=audit)
         stats.rows_stored = len(self)
         if dense:
-            prompt = call.is_prompt
             stats.add_dense(dense, answer.rows_read, 0 if prompt else answer.bytes_read, prompt=prompt)
         else:
             stats.add_answer(
@@ -157,7 +157,7 @@ class AttentionDB(IndexedRows):
 
     @inference_only
     def _search(self, query: Tensor, k: int, scale: float | None) -> tuple[Tensor, Tensor, bool]:
-        call = self._call(query, scale=scale)
+        call = self._call(query, scale)
         check_integer("k", k, 1)
         return self._best(call, k)
 
@@ -176,7 +176,7 @@ class AttentionDB(IndexedRows):
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
-        call = self._call(query, scale=scale, softcap=softcap, sink_logits=sink_logits, extra=extra)
+        call = self._call(query, scale, softcap, extra, sink_logits)
         if plans := self._block_plans(call):
             call.measure = True
             return newest_part(self._read_blocks(call, plans, query)).plan
@@ -185,7 +185,7 @@ class AttentionDB(IndexedRows):
     @inference_only
     def plan_of(self, query: Tensor, *, scale: float | None = None) -> QueryPlan:
         """How ``attend`` would answer a query, with what that is estimated to take; nothing runs."""
-        return self._plan(self._call(query, scale=scale), estimate=True)
+        return self._plan(self._call(query, scale), estimate=True)
 
     @inference_only
     def audit(
@@ -202,7 +202,7 @@ class AttentionDB(IndexedRows):
         Raises:
             ValueError: an empty store, or a query that does not fit it.
         """
-        call = self._call(query, scale=scale, softcap=softcap, sink_logits=sink_logits, extra=extra)
+        call = self._call(query, scale, softcap, extra, sink_logits)
         if plans := self._block_plans(call):
             call.measure = True
             return audit_prompt(call, self._read_blocks(call, plans, query))
@@ -228,7 +228,7 @@ class AttentionDB(IndexedRows):
         self, query: Tensor, *, scale: float | None = None, softcap: float | None = None, retrieve: bool = True
     ) -> Weights:
         """``weights``, and how much of them comes from rows that were read."""
-        return self._weights(self._call(query, scale=scale, softcap=softcap), retrieve=retrieve)
+        return self._weights(self._call(query, scale, softcap), retrieve=retrieve)
 
     def save(self, target: "str | os.PathLike[str] | SnapshotWriter | ShardWriter") -> "SaveReport":
         """Write rows and index to a snapshot folder; of a folder saved to before, only what is new since then.
@@ -316,7 +316,7 @@ class AttentionDB(IndexedRows):
         if audit is None:
             expected = self._expected if self.config.max_error is None else None
             audit = self.stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
-        plan = self._plan(call, retrieve=retrieve, exact=audit)
+        plan = self._planner.plan(call, retrieve=retrieve, exact=audit, unindexed=self.unindexed)
         if plan.is_dense:
             call.needs_lse = call.needs_lse or len(plan.steps) > 1
             return run_plan(plan, call), plan.reason
@@ -404,7 +404,7 @@ class AttentionDB(IndexedRows):
 
     def _block_plans(self, call: Call) -> list[BlockPlan]:
         """How a prompt is read block by block; empty where all of it is read densely."""
-        return block_plans(call) if call.is_prompt and not self.unindexed else []
+        return [] if self.unindexed else block_plans(call)
 
     def _read(
         self, call: Call, plans: list[BlockPlan], query: Tensor, *, return_lse: bool

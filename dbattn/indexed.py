@@ -216,9 +216,9 @@ class IndexedRows:
         """The part of ``nbytes`` that no fork shares: what would be free if this database went."""
         return self.store.own_nbytes + self.index.own_nbytes
 
-    def _call(self, query: Tensor, **how: Any) -> Call:
+    def _call(self, query: Tensor, *asked: Any) -> Call:
         """What is asked, checked; see ``Call.checked``."""
-        call = Call.checked(query, self.store, self.index, self.config, rows=len(self), **how)
+        call = Call.checked(query, self.store, self.index, self.config, len(self), *asked)
         if self.is_reading and not call.is_prompt:
             self.sync()  # the prompt has been read
         return call
