@@ -36,10 +36,10 @@ class Dispatched(TorchDispatchMode):
 
 
 def as_if_on_a_device(monkeypatch, gpu=None):
-    monkeypatch.setattr("dbattn.attention.gpu_of", lambda store: gpu)
-    for name in ("dbattn.store.storage", "dbattn.store.rows", "dbattn.attention", "dbattn.query.call"):
+    monkeypatch.setattr("dbattn.query.planner.gpu_of", lambda store: gpu)
+    for name in ("dbattn.store.storage", "dbattn.store.rows", "dbattn.indexed", "dbattn.query.call"):
         monkeypatch.setattr(f"{name}.on_device", lambda tensor: True)
-    monkeypatch.setattr("dbattn.attention.resolve_backend", lambda tensor: "triton")
+    monkeypatch.setattr("dbattn.query.planner.resolve_backend", lambda tensor: "triton")
     monkeypatch.setattr("dbattn.dense._takes_flash", lambda query, keys, values: True)
     monkeypatch.setattr("dbattn.dense._flash", flash)
 

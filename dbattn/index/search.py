@@ -28,12 +28,16 @@ def search_rows(call: Call, index: KeyIndex, k: int) -> tuple[Tensor, Tensor, bo
         slots = torch.cat([slots, call.sink_slots(hot), found], dim=-1)
     # All of them by one piece of code: equal keys must get equal scores for the rule of ties to hold.
     ids, scores = index.positions(slots), store.scores(query, slots, call.scale)
-    # Rising ids first, then a stable sort by score: equal scores stay in the order of their ids.
+    ids, scores = (
+        pad(part, (0, wanted - part.shape[-1]), value=none)
+        for part, none in zip(best_of(ids, scores, k), (-1, float("-inf")), strict=True)
+    )
+    return ids, scores, hot <= 0 or index.searches_all
+
+
+def best_of(ids: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k with the largest scores; equal ones by rising id."""
     by_id = ids.argsort(dim=-1)
     ids, scores = ids.gather(-1, by_id), scores.gather(-1, by_id)
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    ids, scores = (
-        pad(part.gather(-1, best), (0, wanted - best.shape[-1]), value=none)
-        for part, none in ((ids, -1), (scores, float("-inf")))
-    )
-    return ids, scores, hot <= 0 or index.searches_all
+    return ids.gather(-1, best), scores.gather(-1, best)

@@ -59,16 +59,15 @@ class Call:
         store: KVStore,
         index: RowIndex,
         config: RetrievalConfig,
-        *,
+        rows: int | None = None,
         scale: float | None = None,
         softcap: float | None = None,
         extra: RowSource | StateSource | None = None,
         sink_logits: Tensor | None = None,
-        rows: int | None = None,
     ) -> "Call":
         """The call with its default scale; ValueError states what was received where it does not fit the store.
 
-        ``rows``: of which the query's positions are the newest, where the store holds some of them alone.
+        ``rows``: of which the query's positions are the newest; the store may hold some of them alone.
         """
         keys, dim, shape = store.buffers[0], store.head_dim, query.shape
         rows = len(store) if rows is None else rows

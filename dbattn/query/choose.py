@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from ..config import RetrievalConfig
+from .call import Call
 from .plan import QueryPlan, Step
 from .rates import SCAN, rates
 from .steps import DenseScan
@@ -38,6 +39,13 @@ class PlannedIndex(TimedIndex, Protocol):
     @classmethod
     def steps(cls, config: RetrievalConfig, work: Workload, own: Rates | None, scan: Rates | None) -> tuple[Step, ...]:
         """What the index offers for a call."""
+
+    @classmethod
+    def rows_indexed(cls, config: RetrievalConfig, rows: int) -> int:
+        """How many of so many rows in a store it takes in."""
+
+    def calibrate(self, call: Call) -> bool:
+        """Find what budget calls like this one need, where that may have changed; returns whether ``needs`` did."""
 
 
 @lru_cache(maxsize=512)  # the layers of a model ask alike

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple, Self
 
+from ..config import RetrievalConfig
 from ..store import KVStore
 from ..store.drift import Drift
+from .call import RowIndex
 from .usage import Needs
 
 
@@ -14,9 +16,11 @@ class Expected(NamedTuple):
     drift: Drift
 
     @classmethod
-    def of(cls, needs: Needs | None, store: KVStore) -> Self | None:
-        """None where nothing was audited."""
-        return None if needs is None or store.sample is None else cls(needs, store.sample.drift)
+    def of(cls, index: RowIndex, store: KVStore, config: RetrievalConfig) -> Self | None:
+        """None where the config seeks no budget, or nothing was audited."""
+        if not config.finds_budget or index.needs is None or store.sample is None:
+            return None
+        return cls(index.needs, store.sample.drift)
 
     @property
     def needs(self) -> Needs:

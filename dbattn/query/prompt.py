@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from index_kernels import resolve_backend
+
 from ..config import RetrievalConfig
 from ..metrics import relative_error
 from ..store import KVStore
@@ -97,7 +99,7 @@ def error_allowed(config: RetrievalConfig) -> float | None:
     return FAR * config.target_error
 
 
-def block_plans(call: Call, *, backend: str, threads: int | None) -> list[BlockPlan]:
+def block_plans(call: Call) -> list[BlockPlan]:
     """The blocks of a prompt; none at all where the call is no prompt, or no block is read through lists."""
     index: BlockIndex = call.index  # type: ignore[assignment]
     engine, config, length, m = type(index), call.config, len(call.store), call.query.shape[2]
@@ -105,6 +107,8 @@ def block_plans(call: Call, *, backend: str, threads: int | None) -> list[BlockP
         return []
     if config.prefill == "auto" and (m < LEAST_POSITIONS or length <= LEAST_ROWS):
         return []
+    backend = resolve_backend(call.query)
+    threads = torch.get_num_threads() if backend == "numba" else None
     first = length - m
     work, sealed, last = call.workload, index.kept_before(first), int(call.store.start.max())
     plans: list[BlockPlan] = []

@@ -1,6 +1,6 @@
 """What is timed to measure rates: an index as it is asked, and a store of given rows."""
 
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 
@@ -14,9 +14,9 @@ from .usage import Needs, Rates, Work, Workload
 class TimedIndex(RowIndex, Protocol):
     """What timing an index asks of its class; see ``index.KeyIndex``."""
 
-    name: str
-    built_in: Rates
-    typical: Work
+    name: ClassVar[str]
+    built_in: ClassVar[Rates]
+    typical: ClassVar[Work]
 
     @classmethod
     def of(cls, config: RetrievalConfig) -> Self:
