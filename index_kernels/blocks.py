@@ -230,8 +230,8 @@ class _Kernels:
         size = torch.stack([sinks, torch.full_like(sinks, self._rows[0].shape[2])], dim=1) - begin
         out = asking.q.new_zeros(*asking.q.shape[:3], row_dim(self._rows[1]))
         lse = torch.full_like(asking.spread, float("-inf"))
-        runs = (part[:, None].expand(-1, asking.q.shape[1], -1) for part in (begin, size))
-        self._add(asking, (out, lse), *runs, first)
+        begin, size = (part[:, None].expand(-1, asking.q.shape[1], -1) for part in (begin, size))
+        self._add(asking, (out, lse), begin, size, first)
         return out, lse
 
     def with_lists(self, asking: _Asking, state: _State, lists: Summaries, chosen: Tensor) -> tuple[_State, Tensor]:
