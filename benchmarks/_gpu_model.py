@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from dbattn import RetrievalConfig
@@ -20,7 +21,9 @@ WARM, TOKENS = 8, 48
 def model_speed(rows: int) -> dict[str, Any]:
     """Eight layers of Llama-3-8B, eager, after ``rows`` tokens: alone, wrapped, and wrapped and made to retrieve.
 
-    All go on from the same cache, greedily: ``same`` is the share of tokens that are those of the model alone.
+    All go on from the same cache, greedily: ``same`` is the share of tokens that are those of the model alone, and
+    ``logits`` how far those of the first token are from its own, relative L2. Beside them "alone, plainly": torch's
+    attention without its fused kernels, which differs by rounding alone.
     """
     config = LlamaConfig(
         vocab_size=32000, hidden_size=HEADS * DIM, intermediate_size=14336, num_hidden_layers=LAYERS,
@@ -37,34 +40,39 @@ def model_speed(rows: int) -> dict[str, Any]:
     cache, ids = DynamicCache(config=config), torch.randint(0, 32000, (1, rows), device="cuda")
     line: dict[str, Any] = {"rows": rows, "layers": LAYERS}
     ways = {
-        "alone": None, "default": RetrievalConfig(audit_rate=0.0),
+        "alone": None, "alone, plainly": None, "default": RetrievalConfig(audit_rate=0.0),
         "retrieving": RetrievalConfig(dense_below=0, audit_rate=0.0),
     }  # fmt: skip
     with torch.inference_mode():
         for chunk in ids.split(CHUNK, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
         said: dict[str, list[int]] = {}
+        first: dict[str, torch.Tensor] = {}
         for name, how in ways.items():
-            with nullcontext() if how is None else wrap(model, how) as handle:
-                line[name], said[name] = _decoded(model, cache, ids[:, -1:])
+            plainly = sdpa_kernel(SDPBackend.MATH) if name == "alone, plainly" else nullcontext()
+            with plainly, nullcontext() if how is None else wrap(model, how) as handle:
+                line[name], said[name], first[name] = _decoded(model, cache, ids[:, -1:])
                 if handle is not None:
                     line[f"{name} retrieves"] = sum(layer.retrieving for layer in handle.report().layers)
             cache.crop(rows - cache.get_seq_length())
             for layer in cache.layers:
                 if isinstance(layer, DatabaseLayer) and layer.db is not None:
                     layer.db.release()  # who comes next counts on rows in the order of their positions
+            line[f"{name} logits"] = float((first[name] - first["alone"]).norm() / first["alone"].norm())
             line[f"{name} same"] = sum(map(int.__eq__, said[name], said["alone"])) / len(said[name])
     return line
 
 
-def _decoded(model: Any, cache: Any, newest: torch.Tensor) -> tuple[float, list[int]]:
-    """Tokens a second, and the tokens."""
-    tokens, began = [newest], 0.0
+def _decoded(model: Any, cache: Any, newest: torch.Tensor) -> tuple[float, list[int], torch.Tensor]:
+    """Tokens a second, the tokens, and the first one's logits ``[V]``, float32."""
+    tokens, began, first = [newest], 0.0, newest
     for i in range(WARM + TOKENS):
         if i == WARM:
             torch.cuda.synchronize()
             began = time.perf_counter()
-        tokens.append(model(tokens[-1], past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(dim=-1))
+        logits = model(tokens[-1], past_key_values=cache, logits_to_keep=1).logits[:, -1:]
+        first = logits[0, 0].float() if i == 0 else first
+        tokens.append(logits.argmax(dim=-1))
     torch.cuda.synchronize()
     speed = TOKENS / (time.perf_counter() - began)
-    return speed, torch.cat(tokens[1:], dim=1)[0].tolist()
+    return speed, torch.cat(tokens[1:], dim=1)[0].tolist(), first

@@ -183,7 +183,13 @@ def table(results: dict[str, Any]) -> str:
     for line in results["model"]:
         if "alone" in line:
             speeds = ", ".join(f"{name} {line[name]:.1f}" for name in ("alone", "default", "retrieving"))
-            lines.append(f"{line['layers']} layers of Llama-3-8B after {line['rows']:,} tokens, tokens/s: {speeds}")
+            off = ", ".join(
+                f"{name} {line[f'{name} logits']:.2g}" for name in ("alone, plainly", "default", "retrieving")
+            )
+            lines.append(
+                f"{line['layers']} layers of Llama-3-8B after {line['rows']:,} tokens, tokens/s: {speeds}; "
+                f"first logits off those alone: {off}"
+            )
     return "\n".join(lines)
 
 

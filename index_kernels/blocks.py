@@ -184,19 +184,25 @@ class _Specified:
 
     def exact(self, asking: _Asking, start: Tensor, first: int) -> _State:
         """Sinks and newest rows, causal."""
-        length, position = self._keys.shape[2], torch.arange(self._keys.shape[2], device=start.device)
-        sinks = start + self._how.n_sink
-        seen = (position >= start[:, None]) & ((position < sinks[:, None]) | (position >= self._how.sealed))
-        at = torch.arange(first, length, device=start.device).repeat_interleave(self._group)
-        return self._rows(asking, seen[:, None, None] & (position <= at[:, None]))
+        length, device = self._keys.shape[2], start.device
+        sinks = start[:, None] + torch.arange(self._how.n_sink, device=device)
+        newest = torch.arange(self._how.sealed, length, device=device).expand(len(start), -1)
+        kept = torch.cat([sinks < first, newest >= (start + self._how.n_sink).clamp(max=first)[:, None]], dim=1)
+        places = torch.cat([sinks.clamp(max=length - 1), newest], dim=1)[:, None]
+        at = torch.arange(first, length, device=device).repeat_interleave(self._group)
+        seen = kept[:, None, None] & (places[:, :, None] <= at[:, None])
+        return self._rows(asking, places.expand(-1, self._keys.shape[1], -1), seen)
 
     def with_lists(self, asking: _Asking, state: _State, lists: Summaries, chosen: Tensor) -> tuple[_State, Tensor]:
         """The state with the rows of the lists chosen, and their log-sum-exp."""
-        seen = torch.zeros(*chosen.shape[:2], self._keys.shape[2], dtype=torch.bool, device=chosen.device)
-        for b, h in torch.cartesian_prod(*(torch.arange(n) for n in chosen.shape[:2])).tolist():
-            opened = chosen[b, h]
-            seen[b, h, row_places(lists.begin[b, h][opened], lists.size[b, h][opened])] = True
-        own = self._rows(asking, seen[:, :, None])
+        runs = [
+            row_places(begin[opened], size[opened])
+            for begin, size, opened in zip(
+                *(part.flatten(0, 1) for part in (lists.begin, lists.size, chosen)), strict=True
+            )
+        ]
+        places = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=-1).view(*chosen.shape[:2], -1)
+        own = self._rows(asking, places.clamp(min=0), (places >= 0)[:, :, None])
         return _merged(state, own), own[1]
 
     def with_summaries(self, asking: _Asking, state: _State, lists: Summaries, left: Tensor) -> tuple[_State, Tensor]:
@@ -208,9 +214,12 @@ class _Specified:
         out = weights @ lists.value + self._how.beta * tilt * (asking.q @ lists.cross)
         return _merged(state, (out, lse)), lse
 
-    def _rows(self, asking: _Asking, seen: Tensor) -> _State:
-        """Of all rows those ``seen``, bool ``[B, Hkv or 1, m * G or 1, T]``."""
-        keys, values = (floats(rows).float() for rows in (self._keys, self._values))
+    def _rows(self, asking: _Asking, places: Tensor, seen: Tensor) -> _State:
+        """The rows at ``places [B, Hkv, n]``, as far as they are ``seen``: bool, ``[B, Hkv or 1, m * G or 1, n]``."""
+        keys, values = (
+            floats(rows.gather(2, places[..., None].expand(-1, -1, -1, rows.shape[3]))).float()
+            for rows in (self._keys, self._values)
+        )
         logits = softcapped(asking.q @ keys.transpose(2, 3), self._how.softcap).masked_fill(~seen, float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
         return torch.exp(logits - lse[..., None]).nan_to_num() @ values, lse

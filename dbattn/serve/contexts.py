@@ -15,7 +15,7 @@ from ..snapshot import SnapshotError, describe
 from ..text.prompt import CHAT_TEMPLATE, QUESTION_TOKENS
 from .sources import SourceFinder
 
-AUDIT_RATE = 0.05
+AUDIT_RATE = 0.02
 DEFAULT_NAME = "smollm2"
 
 
@@ -66,7 +66,7 @@ def reading_config(context: Path, k: int | None = None) -> RetrievalConfig:
     if info.batch != 1:
         raise SnapshotError(f"{context} holds {info.batch} texts, expected one")
     config = replace(info.config, max_queries=QUESTION_TOKENS)
-    # The first call and every 20th: an answer comes with its error. An audited call takes some twenty times as long.
+    # The first calls and every 50th: an answer comes with its error. An audited call takes some twenty times as long.
     config = replace(config, audit_rate=max(AUDIT_RATE, config.audit_rate))
     # A budget asked for is a wish to retrieve.
     return config if k is None else replace(config, k=k, dense_below=0)
