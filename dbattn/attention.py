@@ -316,7 +316,7 @@ class AttentionDB(IndexedRows):
         if audit is None:
             expected = self._expected if self.config.max_error is None else None
             audit = self.stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
-        plan = self._planner.plan(call, retrieve=retrieve, exact=audit, unindexed=self.unindexed)
+        plan = self._plan(call, retrieve=retrieve, exact=audit)
         if plan.is_dense:
             call.needs_lse = call.needs_lse or len(plan.steps) > 1
             return run_plan(plan, call), plan.reason

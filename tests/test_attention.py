@@ -129,9 +129,9 @@ def test_truncate_is_never_having_inserted(kept, cut, added, index):
 
 @pytest.mark.parametrize("index", INDEXES)
 def test_truncate_to_nothing_forgets_batch_padding_and_dtype(index):
-    db = database(*rows(1500, batch=2, value_dim=8), start=torch.tensor([0, 5]), index=index, k=32)
+    db = database(*rows(1500, batch=2), start=torch.tensor([0, 5]), index=index, k=32)
     db.truncate(0)
-    keys, values = rows(1500, batch=3, value_dim=8, dtype=torch.float16)
+    keys, values = rows(1500, batch=3, dtype=torch.float16)
     db.insert(keys, values)
     query = torch.randn(3, 4, 1, 16)
     assert torch.equal(db.attend(query), database(keys, values, index=index, k=32).attend(query))
@@ -373,7 +373,7 @@ def test_one_position_is_scanned_by_sdpa_where_that_is_faster(monkeypatch):
 
     assert dense._prefers_sdpa(torch.device("cuda"))
     assert not dense._prefers_sdpa(torch.device("cpu"))
-    keys, values = rows(200, batch=2, value_dim=8)
+    keys, values = rows(200, batch=2)
     query, start = torch.randn(2, 4, 1, 16), torch.tensor([0, 70])
     expected = {first: dense_attention(query, keys, values, start=first) for first in (None, start)}
     _, lse = dense_attention(query, keys, values, return_lse=True)

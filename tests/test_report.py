@@ -16,7 +16,7 @@ OPTIONS = {"index": "flat", "k": 16, "window": 8}
 
 
 def filled(n=400, **changes):
-    return database(*random_rows(n, value_dim=8), **{**OPTIONS, **changes})
+    return database(*random_rows(n), **{**OPTIONS, **changes})
 
 
 def audit(error, seconds=None, seconds_dense=None, heads=4):
@@ -50,7 +50,7 @@ def test_rows_read_are_a_mean_over_all_decode_calls_and_dense_ones_read_all_rows
     assert layer.prompts == {"more queries in one call than max_queries=1": 1}
     assert layer.rows_read == layer.rows_retrieved + 8 + 4 == 28
     assert layer.rows_read_all_calls == (2 * 28 + 6 * 400) / 8
-    assert layer.bytes_dense == 8 * 400 * 2 * (16 + 8) * 4
+    assert layer.bytes_dense == 8 * 400 * 2 * (16 + 16) * 4
     assert 6 / 8 < layer.bytes_share == layer.bytes_read / layer.bytes_dense < 0.95
 
 

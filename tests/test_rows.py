@@ -26,8 +26,8 @@ def example():
 @pytest.mark.parametrize("retrieve", [True, False])
 @pytest.mark.parametrize("m", [1, 3])
 def test_extra_rows_are_as_if_they_had_been_stored(index, retrieve, m):
-    keys, values = rows(1500, batch=2, value_dim=8)
-    extra_keys, extra_values = rows(7, batch=2, value_dim=8)
+    keys, values = rows(1500, batch=2)
+    extra_keys, extra_values = rows(7, batch=2)
     query = torch.randn(2, 4, m, 16)
     db = database(keys, values, index=index, k=1500, max_queries=8)
     out = db.attend(query, extra=RowSource(extra_keys, extra_values), retrieve=retrieve)

@@ -20,7 +20,7 @@ from index_kernels import attend_rows, dense_decode, floats, pack_rows, rotate, 
 from index_kernels.packed import rotated, scales
 
 INDEXES = sorted(INDEX_TRAITS)
-rows = partial(conftest.random_rows, value_dim=8)
+rows = conftest.random_rows
 database = partial(conftest.database, window=8, n_sink=2, storage="int8")
 # rows, D, Dv, query heads per KV head; the first are aligned to nothing
 SHAPES = [(7, 13, 5, 3), (300, 16, 8, 2), (301, 64, 64, 3)]
@@ -115,7 +115,7 @@ def test_triton_and_other_devices_refuse_packed_rows(monkeypatch):
     monkeypatch.setattr("index_kernels.ops.resolve_backend", lambda tensor, backend: "triton")
     with pytest.raises(ValueError, match="read on the CPU only"):
         dense_decode(torch.randn(2, 4, 1, 16), packed(9, 16), packed(9, 8))
-    store = KVStore(2, 16, 8, "int8")
+    store = KVStore(2, 16, 16, "int8")
     with pytest.raises(ValueError, match="rows are on meta"):
         store.append(*(x.to("meta") for x in rows(3)))
 
@@ -162,7 +162,7 @@ def test_memory_is_that_of_the_type(storage, size):
 
 def test_bytes_are_counted_as_stored():
     db = database(*rows(3000), index="flat", k=64)
-    key, value = 16 + 4, 8 + 4
+    key, value = 16 + 4, 16 + 4
     report, plan = db.audit(torch.randn(1, 4, 1, 16)), db.explain(torch.randn(1, 4, 1, 16))
     assert report.bytes_dense == 2 * 3000 * (key + value)
     # The keys of both heads but sinks and hot rows are scored; each query head reads its own rows.
@@ -380,12 +380,11 @@ def test_what_queries_teach_is_the_same_whatever_rows_are_kept_as(index):
     metrics, masses = [], []
     for storage in ("float32", "int8"):
         config = RetrievalConfig(index=index, k=64, dense_below=0, n_sink=2, window=8, storage=storage)
-        db = AttentionDB(2, 16, value_dim=8, config=config)
+        db = AttentionDB(2, 16, config=config)
         db.insert(keys, values, queries)
         metrics.append(db.store.sample.metric(1024, db.store.start, 2)[0])
         masses.append(sum(db.audit(queries[:, :, i : i + 1]).attention_mass for i in range(8)) / 8)
     torch.testing.assert_close(rotate(rotate(metrics[1]).transpose(2, 3)), metrics[0], atol=1e-4, rtol=1e-4)
-    print(masses)
     assert abs(masses[1] - masses[0]) < 0.03
 
 
