@@ -194,16 +194,16 @@ def _summaries_piece(w, q, rows, lanes, how, source, out, lse, own):
 @inner
 def _soften_summaries(logits, n, softcap, alpha, spread, variance, log_size, a, top, total, tilt):
     """As ``soften``; a summary's logit is raised by the scatter of its rows', and by the log of how many they are."""
+    root = np.sqrt(F(FREEZES) * variance[:n])
     for g in range(len(top)):
-        new = top[g]
+        new, by = top[g], np.sqrt(spread[g])
         for i in range(n):
-            x = logits[g, i]
-            v = spread[g] * variance[i]
+            x, slope = logits[g, i], F(1.0)
             if softcap > F(0.0):
                 x = softcapped(x, softcap)
                 slope = F(1.0) - (x / softcap) * (x / softcap)
-                v *= slope * slope
-            frozen = F(2.0) * (np.sqrt(F(FREEZES) * v) - F(LOG_ROWS))
+            v = spread[g] * variance[i] * slope * slope
+            frozen = F(2.0) * (root[i] * by * slope - F(LOG_ROWS))
             x += alpha * (v if v < F(FREEZES) else frozen) + log_size[i]
             logits[g, i] = x
             new = max(new, x)

@@ -18,7 +18,7 @@ from .reference import softcapped
 from .summaries import ListTable, Summaries
 
 # Lists are chosen by what every so many-th position of a block would lose: to ask all of them changes nothing.
-ASKING = 8
+ASKING = 16
 # Weights of lists are taken beside that of the rows read anyway, and no larger than e to this.
 MOST_LOGIT = 60.0
 NEVER = -1e30
