@@ -11,7 +11,7 @@ from test_hf import generate, prompt, tiny
 from benchmarks.families import tiny_model
 from dbattn import RetrievalConfig
 from dbattn.hf import UnsupportedModelError, pace, weights, wrap
-from dbattn.hf.pace import FIRST, MOST, RETRY, TIMED, Drafts, Pace
+from dbattn.hf.pace import FIRST, MOST, RETRY, TIMED, Chance, Drafts, Pace
 
 ALMOST_ALL = RetrievalConfig(index="flat", k=60, window=8, n_sink=2, dense_below=0, audit_rate=0.0)
 LISTS = RetrievalConfig(index="segmented", k=16, window=8, dense_below=0)
@@ -214,3 +214,11 @@ def test_the_length_of_drafts_follows_what_is_accepted_and_what_time_they_take()
     assert [useless.count(0), useless.count(FIRST)] == [200 - (1 + 197 // RETRY), 1 + 197 // RETRY]
     assert "a drafted token takes 50 ms, a dense step 60 ms" in told.why_none
     assert "as fast" in told.why_none
+
+
+def test_what_was_accepted_is_known_to_the_next_call():
+    chance = Chance()
+    first = Pace(chance)
+    for _ in range(3):
+        first.note_pass(4, 0, 1.0)
+    assert Pace(chance).acceptance == first.acceptance < Pace().acceptance

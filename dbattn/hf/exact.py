@@ -16,7 +16,7 @@ from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from .cache import DatabaseLayer
-from .pace import Drafts, Pace
+from .pace import Chance, Drafts, Pace
 from .session import Session
 
 
@@ -29,13 +29,20 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
     requires_model_outputs = False
 
     def __init__(
-        self, model: Any, session: Session, drafts: Drafts, cache: DynamicCache, processor: Any, generation: Any
+        self,
+        model: Any,
+        session: Session,
+        drafts: Drafts,
+        chance: Chance,
+        cache: DynamicCache,
+        processor: Any,
+        generation: Any,
     ) -> None:
         self._model, self._session, self._drafts, self._cache = model, session, drafts, cache
         self._processor, self._samples, self._longest = processor, generation.do_sample, generation.max_length
         ends = getattr(generation, "_eos_token_tensor", None)
         self._ends = set() if ends is None else set(ends.flatten().tolist())
-        self._pace = Pace()
+        self._pace = Pace(chance)
         self._drafted: int | None = None
         self._began = 0.0
 
@@ -116,7 +123,7 @@ class ExactGenerate:
 
     def __init__(self, model: Any, session: Session, drafts: Drafts) -> None:
         # An object, not a closure: a deep copy of the model then has one of its own, which refuses to run as the copy.
-        self._model, self._session, self._drafts = model, session, drafts
+        self._model, self._session, self._drafts, self._chance = model, session, drafts, Chance()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
@@ -150,7 +157,7 @@ class ExactGenerate:
             return getattr(type(model), GENERATION_MODES_MAPPING[mode])(model, input_ids, **given)
         assert isinstance(cache, DynamicCache)
         drafts = RetrievedDrafts(
-            model, self._session, self._drafts, cache, kwargs["logits_processor"], generation_config
+            model, self._session, self._drafts, self._chance, cache, kwargs["logits_processor"], generation_config
         )
         try:
             with self._session.switched(sync=False):

@@ -1,4 +1,4 @@
-"""Pace: how many tokens retrieval drafts before a dense pass checks them; Drafts: what became of them."""
+"""Pace: how many tokens retrieval drafts before a dense pass checks them; Drafts and Chance: what became of them."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ FIRST, MOST = 4, 8
 TIMED, RETRY = 2, 64
 # Drafting must be expected to be so many times as fast as dense steps.
 GAIN = 1.05
-# What earlier rounds count beside the latest; and what is thought of acceptance before any.
+# What earlier passes count beside the latest; and what is thought of acceptance before any.
 FADE, ACCEPTED, TRIED = 0.9, 4.0, 5.0
 
 
@@ -44,13 +44,33 @@ class Drafts:
         return text + (f"; {self.why_none}" if self.why_none else "")
 
 
-class Pace:
-    """How many tokens to draft: as many as let a token take the least time, by what drafts and passes took so far."""
+class Chance:
+    """The chance that a drafted token is accepted whose predecessors were: what newer passes told counts more."""
 
     def __init__(self) -> None:
+        self._accepted, self._tried = ACCEPTED, TRIED
+
+    def note(self, drafted: int, accepted: int) -> None:
+        """Note what a dense pass made of so many drafted tokens."""
+        self._accepted = FADE * self._accepted + accepted
+        self._tried = FADE * self._tried + min(accepted + 1, drafted)
+
+    @property
+    def value(self) -> float:
+        """From 0 to 0.99."""
+        return min(0.99, self._accepted / self._tried)
+
+
+class Pace:
+    """How many tokens to draft: as many as let a token take the least time, by what drafts and passes took so far.
+
+    ``chance``: what earlier calls of the same model told; times are of each call's own rows.
+    """
+
+    def __init__(self, chance: Chance | None = None) -> None:
         self._drafting: deque[float] = deque(maxlen=2 * MOST)
         self._passes: dict[int, deque[float]] = {}
-        self._accepted, self._tried = ACCEPTED, TRIED
+        self._chance = chance or Chance()
         self._without = 0
         # Why none are drafted now.
         self.why_none = ""
@@ -63,13 +83,12 @@ class Pace:
         """Note a dense pass over so many drafted tokens and the one before them."""
         self._passes.setdefault(drafted, deque(maxlen=MOST)).append(seconds)
         if drafted:
-            self._accepted = FADE * self._accepted + accepted
-            self._tried = FADE * self._tried + min(accepted + 1, drafted)
+            self._chance.note(drafted, accepted)
 
     @property
     def acceptance(self) -> float:
-        """The chance of a drafted token whose predecessors were accepted."""
-        return min(0.99, self._accepted / self._tried)
+        """See Chance."""
+        return self._chance.value
 
     def seconds_a_token(self, drafted: int) -> float:
         """What a token takes if so many are drafted before each pass; 0 is plain dense decoding."""
