@@ -26,12 +26,12 @@ SEALED, LENGTH, N_SINK = 2300, 2391, 2
 # dtype, KV heads, group, D, Dv, softcap, rows read and opened per KV head, first valid rows
 CASES = {
     "float32": (torch.float32, 2, 2, 16, 16, None, 200, SEALED, (0, 700)),
-    "float16, softcap": (torch.float16, 1, 1, 24, 8, 4.0, 150, SEALED, (0,)),
+    "float16, softcap": (torch.float16, 1, 2, 16, 16, 4.0, 150, SEALED, (0,)),
     "two levels": (torch.float32, 2, 2, 16, 16, None, 100, 700, (0, 300)),
     "bfloat16, two levels": (torch.bfloat16, 2, 2, 16, 16, None, 300, 600, (0, 0)),
     "int8, two levels": (torch.int8, 1, 2, 16, 16, 6.0, 64, 600, (0,)),
     "large queries": (torch.float32, 2, 2, 16, 16, None, 60, SEALED, (0, 700)),
-    "nothing read": (torch.float32, 2, 2, 16, 16, None, 0, SEALED, (0, 900)),
+    "nothing read": (torch.float32, 2, 1, 24, 8, None, 0, SEALED, (0, 900)),
     "all read": (torch.float32, 1, 2, 16, 16, None, SEALED, SEALED, (0,)),
     "a batch row of padding": (torch.float32, 1, 2, 16, 16, None, 100, SEALED, (0, LENGTH - 20)),
 }

@@ -36,9 +36,9 @@ def rows(n, batch=1, dim=16, dtype=torch.float32):
 
 def database(index, n=2600, batch=1, dtype=torch.float32, start=None, **options):
     options = {"k": 32, "dense_below": 0, "window": 16, "audit_rate": 0.0, **OPTIONS[index], **options}
-    db = AttentionDB(2, 16, value_dim=8, config=RetrievalConfig(index=index, **options))
+    db = AttentionDB(2, 16, config=RetrievalConfig(index=index, **options))
     if n:
-        db.insert(rows(n, batch, dtype=dtype), rows(n, batch, 8, dtype), start=start)
+        db.insert(rows(n, batch, dtype=dtype), rows(n, batch, dtype=dtype), start=start)
     return db
 
 
@@ -135,7 +135,7 @@ def test_an_opened_snapshot_answers_bit_for_bit_and_goes_on_like_the_original(in
     assert_alike(db, opened, m=3)
     for change in (700, -900, 40):
         if change > 0:
-            keys, values = rows(change, 2, dtype=dtype), rows(change, 2, 8, dtype)
+            keys, values = rows(change, 2, dtype=dtype), rows(change, 2, dtype=dtype)
         for each in (db, opened):
             each.insert(keys, values) if change > 0 else each.truncate(len(each) + change)
         assert_alike(db, opened)
@@ -158,7 +158,7 @@ def test_a_graph_for_outliers_survives(tmp_path):
     db = database("hnsw", n=0)
     keys = rows(1500)
     keys[:, 0, 900] *= 100
-    db.insert(keys, rows(1500, dim=8))
+    db.insert(keys, rows(1500))
     assert db.index.describe()["graphs"] > 1 or db.index._units[0][0].describe()["graphs"] > 1
     db.save(tmp_path / "a")
     assert_alike(db, AttentionDB.open(tmp_path / "a"))
@@ -172,7 +172,7 @@ def test_few_rows_and_none_survive(tmp_path):
             opened = AttentionDB.open(tmp_path / index)
             assert len(opened) == n
             assert len(opened.index) == len(db.index)
-            keys, values = rows(600), rows(600, dim=8)
+            keys, values = rows(600), rows(600)
             for each in (db, opened):
                 each.insert(keys, values)
             assert_alike(db, opened)
@@ -192,7 +192,7 @@ def test_any_history_of_saves_ends_like_one_that_was_never_saved(tmp_path_factor
     other = copy.deepcopy(plain)
     for event, amount in [*events, ("save", 0), ("open", 0)]:
         if event == "insert":
-            keys, values = rows(amount), rows(amount, dim=8)
+            keys, values = rows(amount), rows(amount)
             plain.insert(keys, values)
             other.insert(keys, values)
         elif event == "truncate":
@@ -215,7 +215,7 @@ def test_saving_again_writes_only_what_is_new(saved, snapshot):
     report = db.save(snapshot)
     assert (report.files_written, report.bytes_written) == (0, 0)
     assert files_of(snapshot) == before
-    db.insert(rows(900), rows(900, dim=8))
+    db.insert(rows(900), rows(900))
     report = db.save(snapshot)
     after = files_of(snapshot)
     kept = {name for name in before if after.get(name) == before[name]}
@@ -223,10 +223,10 @@ def test_saving_again_writes_only_what_is_new(saved, snapshot):
     # Rows that stay where they are make one run so far, which has grown; of the segments, 512 became 1024 rows.
     assert len(kept) == report.files_kept == (1 if index == "segmented" else 0)
     assert len(after) == 1 + report.files_written + report.files_kept
-    db.insert(rows(4096), rows(4096, dim=8))
+    db.insert(rows(4096), rows(4096))
     db.save(snapshot)
     before = files_of(snapshot)
-    db.insert(rows(10), rows(10, dim=8))
+    db.insert(rows(10), rows(10))
     report = db.save(snapshot)
     assert report.bytes_written < 0.8 * describe(snapshot).nbytes
     assert report.files_kept >= 1
@@ -236,7 +236,7 @@ def test_saving_again_writes_only_what_is_new(saved, snapshot):
 def test_rows_that_were_replaced_are_written_though_their_number_is_the_same(saved, snapshot):
     db = AttentionDB.open(snapshot)
     db.truncate(1000)
-    db.insert(rows(1600), rows(1600, dim=8))
+    db.insert(rows(1600), rows(1600))
     db.save(snapshot)
     assert_alike(db, AttentionDB.open(snapshot))
     other = AttentionDB.open(snapshot)
@@ -250,7 +250,7 @@ def test_a_snapshot_saved_elsewhere_since_is_replaced_whole(saved, snapshot):
     first, second = AttentionDB.open(snapshot), AttentionDB.open(snapshot)
     first.truncate(500)
     first.save(snapshot)
-    second.insert(rows(1), rows(1, dim=8))
+    second.insert(rows(1), rows(1))
     second.save(snapshot)
     assert_alike(second, AttentionDB.open(snapshot))
 
@@ -261,7 +261,7 @@ def test_what_is_opened_is_not_tied_to_the_folder(saved, snapshot):
     shutil.rmtree(snapshot)
     assert_alike(db, opened)
     before = opened.store.keys.clone()
-    opened.insert(rows(3), rows(3, dim=8))
+    opened.insert(rows(3), rows(3))
     assert torch.equal(opened.store.keys[:, :, :2048], before[:, :, :2048])
 
 
@@ -375,7 +375,7 @@ def test_an_index_state_with_any_number_replaced_is_refused_or_harmless(saved, t
     for _ in range(3):
         db.attend(rows(1).repeat(1, 2, 1, 1))
         db.search(rows(2).repeat(1, 2, 1, 1), 5)
-        db.insert(rows(600), rows(600, dim=8))
+        db.insert(rows(600), rows(600))
 
 
 def _set(name, value, at=0):
@@ -575,7 +575,7 @@ def test_a_crash_at_any_instant_leaves_the_old_snapshot_or_the_new_one(index, fi
     if not first:
         old.save(tmp_path / "old")
     new = database(index, n=0)
-    new.insert(rows(3300), rows(3300, dim=8))
+    new.insert(rows(3300), rows(3300))
     calls = 0
 
     def crash_at(limit):
