@@ -412,12 +412,9 @@ def _serve(results: Sequence[Record]) -> list[str]:
                 one["tokens_per_s"],
                 None if other is None else other["tokens_per_s"],
                 None if other is None else one["tokens_per_s"] / other["tokens_per_s"],
-                *(
-                    f"{show(side['first_p50'])} / {show(side.get('first_p95'))}" if side else ""
-                    for side in (one, other)
-                ),
+                *(f"{show(side['first_p50'])} / {show(side['first_p95'])}" if side else "" for side in (one, other)),
                 f"{show(again['first_p50'])} ({show(again['read'])})" if (again := one.get("next_turn")) else "",
-                " / ".join(f"{side['cut']}" if side and "cut" in side else "" for side in (one, other)).strip(" /"),
+                " / ".join(str(side["cut"]) if side else "" for side in (one, other)).strip(" /"),
             ]
         )
     head = (
