@@ -3,7 +3,8 @@
 import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -138,6 +139,15 @@ class AttentionDB(IndexedRows):
         out = self.store.turn(answer.out)
         out = out if out.dtype == query.dtype else out.to(query.dtype)
         return (out, answer.state[1]) if return_lse else out
+
+    def by_size(self) -> "AttentionDB":
+        """The same rows, index and counters, for answers that are checked later: a view to be asked, not changed.
+
+        It reads as many rows as their number says, or ``k``, and keeps no ``target_error`` or ``max_error``.
+        """
+        view = copy.copy(self)
+        view.config = _by_size(self.config)
+        return view
 
     def search(self, query: Tensor, k: int, *, scale: float | None = None) -> Hits:
         """The k rows with the largest logits, equal ones by rising id.
@@ -439,6 +449,11 @@ class AttentionDB(IndexedRows):
     def _bytes_dense(self, call: Call) -> int:
         """Bytes that a dense scan of all rows reads."""
         return len(call.query) * self.store.num_kv_heads * len(self) * self.store.row_bytes
+
+
+@lru_cache
+def _by_size(config: RetrievalConfig) -> RetrievalConfig:
+    return replace(config, target_error=None, max_error=None)
 
 
 def _sharded() -> Any:

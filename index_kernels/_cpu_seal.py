@@ -8,13 +8,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from ._cpu_common import FAST, F, inner, inner_parallel, row_scale, to_f32
+from ._cpu_common import FAST, F, inner, inner_parallel
 from ._cpu_kmeans import cluster, copy_row
 from ._cpu_seal_lists import write_lists, write_supers
 from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
 # Not Python's integers: Numba compiles a function once for each literal it gets.
 CLUSTER, WRITE = np.arange(2)
+
+
+class Rows(NamedTuple):
+    """The rows to seal, ``[B, Hkv, ...]``: as they are kept, in bytes, so that a kernel is compiled once for all types;
+    as floats, the first of which is row ``floats_from``; the keys in the metric, of which that is ``bounds[0]``.
+    """
+
+    keys: Any
+    values: Any
+    key_floats: Any
+    value_floats: Any
+    floats_from: Any
+    in_metric: Any
 
 
 class Clusters(NamedTuple):
@@ -45,9 +58,9 @@ def _room(bounds, heads, rows_per_super):
 
 
 @inner
-def _cluster_head(w, keys, start, bounds, how, in_metric, found):
+def _cluster_head(w, rows, start, bounds, how, found):
     """Cluster the rows of one segment and KV head, in the metric."""
-    B, H = keys.shape[:2]
+    B, H = rows.keys.shape[:2]
     s = w // (B * H)
     bh = w % (B * H)
     b = bh // H
@@ -55,7 +68,7 @@ def _cluster_head(w, keys, start, bounds, how, in_metric, found):
     lo = max(bounds[s], start[b])
     n = bounds[s + 1] - lo
     if n > 0:
-        x = in_metric[b, h, lo - bounds[0] : bounds[s + 1] - bounds[0]]
+        x = rows.in_metric[b, h, lo - bounds[0] : bounds[s + 1] - bounds[0]]
         found.lists[s, bh], found.supers[s, bh] = cluster(
             x, how.rows_per_super_list, how.rows_per_list, how.iterations, how.training_stride,
             found.order[s, bh], found.list_end[s, bh],
@@ -80,27 +93,29 @@ def _count(found, first_segment, lists, supers, segments):
 
 
 @inner
-def _permute(rows, lo, order, x):
-    """Put the n rows of one KV head from place lo on into an order, and as floats into x [n, D]."""
-    n, D = x.shape
+def _permute(rows, lo, order):
+    """Put the rows of one KV head from place lo on, as bytes, into an order."""
+    n = order.size
     old = np.empty((n, rows.shape[1]), rows.dtype)
     for i in range(n):
         copy_row(rows[lo + i], old[i])
     for i in range(n):
-        row = old[order[i]]
-        copy_row(row, rows[lo + i])
-        unit = row_scale(row, D)
-        for d in range(D):
-            x[i, d] = to_f32(row[d]) * unit
+        copy_row(old[order[i]], rows[lo + i])
 
 
 @inner
-def _write_head(
-    w, keys, values, positions, codes, start, bounds, first_segment, in_metric, coded, found, lists, supers, segments
-):
+def _ordered(rows, first, order):
+    """The rows from place first on in an order."""
+    found = np.empty((order.size, rows.shape[1]), F)
+    for i in range(order.size):
+        copy_row(rows[first + order[i]], found[i])
+    return found
+
+
+@inner
+def _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments):
     """Permute the rows of one segment and KV head, and write what is known of their lists."""
-    B, H = keys.shape[:2]
-    D, Dv = segments.cross.shape[3:]
+    B, H = rows.keys.shape[:2]
     s = w // (B * H)
     bh = w % (B * H)
     b = bh // H
@@ -108,19 +123,18 @@ def _write_head(
     segment = first_segment + s
     lo = max(bounds[s], start[b])
     n = max(bounds[s + 1] - lo, 0)
-    x = np.empty((n, D), F)
-    y = np.empty((n, Dv), F)
-    order, at = found.order[s, bh], positions[b, h]
+    order, at = found.order[s, bh, :n], positions[b, h]
     came = np.empty(n, np.int32)
     for i in range(n):
         came[i] = at[lo + i]
     for i in range(n):
         at[lo + i] = came[order[i]]
-    _permute(keys[b, h], lo, order, x)
-    _permute(values[b, h], lo, order, y)
-    z = np.empty((n, D), F)
-    for i in range(n):
-        copy_row(in_metric[b, h, lo - bounds[0] + order[i]], z[i])
+    # Where rows are kept in float32 these are the very rows that are moved next.
+    x = _ordered(rows.key_floats[b, h], lo - rows.floats_from, order)
+    y = _ordered(rows.value_floats[b, h], lo - rows.floats_from, order)
+    z = _ordered(rows.in_metric[b, h], lo - bounds[0], order)
+    _permute(rows.keys[b, h], lo, order)
+    _permute(rows.values[b, h], lo, order)
     base, trace = segments.lists[b, h, segment], segments.trace[b, h]
     trace[segment] = write_lists(
         x, y, z, lo, found.list_end[s, bh], found.lists[s, bh], lists.begin[b, h, base:],
@@ -136,60 +150,30 @@ def _write_head(
 
 
 @inner_parallel
-def _each_head(
-    phase,
-    keys,
-    values,
-    positions,
-    codes,
-    start,
-    bounds,
-    first_segment,
-    how,
-    in_metric,
-    coded,
-    found,
-    lists,
-    supers,
-    segments,
-):
+def _each_head(phase, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments):
     """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
 
     It calls functions: what a loop writes itself into an array in a NamedTuple, Numba takes for dead code.
     """
-    for i in prange((bounds.size - 1) * keys.shape[0] * keys.shape[1]):
+    for i in prange((bounds.size - 1) * rows.keys.shape[0] * rows.keys.shape[1]):
         # An index of the loop is unsigned inside it and signed outside, which would compile the functions twice.
         w = np.int64(i)
         if phase == CLUSTER:
-            _cluster_head(w, keys, start, bounds, how, in_metric, found)
+            _cluster_head(w, rows, start, bounds, how, found)
         else:
-            _write_head(
-                w,
-                keys,
-                values,
-                positions,
-                codes,
-                start,
-                bounds,
-                first_segment,
-                in_metric,
-                coded,
-                found,
-                lists,
-                supers,
-                segments,
-            )
+            _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments)
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def seal(
-    keys, values, positions, codes, start, bounds, first_segment, rows_per_super, rows_per_list, iterations, stride,
-    in_metric, coded,
+    keys, values, key_floats, value_floats, floats_from, in_metric, positions, codes, start, bounds, first_segment,
+    rows_per_super, rows_per_list, iterations, stride, coded,
     begin, size, variance, key, value, count,
     first, super_size, super_variance, super_key, super_value, n_supers,
     segment_lists, segment_supers, shape, cross, trace,
 ):  # fmt: skip
     """The door: flat arguments, which the phases get as the NamedTuples they came from; see seal.seal_rows."""
+    rows = Rows(keys, values, key_floats, value_floats, floats_from, in_metric)
     lists = ListArrays(begin, size, variance, key, value, count)
     supers = SuperListArrays(first, super_size, super_variance, super_key, super_value, n_supers)
     segments = SegmentArrays(segment_lists, segment_supers, shape, cross, trace)
@@ -197,37 +181,7 @@ def seal(
     order, list_end, super_end, n, n_super = _room(bounds, keys.shape[0] * keys.shape[1], rows_per_super)
     found = Clusters(order, list_end, super_end, n, n_super)
     _each_head(
-        CLUSTER,
-        keys,
-        values,
-        positions,
-        codes,
-        start,
-        bounds,
-        first_segment,
-        how,
-        in_metric,
-        coded,
-        found,
-        lists,
-        supers,
-        segments,
+        CLUSTER, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
     )
     _count(found, first_segment, lists, supers, segments)
-    _each_head(
-        WRITE,
-        keys,
-        values,
-        positions,
-        codes,
-        start,
-        bounds,
-        first_segment,
-        how,
-        in_metric,
-        coded,
-        found,
-        lists,
-        supers,
-        segments,
-    )
+    _each_head(WRITE, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments)

@@ -77,10 +77,13 @@ def _seal(
         )  # fmt: skip
         return
     kernels = import_module("index_kernels._cpu_seal")
-    bits = import_module("index_kernels._cpu_common").numpy_bits
+    # In float32 they are read where they are kept; a slice would be of another type to Numba.
+    kept = keys.dtype == values.dtype == torch.float32
+    as_floats = [rows if kept else floats(rows[:, :, bounds[0] : bounds[-1]]) for rows in (keys, values)]
     kernels.seal(
-        bits(keys), bits(values), positions, codes, start.numpy(), np.asarray(bounds, np.int64), first_segment, *how,
-        _in_metric(keys, bounds, learnt, start), coded, *lists, *supers, *sums,
+        _bytes(keys), _bytes(values), *(rows.contiguous().numpy() for rows in as_floats), 0 if kept else bounds[0],
+        _in_metric(keys, bounds, learnt, start), positions, codes, start.numpy(), np.asarray(bounds, np.int64),
+        first_segment, *how, coded, *lists, *supers, *sums,
     )  # fmt: skip
 
 
@@ -91,9 +94,13 @@ def unseal_rows(
     if resolve_backend(keys, backend) != "numba":
         _torch_seal.unseal(keys, values, positions, bounds[0], bounds[-1])
         return
-    bits = import_module("index_kernels._cpu_common").numpy_bits
     kernels = import_module("index_kernels._cpu_unseal")
-    kernels.unseal(bits(keys), bits(values), positions, start.numpy(), np.asarray(bounds, np.int64))
+    kernels.unseal(_bytes(keys), _bytes(values), positions, start.numpy(), np.asarray(bounds, np.int64))
+
+
+def _bytes(rows: Tensor) -> Array:
+    """The rows where they are, as bytes: kernels that only move them are then compiled once for all types."""
+    return rows.view(torch.uint8).numpy()
 
 
 def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Tensor) -> Array:

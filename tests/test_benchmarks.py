@@ -144,6 +144,7 @@ def test_decode_results_have_the_documented_keys_and_agree_with_each_other(monke
     assert sides["flat, k=100"]["recall"] == 1.0
     segmented = [s for s in size["sides"] if s["kind"] == "segmented"]
     assert all(0 < s["error"] < 1 and s["error"] < s["error_p95"] for s in segmented)
+    assert bench_decode.smallest_within({10: 0.06, 20: 0.03, 40: 0.01}, (0.05, 0.03, 0.02, 0.005)) == [20, 40]
 
     def side(name, ms, error):
         return {"side": name, "kind": "segmented", "ms": ms, "ms_p10": ms, "ms_p90": ms, "error": error}

@@ -9,7 +9,7 @@ from test_hf import RETRIEVING as FEW
 from test_hf import generate, prompt, tiny
 
 from benchmarks.families import tiny_model
-from dbattn import RetrievalConfig
+from dbattn import AttentionDB, RetrievalConfig
 from dbattn.hf import UnsupportedModelError, pace, weights, wrap
 from dbattn.hf.pace import FIRST, MOST, RETRY, TIMED, Chance, Drafts, Pace
 
@@ -47,6 +47,26 @@ def test_greedy_tokens_are_dense_s_whatever_is_drafted(family, config):
     assert f"Exact: 78 tokens in {drafts.passes} dense passes, {drafts.accepted} of {drafts.drafted}" in str(report)
     assert "generate" not in vars(model)
     assert torch.equal(generate(model, inputs, max_new_tokens=40).sequences, expected.sequences)
+
+
+def test_drafts_keep_no_bound_and_read_no_more_than_their_number_asks_for(monkeypatch):
+    model, inputs, read = tiny(initializer_range=0.2), prompt(**ONE, length=900), []
+    attend = AttentionDB.attend
+
+    def spy(db, query, **options):
+        read.append((db.config.target_error, db.config.max_error, options["retrieve"]))
+        return attend(db, query, **options)
+
+    monkeypatch.setattr(AttentionDB, "attend", spy)
+    config = RetrievalConfig(window=8, dense_below=0, max_error=1e-4)
+    expected = generate(model, inputs, max_new_tokens=20).sequences
+    with wrap(model, config, exact=True) as handle:
+        assert torch.equal(generate(model, inputs, max_new_tokens=20).sequences, expected)
+        layers = handle.report().layers
+        assert handle.drafts.drafted
+    drafts = [bounds for *bounds, retrieve in read if retrieve]
+    assert len(drafts) == handle.drafts.drafted * len(layers)
+    assert all(bounds == [None, None] for bounds in drafts)
 
 
 def test_drafts_by_int8_weights_leave_the_tokens_dense_s_and_the_model_as_it_was(monkeypatch):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from itertools import product
 from multiprocessing import get_context
@@ -97,19 +98,17 @@ def launch_sizes_of_one(dtype, dim):
     launch("merge_states", row[None], row[None, ..., 0])
 
 
-def launch_segmented(dtype, dim):
+# softcap, tail, whether rows are chosen by code, weights, and rows under opened super-lists
+BY_CODE = ((30.0, True, True, tuple(map(float, range(8))), ROWS // 2),)
+WHOLE = ((None, True, False, None, ROWS // 2), (30.0, False, False, tuple(map(float, range(8))), 2 * ROWS))
+
+
+def launch_segmented(kinds, dtype, dim):
     query, rows = torch.zeros(1, 8, 1, dim, dtype=dtype), torch.zeros(1, 2, ROWS, dim, dtype=dtype)
     lists = Lists(1, 2, dim, dim)
     lists.reserve([0, ROWS], ROWS)
     lists.lists.used[:] = ROWS // 32
     start = torch.zeros(1, dtype=torch.int64)
-    weights = tuple(map(float, range(8)))
-    # softcap, tail, whether rows are chosen by code, weights, and rows under opened super-lists
-    kinds = (
-        (None, True, False, None, ROWS // 2),
-        (30.0, False, False, weights, 2 * ROWS),
-        (30.0, True, True, weights, ROWS // 2),
-    )
     for softcap, tail, by_code, head_weights, opened in kinds:
         how = ListReading(ROWS - 100, ROWS, 4, 400, 400, opened, 0.1, softcap, 0.4, 0.7, tail, head_weights)
         launch(
@@ -122,6 +121,7 @@ def launch(op, *args, file=None, **kwargs):
     getattr(import_module(f"index_kernels._triton_{file or op}"), op)(*args, **kwargs)
 
 
+LIST_KERNELS = {"score_kernel", "rank_kernel", "lay_kernel", "score_named_kernel", "attend_kernel", "merge_kernel"}
 # By dtype the head dims compiled for; float16 differs from bfloat16 in a conversion alone.
 CASES = {
     "attend_rows": (
@@ -133,20 +133,12 @@ CASES = {
     "top_k": (launch_top_k, dict.fromkeys(FLOATS, (80,)), {"_score_kernel", "_unpack_kernel"}),
     "merge_states": (launch_merge_states, {torch.float32: HEAD_DIMS}, {"_merge_kernel"}),
     # Not in float32, which is seldom kept on a device: compiling takes long, and rows of 256 numbers spill.
-    "segmented": (
-        launch_segmented,
+    "segmented by code": (
+        partial(launch_segmented, BY_CODE),
         {torch.bfloat16: (128, 256)},
-        {
-            "score_kernel",
-            "rank_kernel",
-            "lay_kernel",
-            "score_named_kernel",
-            "choose_kernel",
-            "attend_coded_kernel",
-            "attend_kernel",
-            "merge_kernel",
-        },
+        LIST_KERNELS | {"choose_kernel", "attend_coded_kernel"},
     ),
+    "segmented": (partial(launch_segmented, WHOLE), {torch.bfloat16: (128, 256)}, LIST_KERNELS),
     "sizes_of_one": (
         launch_sizes_of_one,
         {torch.float32: (64,)},
@@ -156,10 +148,12 @@ CASES = {
 
 
 def dims_of(case, dtype, capability):
-    """Head dims that are compiled: all for sm_90; elsewhere, for what takes long or is alike, the usual rows alone."""
+    """Head dims that are compiled: all for sm_90; elsewhere, of what takes long or is alike, the usual ones or none."""
     dims = CASES[case][1][dtype]
-    if capability == 90 or (capability == 80 and case != "segmented"):
+    if capability == 90 or (capability == 80 and not case.startswith("segmented")):
         return dims
+    if case == "segmented":
+        return ()  # the same kernels as by code, told otherwise
     usual = torch.float32 if case == "merge_states" else torch.bfloat16
     return tuple(dim for dim in dims if dim == 128 and dtype == usual)
 

@@ -31,7 +31,7 @@ CASES = {
     "bfloat16, two levels": (torch.bfloat16, 2, 2, 16, 16, None, 300, 600, (0, 0)),
     "int8, two levels": (torch.int8, 1, 2, 16, 16, 6.0, 64, 600, (0,)),
     "large queries": (torch.float32, 2, 2, 16, 16, None, 60, SEALED, (0, 700)),
-    "nothing read": (torch.float32, 2, 1, 24, 8, None, 0, SEALED, (0, 900)),
+    "nothing read": (torch.float32, 2, 2, 24, 8, None, 0, SEALED, (0, 900)),
     "all read": (torch.float32, 1, 2, 16, 16, None, SEALED, SEALED, (0,)),
     "a batch row of padding": (torch.float32, 1, 2, 16, 16, None, 100, SEALED, (0, LENGTH - 20)),
 }

@@ -66,7 +66,9 @@ def attention_function(
             db.set_start(start)
             switches, before = layer.session.switches, db.stats.retrieving
             audits = switches.audits
-            out = db.attend(
+            # What a draft leaves unread, the dense pass after it makes up for.
+            asked = db.by_size() if switches.drafting else db
+            out = asked.attend(
                 query,
                 scale=scale,
                 softcap=softcap,
