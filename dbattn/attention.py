@@ -371,6 +371,7 @@ class AttentionDB(IndexedRows):
         return self._run(plan, call)
 
     def _weights(self, call: Call, *, retrieve: bool) -> Weights:
+        call.weighs = True
         answer = self._measured(call, retrieve=retrieve)
         return dense_weights(call) if answer is None else weights_of(call, answer)
 

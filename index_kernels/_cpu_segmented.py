@@ -53,7 +53,7 @@ from ._cpu_segmented_types import (
 )
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes
-from .lists import row_places, weights_by_place
+from .lists import weights_by_place
 from .summaries import SegmentedAnswer
 
 _lanes, _code_lanes = lru_cache(lanes), lru_cache(code_lanes)
@@ -154,7 +154,7 @@ def _placed(table, keys, values, start):
     return key_memory, value_memory, Addresses.of(OF_STORE, arrays)
 
 
-def attend_segmented(query, keys, values, table, how, *, start, with_lse, details):
+def attend_segmented(query, keys, values, table, how, *, start, with_lse, details, unread):
     """See segmented.attend_segmented."""
     batch, heads, _, dim = query.shape
     kv_heads, value_dim = table.cross.shape[1], table.cross.shape[3]
@@ -177,9 +177,8 @@ def attend_segmented(query, keys, values, table, how, *, start, with_lse, detail
         *_lanes(heads // kv_heads, dim, value_dim), *_code_lanes(dim),
     )  # fmt: skip
     took = time.perf_counter() - began
-    taken = unread = None
-    if details:
-        taken, unread = _details(table, how, scratch, lses[..., 0])
+    taken = _taken(table, how, scratch) if details else None
+    weights = _unread(table, how, scratch, lses[..., 0]) if details and unread else None
     stats = scratch.stats
     counts = (stats[0] if batch == 1 else stats.sum(axis=0)).tolist()
     spent = counts[CYCLES:VALUES_READ]
@@ -194,28 +193,40 @@ def attend_segmented(query, keys, values, table, how, *, start, with_lse, detail
         counts[VALUES_READ],
         tuple(each * share for each in spent) if sum(spent) else (0.0, took, 0.0, 0.0),
         taken,
-        unread,
+        weights,
     )
 
 
-def _details(table, how, scratch, lses):
-    """Which rows the latest call read, and what others weigh through codes and summaries; see SegmentedAnswer."""
+def _rows_read(table, how, scratch):
+    """Of each batch row and KV head of the latest call: lists scored, places of opened rows, which were read."""
+    for b, h in np.ndindex(*scratch.total.shape):
+        scored = scratch.id[b, h, : scratch.total[b, h]].astype(np.int64)
+        opened = scored[scratch.chosen[b, h, : scratch.count[b, h]]]
+        begin, size = (array[b, h, opened].astype(np.int64) for array in (table.lists.begin, table.lists.size))
+        # NumPy's repeat: torch's starts its threads for it.
+        place = torch.from_numpy(np.repeat(begin + size - size.cumsum(), size) + np.arange(size.sum()))
+        yield b, h, torch.from_numpy(scored), place, torch.from_numpy(scratch.row_taken[b, h, : len(place)])
+
+
+def _taken(table, how, scratch):
+    """Which rows the latest call read; see SegmentedAnswer."""
+    taken = torch.zeros(*scratch.total.shape, how.sealed, dtype=torch.bool)
+    for b, h, _, place, read in _rows_read(table, how, scratch):
+        taken[b, h, place] = read
+    return taken
+
+
+def _unread(table, how, scratch, lses):
+    """What rows weigh that it did not read, through codes and summaries; likewise."""
     batch, kv_heads, group, _ = scratch.logit.shape
     levels = table.levels(torch.device("cpu"))
-    taken = torch.zeros(batch, kv_heads, how.sealed, dtype=torch.bool)
     unread = torch.zeros(batch, kv_heads, group, how.sealed)
     weights = [torch.zeros(batch, kv_heads, group, level.size.shape[2]) for level in (levels.lists, levels.supers)]
-    for b, h in np.ndindex(batch, kv_heads):
-        scored = torch.from_numpy(scratch.id[b, h, : scratch.total[b, h]]).long()
-        opened = scored[torch.from_numpy(scratch.chosen[b, h, : scratch.count[b, h]]).long()]
-        place = row_places(levels.lists.begin[b, h, opened], levels.lists.size[b, h, opened])
-        read = torch.from_numpy(scratch.row_taken[b, h, : len(place)])
-        taken[b, h, place] = read
-        if how.tail:
-            weights[0][b, h][:, scored] = torch.from_numpy(scratch.logit[b, h, :, : len(scored)])
-            logits = torch.from_numpy(scratch.row_logit[b, h, :, : len(place)])
-            unread[b, h][:, place] = torch.exp(logits - lses[0].view(batch, kv_heads, group)[b, h, :, None]) * ~read
-        if how.tail and scratch.stats[b, SUPERS_SCORED] > 0:
+    for b, h, scored, place, read in _rows_read(table, how, scratch) if how.tail else ():
+        weights[0][b, h][:, scored] = torch.from_numpy(scratch.logit[b, h, :, : len(scored)])
+        logits = torch.from_numpy(scratch.row_logit[b, h, :, : len(place)])
+        unread[b, h][:, place] = torch.exp(logits - lses[0].view(batch, kv_heads, group)[b, h, :, None]) * ~read
+        if scratch.stats[b, SUPERS_SCORED] > 0:
             weights[1][b, h] = torch.from_numpy(scratch.super_logit[b, h, :, : weights[1].shape[3]])
     # They are settled: those of all rows of a list, 0 where it was opened, and known up to a factor for each head.
     weights = [weight.flatten(1, 2) for weight in weights]
@@ -226,4 +237,4 @@ def _details(table, how, scratch, lses):
         own = weight * share[..., None] / size.clamp(min=1)
         # Of a list and its super-list only one answers: the other's weight is 0.
         unread += weights_by_place(level.begin, level.size, own, how.sealed)
-    return taken, unread
+    return unread

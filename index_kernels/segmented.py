@@ -41,6 +41,7 @@ def attend_segmented(
     by_code: bool = False,
     with_lse: bool = True,
     details: bool = False,
+    unread: bool = False,
     backend: str = "auto",
 ) -> SegmentedAnswer:
     """Sinks and hot rows exactly, the best rows of opened lists, their others by code, everything else by summary.
@@ -54,7 +55,8 @@ def attend_segmented(
         by_code: rows are dear to read, as in the host's memory: a GPU reads those of opened lists that their codes
             choose, not all. Others always do.
         with_lse: give ``lse`` and ``lse_by_source``, too. GPUs and the reference always do.
-        details: give ``taken`` and ``unread``, too.
+        details: give ``taken``, too.
+        unread: and ``unread``, which takes longer. GPUs and the reference always do.
         backend: "auto", "reference", "numba" or "triton".
 
     Raises:
@@ -67,7 +69,7 @@ def attend_segmented(
     chosen = resolve_backend(query, backend)
     if chosen == "numba":
         answer: SegmentedAnswer = _fused().attend_segmented(
-            query, keys, values, table, how, start=start, with_lse=with_lse or details, details=details
+            query, keys, values, table, how, start=start, with_lse=with_lse or details, details=details, unread=unread
         )
         return answer
     check_rows(query, keys, values)

@@ -79,7 +79,7 @@ def assert_near(got, wanted, tolerance):
 
 
 def run(backend, *args, **kwargs):
-    return attend_segmented(*args, **kwargs, backend=backend, details=True)
+    return attend_segmented(*args, **kwargs, backend=backend, details=True, unread=True)
 
 
 @pytest.mark.parametrize("tail", [True, False])

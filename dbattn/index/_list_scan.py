@@ -246,7 +246,7 @@ class ListScan(Step):
         how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail, head_weights=weights)
         return attend_segmented(
             query, *store.buffers, index.table, how, start=store.start, by_code=store.host, with_lse=call.needs_lse,
-            details=call.measure,
+            details=call.measure, unread=call.weighs,
         )  # fmt: skip
 
     def _bytes(

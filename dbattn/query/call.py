@@ -38,6 +38,7 @@ class Call:
         measure: tell what each source did, too.
         needs_lse: whether the log-sum-exp of the answer is wanted.
         tells_unread: say what weight was left unread, where that is known without reading more.
+        weighs: say in a measured call what share of the weight each row has that was not read.
     """
 
     query: Tensor
@@ -51,6 +52,7 @@ class Call:
     measure: bool = False
     needs_lse: bool = True
     tells_unread: bool = False
+    weighs: bool = False
 
     @classmethod
     def checked(
