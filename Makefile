@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## answer questions about a long text from retrieved rows, checked against dense
 	$(BIN)/dbattn demo
 
-bench: $(STAMP)  ## every benchmark, with what it must reach (up to 20 minutes; captures are cached)
+bench: $(STAMP)  ## every benchmark, with what it must reach (half an hour; captures take ten minutes more, once)
 	$(BIN)/python -m benchmarks
 
 arena: $(STAMP)  ## every attention operator on real keys at the same bytes: table, plots, a page (15 minutes)

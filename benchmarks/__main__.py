@@ -3,7 +3,7 @@
 Captures rows of SmolLM2-135M first where the cache lacks them (about ten minutes, once). Each benchmark writes its
 figures to the results folder as soon as it is done; the table at the end takes in all that the folder holds.
 
-  python -m benchmarks                        everything, under 20 minutes on two cores
+  python -m benchmarks                        everything, half an hour on two cores
   python -m benchmarks --quick                a few minutes, smaller sizes; the figures wobble
   python -m benchmarks --only decode insert   some of them; the table takes the others from their latest run
 

@@ -16,6 +16,7 @@ from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import BLOCK, add_tile, score_tile, tile_lanes
 from .lists import FREEZES, LOG_ROWS
 from .packed import row_dim
+from .reference import by_head, by_position
 
 # The log-sum-exp of no row, as a number that hidden rows cannot reach.
 EMPTY = F(0.5) * NEG
@@ -36,17 +37,15 @@ def add_rows(q, keys, values, out, lse, *, begin, size, first, group, softcap):
 
 def dense_many(query, keys, values, *, scale, start, softcap):
     """See reference.dense_decode; causal."""
-    batch, heads, m, dim = query.shape
-    group, first = heads // keys.shape[1], keys.shape[2] - m
-    q = (query.float() * scale).view(batch, -1, group, m, dim).transpose(2, 3).reshape(batch, -1, m * group, dim)
+    m, group = query.shape[2], query.shape[1] // keys.shape[1]
+    first, q = keys.shape[2] - m, by_position(query, keys.shape[1], scale)
     out = q.new_zeros((*q.shape[:3], row_dim(values)))
     lse = torch.full(q.shape[:3], float("-inf"))
     begin = start[:, None, None].expand(-1, keys.shape[1], 1)
     add_rows(
         q, keys, values, out, lse, begin=begin, size=keys.shape[2] - begin, first=first, group=group, softcap=softcap
     )
-    out, lse = (part.view(batch, -1, m, group, *part.shape[3:]).transpose(2, 3) for part in (out, lse))
-    return out.reshape(batch, heads, m, -1), lse.reshape(batch, heads, m)
+    return by_head(out, m).contiguous(), by_head(lse, m).contiguous()
 
 
 def add_summaries(q, keys, values, out, lse, *, spread, variance, log_size, group, softcap, alpha):

@@ -12,6 +12,7 @@ from ._cpu_common import FAST, NEG, PRANGE, F, flat_rows, merge_parts, soften, s
 from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import BLOCK, add_tile, score_tile, tile_lanes
 from .packed import row_dim
+from .reference import by_head, by_position
 
 # Rows of a tile: with as many keys as values, and the queries, it has to fit the first cache.
 TILE = 64
@@ -30,17 +31,15 @@ def dense_few(
     """See reference.dense_decode; for two positions or more."""
     batch, heads, m, dim = query.shape
     value_dim = row_dim(values)
-    # The heads of a KV head next to each other, position after position.
-    group = heads // keys.shape[1]
-    asking = (query.float() * scale).view(batch, -1, group, m, dim).transpose(2, 3).reshape(batch, heads * m, dim)
+    asking = by_position(query, keys.shape[1], scale).flatten(1, 2)
     out, lse = torch.empty((batch, heads * m, value_dim)), torch.empty((batch, heads * m))
     _dense_few(
         asking.contiguous().numpy(), *flat_rows(keys), *flat_rows(values), keys.shape[1], m, start.numpy(),
         keys.shape[2], m - 1 if causal else 0, F(softcap or 0.0), use_torchs_threads(), *tile_lanes(dim, value_dim),
         out.numpy(), lse.numpy(),
     )  # fmt: skip
-    out, lse = (x.view(batch, -1, m, group, *x.shape[2:]).transpose(2, 3) for x in (out, lse))
-    return out.reshape(batch, heads, m, value_dim), lse.reshape(batch, heads, m)
+    found = (x.unflatten(1, (keys.shape[1], -1)) for x in (out, lse))
+    return tuple(by_head(x, m).contiguous() for x in found)
 
 
 @njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)

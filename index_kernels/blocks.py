@@ -14,7 +14,7 @@ from torch import Tensor
 from .lists import choose, held, row_places
 from .ops import check_rows, resolve_backend
 from .packed import floats, row_dim
-from .reference import softcapped
+from .reference import by_head, by_position, softcapped
 from .summaries import ListTable, Summaries
 
 # Lists are chosen by what every so many-th position of a block would lose: to ask all of them changes nothing.
@@ -80,8 +80,8 @@ class _Asking(NamedTuple):
         m = self.q.shape[2] // group
 
         def of(rows: Tensor) -> Tensor:
-            by_position = rows.view(*rows.shape[:2], m, group, *rows.shape[3:])
-            return by_position[:, :, min(ASKING // 2, m - 1) :: ASKING].flatten(2, 3)
+            asked = rows.view(*rows.shape[:2], m, group, *rows.shape[3:])
+            return asked[:, :, min(ASKING // 2, m - 1) :: ASKING].flatten(2, 3)
 
         return [of(rows) for rows in (*self, *others)]
 
@@ -114,7 +114,7 @@ def attend_block(
         ValueError: shapes, dtypes or devices that do not fit, or rows of the block in lists; states what was received.
     """
     check_rows(query, keys, values)
-    batch, heads, m, dim = query.shape
+    heads, m = query.shape[1:3]
     kv_heads, first = keys.shape[1], keys.shape[2] - m
     if not 0 <= how.sealed <= first or bool((start > first).any()):
         raise ValueError(
@@ -124,8 +124,7 @@ def attend_block(
     read: Any = _Kernels if resolve_backend(query, backend) == "numba" else _Specified
     began, group = time.perf_counter(), heads // kv_heads
     lists = table.levels(query.device).lists
-    q = (query.float() * how.scale).view(batch, kv_heads, group, m, dim).transpose(2, 3)
-    q = q.reshape(batch, kv_heads, m * group, dim)
+    q = by_position(query, kv_heads, how.scale)
     asking, source = _Asking(q, lists.spread(q)), read(keys, values, group, how)
     state = source.exact(asking, start, first)
     lses = [state[1], *torch.full((2, *state[1].shape), float("-inf"), device=query.device)]
@@ -136,14 +135,10 @@ def attend_block(
     if how.tail:
         state, lses[2] = source.with_summaries(asking, state, lists, ~chosen & (lists.size > 0))
     done = time.perf_counter()
-
-    def by_head(rows: Tensor) -> Tensor:
-        return rows.view(batch, kv_heads, m, group, *rows.shape[3:]).transpose(2, 3).flatten(1, 2)
-
     return BlockAnswer(
-        by_head(state[0]),
-        by_head(state[1]),
-        torch.stack([by_head(lse) for lse in lses]),
+        by_head(state[0], m),
+        by_head(state[1], m),
+        torch.stack([by_head(lse, m) for lse in lses]),
         int((lists.size * chosen).sum()),
         int(chosen.sum()),
         int((lists.size > 0).sum()),

@@ -132,6 +132,18 @@ def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def by_position(query: Tensor, kv_heads: int, scale: float) -> Tensor:
+    """Scaled queries ``[B, Hq, m, D]`` as ``[B, Hkv, m * group, D]`` float32: the heads of a group side by side."""
+    batch, heads, m, dim = query.shape
+    asking = (query.float() * scale).view(batch, kv_heads, heads // kv_heads, m, dim)
+    return asking.transpose(2, 3).reshape(batch, kv_heads, -1, dim)
+
+
+def by_head(found: Tensor, m: int) -> Tensor:
+    """What ``m`` positions laid out so were answered, ``[B, Hkv, m * group, ...]``, as ``[B, Hq, m, ...]``."""
+    return found.unflatten(2, (m, -1)).transpose(2, 3).flatten(1, 2)
+
+
 def _grouped_logits(query: Tensor, keys: Tensor) -> Tensor:
     """``q.k`` as ``[B, Hq, m, T]`` without repeating keys per query head."""
     batch, heads, m, dim = query.shape
