@@ -4,12 +4,12 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-# Tokens of the first draft; and of the longest.
-FIRST, MOST = 4, 8
+# Tokens of a draft that is to tell times, where none may pay; and of the longest.
+FIRST, MOST = 1, 8
 # Dense steps that are timed before the first draft; and after how many more another is tried where none paid.
 TIMED, RETRY = 2, 64
 # Drafting must be expected to be so many times as fast as dense steps.
-GAIN = 1.05
+GAIN = 1.1
 # What earlier passes count beside the latest; and what is thought of acceptance before any.
 FADE, ACCEPTED, TRIED = 0.9, 4.0, 5.0
 
