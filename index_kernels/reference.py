@@ -141,7 +141,8 @@ def by_position(query: Tensor, kv_heads: int, scale: float) -> Tensor:
 
 def by_head(found: Tensor, m: int) -> Tensor:
     """What ``m`` positions laid out so were answered, ``[B, Hkv, m * group, ...]``, as ``[B, Hq, m, ...]``."""
-    return found.unflatten(2, (m, -1)).transpose(2, 3).flatten(1, 2)
+    answered: Tensor = found.unflatten(2, (m, -1)).transpose(2, 3).flatten(1, 2)
+    return answered
 
 
 def _grouped_logits(query: Tensor, keys: Tensor) -> Tensor:
