@@ -18,7 +18,7 @@ CLUSTER, WRITE = np.arange(2)
 
 
 class Rows(NamedTuple):
-    """The rows to seal, ``[B, Hkv, ...]``: as they are kept, in bytes, so that a kernel is compiled once for all types;
+    """The rows to seal, ``[B, Hkv, ...]``: as they are kept, in words, so that a kernel is compiled once for all types;
     as floats, the first of which is row ``floats_from``; the keys in the metric, of which that is ``bounds[0]``.
     """
 
@@ -94,7 +94,7 @@ def _count(found, first_segment, lists, supers, segments):
 
 @inner
 def _permute(rows, lo, order):
-    """Put the rows of one KV head from place lo on, as bytes, into an order."""
+    """Put the rows of one KV head from place lo on, as words, into an order."""
     n = order.size
     old = np.empty((n, rows.shape[1]), rows.dtype)
     for i in range(n):

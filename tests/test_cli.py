@@ -473,7 +473,8 @@ def test_killed_anywhere_an_ingest_resumes_and_ends_bit_for_bit_the_same(long_mo
 
     random = Random(0)
     kills = in_the_middle = finished = 0
-    while kills < KILLS:
+    # Other load may make any run slower or faster than the one that was timed: waits follow what becomes of them.
+    while kills < KILLS or in_the_middle < 3:
         out, rows = tmp_path / f"killed{finished}", 0
         while True:
             process = start(out)
@@ -481,6 +482,7 @@ def test_killed_anywhere_an_ingest_resumes_and_ends_bit_for_bit_the_same(long_mo
             process.kill()
             process.join()
             if process.exitcode == 0:
+                took *= 0.9
                 break
             assert process.exitcode == -signal.SIGKILL
             kills += 1
@@ -488,12 +490,12 @@ def test_killed_anywhere_an_ingest_resumes_and_ends_bit_for_bit_the_same(long_mo
             assert rows <= durable <= total
             assert durable % CHUNK == 0 or durable == total
             in_the_middle += rows < durable < total
+            took *= 1.0 if durable > rows else 1.2
             rows = durable
         finished += 1
         found = files_of(out)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == []
-    assert in_the_middle >= 3
 
     # One more, beyond the bytes: it answers alike.
     answers = []
