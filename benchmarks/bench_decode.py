@@ -104,7 +104,7 @@ def dense_contenders(stores: Sequence[AttentionDB]) -> list[Contender]:
 
 
 def segmented_contenders(
-    captures: Sequence[Rows], budgets: Sequence[int], copies: int, bounds: Sequence[float] = BOUNDS
+    captures: Sequence[Rows], budgets: Sequence[int], copies: int, bounds: Sequence[float]
 ) -> list[Contender]:
     """The segmented index at its own budget, and at the smallest of ``budgets`` within each mean error of ``bounds``.
 

@@ -197,7 +197,7 @@ def attend_segmented(query, keys, values, table, how, *, start, with_lse, detail
     )
 
 
-def _rows_read(table, how, scratch):
+def _rows_read(table, scratch):
     """Of each batch row and KV head of the latest call: lists scored, places of opened rows, which were read."""
     for b, h in np.ndindex(*scratch.total.shape):
         scored = scratch.id[b, h, : scratch.total[b, h]].astype(np.int64)
@@ -211,7 +211,7 @@ def _rows_read(table, how, scratch):
 def _taken(table, how, scratch):
     """Which rows the latest call read; see SegmentedAnswer."""
     taken = torch.zeros(*scratch.total.shape, how.sealed, dtype=torch.bool)
-    for b, h, _, place, read in _rows_read(table, how, scratch):
+    for b, h, _, place, read in _rows_read(table, scratch):
         taken[b, h, place] = read
     return taken
 
@@ -222,7 +222,7 @@ def _unread(table, how, scratch, lses):
     levels = table.levels(torch.device("cpu"))
     unread = torch.zeros(batch, kv_heads, group, how.sealed)
     weights = [torch.zeros(batch, kv_heads, group, level.size.shape[2]) for level in (levels.lists, levels.supers)]
-    for b, h, scored, place, read in _rows_read(table, how, scratch) if how.tail else ():
+    for b, h, scored, place, read in _rows_read(table, scratch) if how.tail else ():
         weights[0][b, h][:, scored] = torch.from_numpy(scratch.logit[b, h, :, : len(scored)])
         logits = torch.from_numpy(scratch.row_logit[b, h, :, : len(place)])
         unread[b, h][:, place] = torch.exp(logits - lses[0].view(batch, kv_heads, group)[b, h, :, None]) * ~read

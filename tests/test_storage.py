@@ -425,7 +425,7 @@ def test_a_manifest_that_says_of_other_rows_that_they_are_rotated_is_refused(tmp
 @pytest.mark.parametrize("index", INDEXES)
 def test_rows_as_large_as_they_may_be_survive_a_snapshot(index, tmp_path):
     """All numbers alike are one number once rotated, four times as large."""
-    keys, values = (torch.full((1, 2, 300, dim), LARGEST) for dim in (16, 16))
+    keys, values = (torch.full((1, 2, 300, 16), LARGEST) for _ in range(2))
     keys[:, :, :, 3:] *= -1
     keys[:, :, 1::2] *= 0.5
     db = database(keys, values, index=index, k=16)
