@@ -22,9 +22,11 @@ I64 = ir.IntType(64)
 
 
 class Addresses(NamedTuple):
-    """``numbers``: the table, int64. ``held``: its arrays; without them their memory might go to others."""
+    """``numbers``: the table, int64, which stands ``at``. ``held``: its arrays; without them their memory might go to
+    others."""
 
     numbers: np.ndarray
+    at: int
     held: tuple[np.ndarray, ...]
 
     @classmethod
@@ -34,8 +36,8 @@ class Addresses(NamedTuple):
             fits = array.dtype == as_dtype(kind.dtype) and array.ndim == kind.ndim and array.flags.c_contiguous
             if not fits:
                 raise ValueError(f"{array.dtype} {list(array.shape)}, strides {array.strides}, expected {kind}")
-        numbers = [number for array in arrays for number in (array.ctypes.data, *array.shape)]
-        return cls(np.array(numbers, np.int64), tuple(arrays))
+        numbers = np.array([number for array in arrays for number in (array.ctypes.data, *array.shape)], np.int64)
+        return cls(numbers, numbers.ctypes.data, tuple(arrays))
 
 
 def width(*kinds: Any) -> int:

@@ -8,12 +8,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from ._cpu_addresses import Addresses, at_address
 from ._cpu_code_vectors import code_lanes
-from ._cpu_common import FAST, F, flat_rows, inner_parallel, merge_parts
+from ._cpu_common import FAST, F, flat_rows, inner, merge_parts
 from ._cpu_list_steps import cycles, log_sum_exp
+from ._cpu_parts import call_part, each_part, part_address
 from ._cpu_segmented_read import answer_part
 from ._cpu_segmented_scan import (
     ask,
@@ -28,6 +29,7 @@ from ._cpu_segmented_scan import (
 from ._cpu_segmented_types import (
     ASKED_AT,
     BESIDE_AT,
+    CALL_AT,
     CYCLES,
     LISTS_READ,
     LISTS_SCORED,
@@ -44,6 +46,7 @@ from ._cpu_segmented_types import (
     Rows,
     read_asked,
     read_beside,
+    read_call,
     read_lists,
     read_masses,
     read_scratch,
@@ -56,28 +59,38 @@ from ._cpu_vectors import lanes
 from .lists import weights_by_place
 from .summaries import SegmentedAnswer
 
-_lanes, _code_lanes = lru_cache(lanes), lru_cache(code_lanes)
-# The phases that run in parallel. Not Python's integers: Numba compiles a function once for each literal it gets.
-SCAN, SCORE, CODE, ANSWER = np.arange(4)
+# The phases of a call. Not Python's integers: Numba compiles a function once for each literal it gets.
+ASK, SCAN, SCORE, CODE, ANSWER = np.arange(5)
 # In place of lse and lse_by_source.
 _NOT_WANTED = torch.empty(0, 0, 0), torch.empty(0, 0, 0, 0)
 
 
-@inner_parallel
-def _each_part(phase, key_memory, value_memory, store, working, how, n, lanes, code_lanes):
-    """A phase's n parts in parallel. One loop for all phases: Numba takes ten seconds to compile each loop. It hands
-    every array of its body to every thread at a price, so the body looks up its own."""
-    heads, ck, cv, width = lanes
-    code_chunks, code_width = code_lanes
-    for i in prange(n):
-        # An index of the loop is unsigned inside it and signed outside, which would compile the parts twice.
-        w = np.int64(i)
+@inner
+def _reading(call):
+    """The call's Reading."""
+    n, x = call.counts, call.factors
+    return Reading(n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], x[0], x[1], x[2])
+
+
+@lru_cache
+def _part(key_type, value_type, group, dim, value_dim):
+    """The address of the parts of all phases, for rows of these types and sizes; see part_address."""
+    heads, ck, cv, width = lanes(group, dim, value_dim)
+    code_chunks, code_width = code_lanes(dim)
+
+    def segmented_part(phase, w, memory):
+        working = at_address(memory, (1,), np.int64)
+        scratch, asked, call = read_scratch(working, 0), read_asked(working, ASKED_AT), read_call(working, CALL_AT)
+        states, masses, how = read_states(working, STATES_AT), read_masses(working, MASSES_AT), _reading(call)
+        store = at_address(call.addresses[1], (1,), np.int64)
         lists, supers, beside = read_lists(store, 0), read_supers(store, SUPERS_AT), read_beside(store, BESIDE_AT)
-        scratch, asked = read_scratch(working, 0), read_asked(working, ASKED_AT)
-        states, masses = read_states(working, STATES_AT), read_masses(working, MASSES_AT)
-        step = beside.strides
-        keys, values = Rows(key_memory, step[0], step[1], step[2]), Rows(value_memory, step[3], step[4], step[5])
-        if phase == SCAN:
+        at = beside.rows
+        keys = Rows(at_address(at[0], (1,), key_type), at[1], at[2], at[3])
+        values = Rows(at_address(at[4], (1,), value_type), at[5], at[6], at[7])
+        if phase == ASK:
+            query = at_address(call.addresses[0], (beside.start.size, len(call.weight), asked.query.shape[3]), F)
+            ask(query, call.weight, call.factors[3], how, beside.start, beside.shape, asked, heads, ck, width)
+        elif phase == SCAN:
             scan_part(w, asked, keys, values, lists, supers, how, scratch, states, heads, ck, cv, width)
         elif phase == SCORE:
             score_part(w, asked, lists, supers, how, scratch, heads, ck, width)
@@ -88,41 +101,54 @@ def _each_part(phase, key_memory, value_memory, store, working, how, n, lanes, c
                 w, asked, keys, values, lists, supers, how, masses, scratch, states, beside.cross, heads, ck, cv, width
             )
 
+    return part_address(segmented_part)
+
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _attend_segmented(
-    query_at, out_at, lses_at, weight, key_memory, value_memory, store, working, scale,
-    n_sink, sealed, length, opened, coded, read, softcap, alpha, beta, tail, parts, heads, ck, cv, width,
-    code_chunks, code_width,
+    part, query_at, out_at, lses_at, weight, store_at, memory, working, scale, n_sink, sealed, length, opened, coded,
+    read, tail, parts, softcap, alpha, beta,
 ):  # fmt: skip
-    """The door: few arguments, as each takes its time; arrays by address, in the tables of a store and of the scratch.
+    """The door, the same for all rows: what depends on their types and sizes is in the phases' parts.
 
-    query ``[B, Hq, D]``, out ``[B, Hq, Dv]``; lses ``[5, B, Hq]``: of all, then of sinks and hot rows, rows, codes,
-    summaries.
+    Few arguments, as each takes its time; arrays by address: query ``[B, Hq, D]``, out ``[B, Hq, Dv]``, lses
+    ``[5, B, Hq]`` (of all, then of sinks and hot rows, rows, codes, summaries), the store's table, and as ``memory``
+    the table ``working`` of what a call works in.
     """
-    lanes_, code_lanes_ = (heads, ck, cv, width), (code_chunks, code_width)
-    lists, supers, beside = read_lists(store, 0), read_supers(store, SUPERS_AT), read_beside(store, BESIDE_AT)
-    scratch, asked = read_scratch(working, 0), read_asked(working, ASKED_AT)
+    store = at_address(store_at, (1,), np.int64)
+    lists, supers = read_lists(store, 0), read_supers(store, SUPERS_AT)
+    scratch, asked, call = read_scratch(working, 0), read_asked(working, ASKED_AT), read_call(working, CALL_AT)
     states, masses = read_states(working, STATES_AT), read_masses(working, MASSES_AT)
-    how = Reading(n_sink, sealed, length, opened, coded, read, F(softcap), F(alpha), F(beta), tail, parts)
-    B, H, D, Dv = beside.cross.shape
-    Hq = H * len(heads)
-    query, out = at_address(query_at, (B, Hq, D), F), at_address(out_at, (B, Hq, Dv), F)
-    lses, stats, n = at_address(lses_at, (5, B, Hq), F), scratch.stats, B * H * parts
-    any_two = ask(query, weight, beside.start, F(scale), beside.shape, sealed, n_sink, opened, asked, lanes_)
-    _each_part(SCAN, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
+    call.addresses[0], call.addresses[1] = query_at, store_at
+    counts, factors = (
+        (n_sink, sealed, length, opened, coded, read, np.int64(tail), parts),
+        (softcap, alpha, beta, scale),
+    )
+    for i in range(len(counts)):
+        call.counts[i] = counts[i]
+    for i in range(len(factors)):
+        call.factors[i] = F(factors[i])
+    for i in range(len(weight)):
+        call.weight[i] = weight[i]
+    how = _reading(call)
+    B, H, G, _ = asked.query.shape
+    Hq = H * G
+    out, lses = at_address(out_at, (B, Hq, states.acc.shape[3]), F), at_address(lses_at, (5, B, Hq), F)
+    stats, n = scratch.stats, B * H * parts
+    call_part(part, ASK, 0, memory)
+    each_part(part, SCAN, n, memory)
     began = cycles()
     hot_masses(states, parts, masses)
-    if any_two:
+    if asked.two_level.any():
         open_supers(asked, supers, how, masses, scratch)
-        _each_part(SCORE, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
+        each_part(part, SCORE, n, memory)
     choose_lists(asked, lists, supers, how, masses, scratch, stats)
     chose = cycles() - began
-    _each_part(CODE, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
+    each_part(part, CODE, n, memory)
     began = cycles()
     choose_rows(how, masses, scratch, stats)
     chose += cycles() - began
-    _each_part(ANSWER, key_memory, value_memory, store, working, how, n, lanes_, code_lanes_)
+    each_part(part, ANSWER, n, memory)
     for source in range(4):
         for b in range(B):
             for i in range(Hq):
@@ -147,11 +173,11 @@ def _weights(head_weights, heads):
 
 
 def _placed(table, keys, values, start):
-    """Keys and values as flat memory, and the addresses of all else that a store's kernel reads."""
+    """The types of keys and values, the addresses of all that a store's kernel reads, and what holds the rows."""
     (key_memory, *key_steps), (value_memory, *value_steps) = flat_rows(keys), flat_rows(values)
-    steps = np.array([*key_steps, *value_steps])
-    arrays = *table.lists, *table.supers, steps, start.contiguous().numpy(), table.shape, table.cross, table.codes
-    return key_memory, value_memory, Addresses.of(OF_STORE, arrays)
+    rows = np.array([key_memory.ctypes.data, *key_steps, value_memory.ctypes.data, *value_steps])
+    arrays = *table.lists, *table.supers, rows, start.contiguous().numpy(), table.shape, table.cross, table.codes
+    return key_memory.dtype.type, value_memory.dtype.type, Addresses.of(OF_STORE, arrays), (key_memory, value_memory)
 
 
 def attend_segmented(query, keys, values, table, how, *, start, with_lse, details, unread):
@@ -168,13 +194,13 @@ def attend_segmented(query, keys, values, table, how, *, start, with_lse, detail
         query = query.float().contiguous().resolve_neg()
     out = torch.empty((batch, heads, 1, value_dim), dtype=torch.float32)
     lses = torch.empty((5, batch, heads, 1), dtype=torch.float32)
-    key_memory, value_memory, store = table.beside(keys, values, start, _placed)
+    key_type, value_type, store, _held = table.beside(keys, values, start, _placed)
     began = time.perf_counter()
     _attend_segmented(
-        query.data_ptr(), out.data_ptr(), lses.data_ptr(), _weights(how.head_weights, heads), key_memory, value_memory,
-        store.numbers, working, float(how.scale), how.n_sink, how.sealed, how.length, how.rows_opened, how.rows_coded,
-        how.rows_read, float(how.softcap or 0.0), how.alpha, how.beta, how.tail, parts,
-        *_lanes(heads // kv_heads, dim, value_dim), *_code_lanes(dim),
+        _part(key_type, value_type, heads // kv_heads, dim, value_dim), query.data_ptr(), out.data_ptr(),
+        lses.data_ptr(), _weights(how.head_weights, heads), store.at, working.at, working.numbers, float(how.scale),
+        how.n_sink, how.sealed, how.length, how.rows_opened, how.rows_coded, how.rows_read, how.tail, parts,
+        float(how.softcap or 0.0), how.alpha, how.beta,
     )  # fmt: skip
     took = time.perf_counter() - began
     taken = _taken(table, how, scratch) if details else None

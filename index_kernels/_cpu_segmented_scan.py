@@ -21,19 +21,14 @@ AHEAD = 2
 
 
 @inner
-def ask(query, weight, start, scale, shape, sealed, n_sink, opened, asked, lanes):
-    """Fill in the query as the phases take it; returns whether super-lists are opened in any batch row."""
-    heads, ck, _, width = lanes
-    B, Hq, D = query.shape
-    H = shape.shape[1]
-    G = Hq // H
+def ask(query, weight, scale, how, start, shape, asked, heads, ck, width):
+    """Fill in the query ``[B, Hq, D]`` as the phases take it, and whether super-lists are opened."""
+    B, H, G, D = asked.query.shape
     scaled, turned, steps = asked.query, asked.turned, asked.steps
-    any_two = False
     copy, signs, one, two = np.empty(D, F), code_signs(D), np.empty(D, F), np.empty(D, F)
     for b in range(B):
         asked.start[b] = start[b]
-        asked.two_level[b] = opened < H * (sealed - start[b] - n_sink)
-        any_two |= asked.two_level[b]
+        asked.two_level[b] = how.opened < H * (how.sealed - start[b] - how.n_sink)
         for h in range(H):
             q = scaled[b, h]
             load_query(query, b, h, scale, q)
@@ -60,7 +55,6 @@ def ask(query, weight, start, scale, shape, sealed, n_sink, opened, asked, lanes
                 asked.spread[b, i] = max(x, F(1e-12))
                 asked.weight[i] = weight[i]
                 asked.pull[b, i] = weight[i] * np.sqrt(asked.spread[b, i])
-    return any_two
 
 
 @inner

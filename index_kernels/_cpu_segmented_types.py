@@ -28,6 +28,16 @@ class Rows(NamedTuple):
     row: Any
 
 
+class Call(NamedTuple):
+    """What a call hands its parts: ``addresses`` of its query ``[B, Hq, D]`` and of the store's table, the heads'
+    ``weight [Hq]``, and what Reading has: its ``counts``, then its ``factors`` and the scale of logits."""
+
+    addresses: Any
+    weight: Any
+    counts: Any
+    factors: Any
+
+
 class Reading(NamedTuple):
     """What a call reads: rows ``sealed .. length`` are hot; budgets are of rows, for all KV heads of a batch row."""
 
@@ -37,11 +47,11 @@ class Reading(NamedTuple):
     opened: Any
     coded: Any
     read: Any
+    tail: Any
+    parts: Any
     softcap: Any
     alpha: Any
     beta: Any
-    tail: Any
-    parts: Any
 
 
 class Asked(NamedTuple):
@@ -94,9 +104,10 @@ class Scratch(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What a store has beside its lists, see ListTable: ``strides [6]`` of keys and of values as Rows has them."""
+    """What a store has beside its lists, see ListTable: ``rows [8]``, the address of its keys and their strides as
+    Rows has them, then those of its values."""
 
-    strides: Any
+    rows: Any
     start: Any
     shape: Any
     cross: Any
@@ -136,7 +147,7 @@ SHAPES = 4
 
 def scratch_for(
     batch: int, kv_heads: int, group: int, dims: tuple[int, int], supers: int, lists: int, rows: int, parts: int
-) -> tuple[Scratch, Array]:
+) -> tuple[Scratch, Addresses]:
     """This thread's scratch for a store of such a shape, and the table of all arrays that a call works in; ``dims`` are
     D and Dv, ``rows`` at most are coded for a KV head."""
     # In few sizes: one scratch then serves a store while it grows. weigh_codes reads up to 7 numbers past the last.
@@ -147,13 +158,12 @@ def scratch_for(
             kept.clear()
         working = _working(*key)
         kept[key] = working[0], Addresses.of(_OF_WORKING, [array for part in working for array in part])
-    scratch, table = kept[key]
-    return scratch, table.numbers
+    return kept[key]
 
 
 def _working(
     batch: int, kv_heads: int, group: int, dims: tuple[int, int], supers: int, lists: int, rows: int, parts: int
-) -> tuple[Scratch, Asked, States, Masses]:
+) -> tuple[Scratch, Asked, States, Masses, Call]:
     dim, value_dim = dims
     heads, slots = kv_heads * group, 4 * parts
 
@@ -203,12 +213,15 @@ def _working(
         two_level=np.zeros(batch, np.bool_),
     )
     states = States(floats(slots, batch, heads), floats(slots, batch, heads), floats(slots, batch, heads, value_dim))
-    return scratch, asked, states, Masses(*(floats(batch, heads) for _ in range(4)))
+    call = Call(np.zeros(2, np.int64), floats(heads), np.zeros(8, np.int64), floats(4))
+    return scratch, asked, states, Masses(*(floats(batch, heads) for _ in range(4))), call
 
 
 _KINDS = [[typeof(array) for array in part] for part in _working(1, 1, 1, (1, 1), 1, 1, 1, 1)]
 _OF_WORKING = [kind for kinds in _KINDS for kind in kinds]
-ASKED_AT, STATES_AT, MASSES_AT = (width(*(kind for kinds in _KINDS[:i] for kind in kinds)) for i in (1, 2, 3))
-read_scratch, read_asked, read_states, read_masses = (
-    reader(named, *kinds) for named, kinds in zip((Scratch, Asked, States, Masses), _KINDS, strict=True)
+ASKED_AT, STATES_AT, MASSES_AT, CALL_AT = (
+    width(*(kind for kinds in _KINDS[:i] for kind in kinds)) for i in range(1, 5)
+)
+read_scratch, read_asked, read_states, read_masses, read_call = (
+    reader(named, *kinds) for named, kinds in zip((Scratch, Asked, States, Masses, Call), _KINDS, strict=True)
 )

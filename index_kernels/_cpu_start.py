@@ -57,12 +57,13 @@ class Notice(event.Listener):
 
     def on_start(self, started):
         kernel = started.data["dispatcher"]
-        if not ((kernel.__module__ or "").startswith("index_kernels") and kernel.targetoptions.get("parallel")):
+        if not (kernel.__module__ or "").startswith("index_kernels"):
             return
         if not Notice.told:
             Notice.told = True
             _log.warning("dbattn: compiling CPU kernels for this machine, kept for later: a minute or two in all")
-        _log.info("dbattn: compiling %s", kernel.__name__)
+        if not kernel.targetoptions.get("no_cpython_wrapper"):
+            _log.info("dbattn: compiling %s", kernel.__name__)
 
     def on_end(self, ended):
         pass

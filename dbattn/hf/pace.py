@@ -4,8 +4,9 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-# Tokens of a draft that is to tell times, where none may pay; and of the longest.
-FIRST, MOST = 1, 8
+# Tokens of a draft that is to tell times, where none may pay; so many are tried before they are judged, as the first of
+# all warms up what it reads; and tokens of the longest draft.
+FIRST, TRIALS, MOST = 1, 3, 8
 # Dense steps that are timed before the first draft; and after how many more another is tried where none paid.
 TIMED, RETRY = 2, 64
 # Drafting must be expected to be so many times as fast as dense steps.
@@ -100,7 +101,7 @@ class Pace:
         """Tokens to draft next."""
         if len(self._passes.get(0, ())) < TIMED:
             return 0
-        if not self._drafting:
+        if len(self._drafting) < TRIALS:
             return FIRST
         best = min(range(1, MOST + 1), key=self.seconds_a_token)
         gain = self.seconds_a_token(0) / self.seconds_a_token(best)
