@@ -45,9 +45,12 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
         self._pace = Pace(chance)
         self._drafted: int | None = None
         self._began = 0.0
+        # Of the latest pass: how many were drafted and accepted.
+        self._passed: tuple[int, int] | None = None
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """The tokens ``[1, n]`` so far and d drafted ones, and the logits ``[1, d, V]`` they were sampled from."""
+        self._note_pass()
         rows, n = self._cache.get_seq_length(), input_ids.shape[1]
         # Before the prompt was read there is nothing to go on from.
         self._drafted = None if rows != n - 1 else min(self._pace.choose(), self._longest - n - 1)
@@ -66,8 +69,9 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
                     if int(token) in self._ends or self._retrieved() == before:
                         break
             self._drafted = len(logits)
-            self._cache.crop(-self._drafted)
         self._began = time.perf_counter()
+        if logits:
+            self._cache.crop(-len(logits))
         return drafted, torch.stack(logits, dim=1) if logits and self._samples else None
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
@@ -78,10 +82,16 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
         if self._drafted is None:
             return
         accepted, drafts = int(num_matches), self._drafts
-        self._pace.note_pass(self._drafted, accepted, time.perf_counter() - self._began)
+        self._passed = self._drafted, accepted
         drafts.tokens, drafts.passes = drafts.tokens + accepted + 1, drafts.passes + 1
         drafts.drafted, drafts.accepted = drafts.drafted + self._drafted, drafts.accepted + accepted
         drafts.why_none = self._pace.why_none
+
+    def _note_pass(self) -> None:
+        """Note what the latest pass took with all that was done around it, up to the next draft."""
+        if self._passed is not None:
+            self._pace.note_pass(*self._passed, time.perf_counter() - self._began)
+        self._passed = None
 
     def _choice(self, scores: Tensor) -> Tensor:
         if self._samples:

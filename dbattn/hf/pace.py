@@ -2,11 +2,11 @@
 
 from collections import deque
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, linear_regression, median
 
-# Tokens of a draft that is to tell times, where none may pay; so many are tried before they are judged, as the first of
-# all warms up what it reads; and tokens of the longest draft.
-FIRST, TRIALS, MOST = 1, 3, 8
+# Tokens of the drafts that are to tell times, one after the other: the first of all warms up what it reads, and a second
+# token makes a pass longer than further ones do. And tokens of the longest draft.
+TRIALS, MOST = (1, 1, 4), 8
 # Dense steps that are timed before the first draft; and after how many more another is tried where none paid.
 TIMED, RETRY = 2, 64
 # Drafting must be expected to be so many times as fast as dense steps.
@@ -72,7 +72,7 @@ class Pace:
         self._drafting: deque[float] = deque(maxlen=2 * MOST)
         self._passes: dict[int, deque[float]] = {}
         self._chance = chance or Chance()
-        self._without = 0
+        self._trials = self._without = 0
         # Why none are drafted now.
         self.why_none = ""
 
@@ -101,8 +101,9 @@ class Pace:
         """Tokens to draft next."""
         if len(self._passes.get(0, ())) < TIMED:
             return 0
-        if len(self._drafting) < TRIALS:
-            return FIRST
+        if self._trials < len(TRIALS):
+            self._trials += 1
+            return TRIALS[self._trials - 1]
         best = min(range(1, MOST + 1), key=self.seconds_a_token)
         gain = self.seconds_a_token(0) / self.seconds_a_token(best)
         if gain >= GAIN:
@@ -114,10 +115,15 @@ class Pace:
             f"with {self.acceptance:.0%} accepted, drafting would be {gain:.2g}x as fast"
         )
         self._without += 1
-        return 0 if self._without % RETRY else FIRST
+        return 0 if self._without % RETRY else TRIALS[0]
 
     def _pass_seconds(self, drafted: int) -> float:
-        """By a line through what passes took; weights make most of its height, rows and arithmetic its slope."""
+        """By a line through what passes over drafts took; through what one without took, too, while they were alike."""
         alone = median(self._passes[0])
-        slopes = [(median(seconds) - alone) / more for more, seconds in self._passes.items() if more]
-        return alone + drafted * max(0.0, sum(slopes) / len(slopes) if slopes else 0.0)
+        known = {more: median(seconds) for more, seconds in self._passes.items() if more}
+        if drafted == 0 or not known:
+            return alone
+        if len(known) == 1:
+            known[0] = alone
+        slope, height = linear_regression(list(known), list(known.values()))
+        return max(alone, height + slope * drafted) if slope > 0 else max(alone, fmean(known.values()))
