@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import fmean, linear_regression, median
 
-# Tokens of the drafts that are to tell times, one after the other: the first of all warms up what it reads, and a second
+# Tokens of the drafts that are to tell times, in turn: the first of all warms up what it reads, and a second
 # token makes a pass longer than further ones do. And tokens of the longest draft.
 TRIALS, MOST = (1, 1, 4), 8
 # Dense steps that are timed before the first draft; and after how many more another is tried where none paid.
