@@ -12,11 +12,13 @@ from llvmlite import ir
 from numba import cfunc, prange, types
 from numba.extending import intrinsic
 
+from ._cpu_addresses import I64
 from ._cpu_common import FAST, inner_parallel
 
-_I64 = ir.IntType(64)
 # part(phase, i, memory) does part i of a phase of the call whose arguments stand at address ``memory``.
 _PART = types.void(types.int64, types.int64, types.int64)
+# What addresses were given of: code must not go while it may be called.
+_kept = []
 
 
 def part_address(part):
@@ -24,7 +26,8 @@ def part_address(part):
 
     What it closes over, sizes as lanes and types, is known as it is compiled; Numba's cache on disk tells by it.
     """
-    return cfunc(_PART, cache=True, fastmath=FAST)(part).address
+    _kept.append(cfunc(_PART, cache=True, fastmath=FAST)(part))
+    return _kept[-1].address
 
 
 @intrinsic
@@ -32,7 +35,7 @@ def call_part(typingctx, address, phase, i, memory):
     """Call the part at an address."""
 
     def gen(context, builder, sig, args):
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 3)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
         return context.get_dummy_value()
 
