@@ -256,3 +256,12 @@ def test_what_was_accepted_is_known_to_the_next_call():
     for _ in range(3):
         first.note_pass(4, 0, 1.0)
     assert Pace(chance).acceptance == first.acceptance < Pace().acceptance
+
+
+def test_a_call_goes_on_from_the_times_that_one_over_about_as_many_rows_found(monkeypatch):
+    model, chosen, choose = tiny(), [], Pace.choose
+    monkeypatch.setattr(Pace, "choose", lambda self: chosen.append(choose(self)) or chosen[-1])
+    with wrap(model, FEW, exact=True):
+        for length, found_out in ((150, TIMED), (160, TIMED), (600, 2 * TIMED)):
+            generate(model, prompt(**ONE, length=length), max_new_tokens=12)
+            assert chosen.count(0) == found_out

@@ -33,7 +33,7 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
         model: Any,
         session: Session,
         drafts: Drafts,
-        chance: Chance,
+        pace: Pace,
         cache: DynamicCache,
         processor: Any,
         generation: Any,
@@ -42,7 +42,7 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
         self._processor, self._samples, self._longest = processor, generation.do_sample, generation.max_length
         ends = getattr(generation, "_eos_token_tensor", None)
         self._ends = set() if ends is None else set(ends.flatten().tolist())
-        self._pace = Pace(chance)
+        self._pace = pace
         self._drafted: int | None = None
         self._began = 0.0
         # Of the latest pass: how many were drafted and accepted.
@@ -50,7 +50,7 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """The tokens ``[1, n]`` so far and d drafted ones, and the logits ``[1, d, V]`` they were sampled from."""
-        self._note_pass()
+        self.note_pass()
         rows, n = self._cache.get_seq_length(), input_ids.shape[1]
         # Before the prompt was read there is nothing to go on from.
         self._drafted = None if rows != n - 1 else min(self._pace.choose(), self._longest - n - 1)
@@ -87,8 +87,8 @@ class RetrievedDrafts(CandidateGenerator):  # type: ignore[misc]  # transformers
         drafts.drafted, drafts.accepted = drafts.drafted + self._drafted, drafts.accepted + accepted
         drafts.why_none = self._pace.why_none
 
-    def _note_pass(self) -> None:
-        """Note what the latest pass took with all that was done around it, up to the next draft."""
+    def note_pass(self) -> None:
+        """Note what the latest pass took with all that was done around it, up to the next draft or the last token."""
         if self._passed is not None:
             self._pace.note_pass(*self._passed, time.perf_counter() - self._began)
         self._passed = None
@@ -134,6 +134,8 @@ class ExactGenerate:
     def __init__(self, model: Any, session: Session, drafts: Drafts) -> None:
         # An object, not a closure: a deep copy of the model then has one of its own, which refuses to run as the copy.
         self._model, self._session, self._drafts, self._chance = model, session, drafts, Chance()
+        # By the octave of the rows at first: what times a call found hold for the next over about as many.
+        self._paces: dict[int, Pace] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own."""
@@ -166,13 +168,15 @@ class ExactGenerate:
             self._drafts.why_none = f"no drafts: {why}"
             return getattr(type(model), GENERATION_MODES_MAPPING[mode])(model, input_ids, **given)
         assert isinstance(cache, DynamicCache)
+        pace = self._paces.setdefault(input_ids.shape[1].bit_length(), Pace(self._chance))
         drafts = RetrievedDrafts(
-            model, self._session, self._drafts, self._chance, cache, kwargs["logits_processor"], generation_config
+            model, self._session, self._drafts, pace, cache, kwargs["logits_processor"], generation_config
         )
         try:
             with self._session.switched(sync=False):
                 return type(model)._assisted_decoding(_Assisted(model, drafts), input_ids, **given)
         finally:
+            drafts.note_pass()
             for layer in cache.layers:
                 if getattr(layer, "record_past", False):
                     layer.record_past = False

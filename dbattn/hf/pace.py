@@ -65,7 +65,7 @@ class Chance:
 class Pace:
     """How many tokens to draft: as many as let a token take the least time, by what drafts and passes took so far.
 
-    ``chance``: what earlier calls of the same model told; times are of each call's own rows.
+    One serves all calls of a model over about as many rows; ``chance`` is what calls over any number of rows told.
     """
 
     def __init__(self, chance: Chance | None = None) -> None:
