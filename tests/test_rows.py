@@ -1,6 +1,7 @@
 """Rows of other origin: merged exactly, whichever plan answers; and attention over depth, built from them."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_attention import plain_attention
 
 from dbattn import RowSource, relative_error
 from dbattn.config import INDEX_TRAITS
+from dbattn.store import new_buffer
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "depth_attention.py"
 
@@ -109,3 +111,17 @@ def test_attention_residuals_are_a_softmax_over_layer_outputs():
         weights = (normed @ w.double()).softmax(0)
         expected = (weights[..., None] * stacked).sum(0)
         torch.testing.assert_close(residual.read(w).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
+def test_large_buffers_ask_for_large_pages_and_small_ones_do_not():
+    found = []
+    for count in (1 << 17, 1 << 10):
+        buffer = new_buffer(torch.zeros(1, 3, 1, 64), count)
+        middle, inside = buffer.data_ptr() + buffer.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                found.append("hg" in line.split())
+    assert found == [True, False]
