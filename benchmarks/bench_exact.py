@@ -41,8 +41,9 @@ from .readme import write
 LENGTH, WRITTEN, PROMPTS = 1024, 256, 10
 # At a length that would be scanned by default: retrieves, and is wrong often enough for rejections to matter.
 RETRIEVING = RetrievalConfig(k=64, dense_below=0)
-# Rows that are real; runs, tokens of each, and those of the call before.
-REAL, RUNS, STEPS, UNCOUNTED = 2048, 3, 64, 32
+# Rows that are real; runs, tokens of each, and those of the call before. All stay within the window of newest rows: one
+# more, and all rows would be sealed anew as one segment, as they are once on the way from these sizes to their doubles.
+REAL, RUNS, STEPS, UNCOUNTED = 2048, 4, 48, 16
 
 
 def same_tokens(plain: Any, handle: Handle, prose: Tensor, number: int, written: int) -> dict[str, Any]:
