@@ -11,6 +11,8 @@ TRIALS, MOST = (1, 1, 4), 8
 TIMED, RETRY = 2, 64
 # Drafting must be expected to be so many times as fast as dense steps; expectations were up to a fifth off.
 GAIN = 1.25
+# What drafts may lose where expectations are wrong, as a share of the time of dense steps; it is saved up over RETRY.
+LOST = 0.02
 # What earlier passes count beside the latest; and what is thought of acceptance before any.
 FADE, ACCEPTED, TRIED = 0.9, 4.0, 5.0
 
@@ -73,18 +75,24 @@ class Pace:
         self._passes: dict[int, deque[float]] = {}
         self._chance = chance or Chance()
         self._trials = self._without = 0
+        # Seconds of the drafts since the latest pass; and those that drafts may lose from here on.
+        self._drafted = self._spare = 0.0
         # Why none are drafted now.
         self.why_none = ""
 
     def note_draft(self, seconds: float) -> None:
         """Note the time of one drafted token."""
         self._drafting.append(seconds)
+        self._drafted += seconds
 
     def note_pass(self, drafted: int, accepted: int, seconds: float) -> None:
         """Note a dense pass over so many drafted tokens and the one before them."""
         self._passes.setdefault(drafted, deque(maxlen=MOST)).append(seconds)
+        earned = LOST * seconds
         if drafted:
             self._chance.note(drafted, accepted)
+            earned = (accepted + 1) * self._pass_seconds(0) - seconds - self._drafted
+        self._drafted, self._spare = 0.0, min(self._spare + earned, LOST * RETRY * self._pass_seconds(0))
 
     @property
     def acceptance(self) -> float:
@@ -106,7 +114,7 @@ class Pace:
             return TRIALS[self._trials - 1]
         best = min(range(1, MOST + 1), key=self.seconds_a_token)
         gain = self.seconds_a_token(0) / self.seconds_a_token(best)
-        if gain >= GAIN:
+        if gain >= GAIN and self._spare >= 0:
             self.why_none, self._without = "", 0
             return best
         self.why_none = (
@@ -114,12 +122,14 @@ class Pace:
             f"{1e3 * self._pass_seconds(0):.3g} ms and over {1 + best} tokens {1e3 * self._pass_seconds(best):.3g}; "
             f"with {self.acceptance:.0%} accepted, drafting would be {gain:.2g}x as fast"
         )
+        if gain >= GAIN:
+            self.why_none += f", but {-self._spare:.2g} s that they lost are not made up for yet"
         self._without += 1
-        return 0 if self._without % RETRY else TRIALS[0]
+        return 0 if self._without % RETRY or self._spare < 0 else TRIALS[0]
 
     def _pass_seconds(self, drafted: int) -> float:
         """By a line through what passes over drafts took; through what one without took, too, while they were alike."""
-        alone = median(self._passes[0])
+        alone = median(self._passes.get(0, [0.0]))
         known = {more: median(seconds) for more, seconds in self._passes.items() if more}
         if drafted == 0 or not known:
             return alone
