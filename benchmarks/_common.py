@@ -243,16 +243,20 @@ def write_json(path: Path | None, benchmark: str, settings: dict[str, Any], resu
     return record
 
 
-def with_earlier(path: Path | None, found: Sequence[dict[str, Any]], same: Sequence[str]) -> list[dict[str, Any]]:
+def with_earlier(
+    path: Path | None, found: Sequence[dict[str, Any]], same: Sequence[str], settings: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """What a record holds, and ``found`` in place of entries that are the same in the fields ``same``; in their order.
 
-    For benchmarks that a run takes to one model or text at a time.
+    For benchmarks that a run takes to one model or text at a time. Where ``settings`` are given, a record of others is
+    replaced.
     """
 
     def key(one: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(one[name] for name in same)
 
-    earlier = [] if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))["results"]
+    record = {} if path is None or not path.is_file() else json.loads(path.read_text(encoding="utf-8"))
+    earlier = record.get("results", []) if settings is None or record.get("settings") == settings else []
     new = {key(one) for one in found}
     return sorted([*(one for one in earlier if key(one) not in new), *found], key=key)
 

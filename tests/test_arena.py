@@ -538,6 +538,11 @@ def test_rows_of_another_model_come_from_a_file_and_dbattn_learns_from_its_earli
     for rows, queries in learnt:
         assert rows == 900 - 256
         torch.testing.assert_close(queries, synthetic.query[:, :, :256])
+    # A run of one model leaves the figures of another in the record, where both were asked at the same budgets.
+    for budget, models in (("0.4", ["SmolLM2-135M", "other model"]), ("0.5", ["SmolLM2-135M"])):
+        arena.main([*asked, "--budgets", budget])
+        held = json.loads((tmp_path / "arena.json").read_text())["results"]
+        assert [result["model"] for result in held] == models
 
 
 def test_a_file_that_holds_no_layers_is_named(tmp_path):

@@ -27,7 +27,17 @@ import torch
 from dbattn.origin import origin
 
 from .. import readme
-from .._common import OUT_HELP, SMOLLM2, console, fit_exponent, print_table, progress, results_folder, write_json
+from .._common import (
+    OUT_HELP,
+    SMOLLM2,
+    console,
+    fit_exponent,
+    print_table,
+    progress,
+    results_folder,
+    with_earlier,
+    write_json,
+)
 from ..capture import CONTEXT, Rows, fill_caches, load_rows, rows_of_file
 from . import OPERATORS, Entry
 from ._figures import plot_against_bytes, plot_heads, plot_time
@@ -114,7 +124,8 @@ def report(results: list[dict[str, Any]], budgets: Sequence[float], out: Path, j
         drawn = [name for name in names if timed or name != names[2]]
         result["plots"] = [name.name for name in drawn]
     write_page(out / "arena.html", results, budgets, shown)
-    write_json(json or out / "arena.json", "arena", {"budgets": list(budgets)}, results)
+    record, settings = json or out / "arena.json", {"budgets": list(budgets)}
+    write_json(record, "arena", settings, with_earlier(record, results, ("model", "tokens"), settings))
     print(f"page: {out / 'arena.html'}")
 
 
