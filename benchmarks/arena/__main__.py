@@ -3,7 +3,7 @@
 SmolLM2's rows are captured where the cache lacks them (one pass of the model over each window, about a minute); files
 bring those of other models, as benchmarks/capture.py writes them. Operators may learn from the earlier half of the
 captured queries and are asked some of the later half. Writes arena.json, arena.html and the plots as PNG files. Ctrl-C
-stops measuring; what is done by then is reported.
+stops measuring; what is done by then is reported. Other models stay in arena.json as they are.
 
   python -m benchmarks.arena                                     8K, 8 layers, under 15 minutes on two cores
   python -m benchmarks.arena --tokens 8192 32768                 longer rows too
