@@ -228,7 +228,7 @@ def _names(model: Any, cache: DynamicCache, question: Tensor, number: Tensor) ->
     """Whether the model, asked a question after a cache, which stays as it was, names a number greedily."""
     rows = cache.get_seq_length()
     logits = held_back_logits(model, cache, torch.cat([question, number], dim=1))
-    cache.crop(rows)
+    cache.crop(rows - cache.get_seq_length())
     return bool((logits[-number.shape[1] - 1 : -1].argmax(dim=-1) == number[0]).all())
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from test_hf import tiny
+from transformers import DynamicCache
 
 from dbattn.dense import dense_attention
 from dbattn.origin import origin
@@ -310,6 +312,17 @@ def test_a_prompt_through_lists_is_measured_and_stands_on_the_page():
     assert results["exponent"] == pytest.approx(2)
     page = readme._prefill(results)
     assert [line.split()[1] for line in page if line.startswith("| ")] == ["rows", "3,072", "6,144"]
+
+
+def test_a_needle_is_found_where_its_number_is_named_and_the_cache_stays_as_it_was():
+    model, cache = tiny(), DynamicCache()
+    ids = torch.randint(0, model.config.vocab_size, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        model(ids[:, :25], past_key_values=cache)
+    number = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)[:, 30:]
+    for wanted, named in ((number, True), ((number + 1) % model.config.vocab_size, False), (number, True)):
+        assert bench_prefill._names(model, cache, ids[:, 25:], wanted) is named
+        assert cache.get_seq_length() == 25
 
 
 def test_a_cluster_is_faster_by_its_formula_until_exchange_takes_longer_than_reading():
