@@ -15,6 +15,8 @@ from ._cpu_vectors import F32, I64, fma, four_scales, load_scale, loop, pointer,
 from .packed import NOISE_LET_BE
 
 I32 = ir.IntType(32)
+# Vectors that are coded side by side.
+EIGHT = 8
 REAL8, WHOLE8 = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
 
 
@@ -222,3 +224,66 @@ def weigh_codes(
 
     i = types.int64
     return types.void(logit, i, i, i, mean, i, i, peak, share, rank, sums, leans, i, heads), gen
+
+
+@intrinsic
+def add_pairs(typingctx, x, x_at, y, y_at, half):
+    """Neighbours of x[x_at:] as sums in y[y_at:] and, behind ``half`` of them, differences; each is of EIGHT numbers."""
+
+    def gen(context, builder, sig, args):
+        xp, yp = (
+            builder.bitcast(pointer(context, builder, sig.args[i], args[i], args[i + 1]), REAL8.as_pointer())
+            for i in (0, 2)
+        )
+        with loop(builder, I64(0), args[4], 1) as (d, _):
+            low = builder.gep(xp, [builder.mul(d, I64(2))])
+            low, high = (builder.load(builder.gep(low, [I64(k)]), align=4) for k in range(2))
+            builder.store(builder.fadd(low, high), builder.gep(yp, [d]), align=4)
+            builder.store(builder.fsub(low, high), builder.gep(yp, [builder.add(d, args[4])]), align=4)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(x, i, y, i, i), gen
+
+
+@intrinsic
+def pack_eight(typingctx, x, half, step, least, codes, scales):
+    """The codes of EIGHT vectors of 2 half numbers that stand side by side in x [2 half, EIGHT], see packed.py.
+
+    codes [half, EIGHT] int8, scales [EIGHT]: ``step`` times the largest number, and no less than ``least``.
+    """
+
+    def gen(context, builder, sig, args):
+        xp, sp = (
+            builder.bitcast(pointer(context, builder, sig.args[i], args[i], I64(0)), REAL8.as_pointer())
+            for i in (0, 5)
+        )
+        bytes8 = ir.VectorType(ir.IntType(8), EIGHT)
+        cp = builder.bitcast(pointer(context, builder, sig.args[4], args[4], I64(0)), bytes8.as_pointer())
+
+        def numbers(d):
+            return builder.load(builder.gep(xp, [d]), align=4)
+
+        def larger(a, b):
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        cell = cgutils.alloca_once(builder, REAL8)
+        builder.store(ir.Constant(REAL8, [0.0] * EIGHT), cell)
+        with loop(builder, I64(0), builder.mul(args[1], I64(2)), 1) as (d, _):
+            size = _call(builder, "llvm.fabs.v8f32", REAL8, numbers(d))
+            builder.store(larger(size, builder.load(cell)), cell)
+        scale = builder.fmul(builder.load(cell), splat(builder, args[2], EIGHT))
+        scale = larger(scale, splat(builder, args[3], EIGHT))
+        builder.store(scale, sp, align=4)
+
+        def counts(d):
+            near = _call(builder, "llvm.nearbyint.v8f32", REAL8, builder.fdiv(numbers(d), scale))
+            return builder.add(builder.fptosi(near, WHOLE8), ir.Constant(WHOLE8, [8] * EIGHT))
+
+        with loop(builder, I64(0), args[1], 1) as (d, _):
+            high = builder.shl(counts(builder.add(d, args[1])), ir.Constant(WHOLE8, [4] * EIGHT))
+            code = builder.or_(counts(d), high)
+            builder.store(builder.trunc(code, bytes8), builder.gep(cp, [d]), align=1)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.float32, types.float32, codes, scales), gen

@@ -7,9 +7,12 @@ import numpy as np
 from numba import njit
 
 from ._cpu_common import F, inner
+from ._cpu_tiles import SIXTEEN, compare_four
 
 # Up to so many super-lists are split off flat; more, by way of groups of 32.
 FLAT_SUPERS = 128
+# Rows that are compared with all centroids while they are in the first cache.
+TILE = 64
 
 
 @njit
@@ -20,79 +23,71 @@ def copy_row(row, to):
 
 
 @inner
-def _assign(x, rows, cent, half, out):
-    """Nearest centroid (argmax x.c - |c|^2 / 2) of the rows x[rows]; returns how many changed."""
-    C, D = cent.shape
+def _fill(x, rows, first, tile):
+    """Put the rows x[rows[first]], x[rows[first + 1]], ... into the columns of tile [D, TILE]; returns how many."""
+    n = min(TILE, rows.size - first)
+    for i in range(n):
+        r = rows[first + i]
+        for d in range(x.shape[1]):
+            tile[d, i] = x[r, d]
+    return n
+
+
+@inner
+def _nearest(tile, n, cent, half, best, near, out, first):
+    """Nearest centroid (argmax x.c - |c|^2 / 2) of the n rows in tile; returns how many of out[first:] changed.
+
+    best, near [TILE] are scratch.
+    """
+    D = tile.shape[0]
+    for i in range(TILE):
+        best[i], near[i] = F(-np.inf), np.int32(0)
+    for c in range(0, half.size, 4):
+        for i in range(0, n, SIXTEEN):
+            compare_four(tile, i, TILE, cent, c * D, D, half, c, best, near)
     changed = 0
-    for i in range(rows.size):
-        r = rows[i]
-        best = F(-3.4e38)
-        arg = 0
-        c = 0
-        # four dot products at a time share the row's registers
-        while c + 4 <= C:
-            a0 = F(0.0)
-            a1 = F(0.0)
-            a2 = F(0.0)
-            a3 = F(0.0)
-            for d in range(D):
-                v = x[r, d]
-                a0 += v * cent[c, d]
-                a1 += v * cent[c + 1, d]
-                a2 += v * cent[c + 2, d]
-                a3 += v * cent[c + 3, d]
-            a0 -= half[c]
-            a1 -= half[c + 1]
-            a2 -= half[c + 2]
-            a3 -= half[c + 3]
-            if a0 > best:
-                best = a0
-                arg = c
-            if a1 > best:
-                best = a1
-                arg = c + 1
-            if a2 > best:
-                best = a2
-                arg = c + 2
-            if a3 > best:
-                best = a3
-                arg = c + 3
-            c += 4
-        while c < C:
-            a0 = F(0.0)
-            for d in range(D):
-                a0 += x[r, d] * cent[c, d]
-            a0 -= half[c]
-            if a0 > best:
-                best = a0
-                arg = c
-            c += 1
-        if out[i] != arg:
+    for i in range(n):
+        if out[first + i] != near[i]:
             changed += 1
-        out[i] = arg
+        out[first + i] = near[i]
     return changed
 
 
 @inner
-def _lloyd(x, rows, C, iterations, out):
+def _halves(cent, C, half):
+    """half = |c|^2 / 2 of the first C centroids, infinite for those that make them up to a multiple of four."""
+    for c in range(half.size):
+        a = F(0.0) if c < C else F(np.inf)
+        for d in range(cent.shape[1]):
+            a += cent[c, d] * cent[c, d]
+        half[c] = F(0.5) * a
+
+
+@inner
+def _room(C, D):
+    """Centroids made up to a multiple of four, what they are compared by, and the scratch of _nearest."""
+    made_up = (C + 3) // 4 * 4
+    return np.zeros((made_up, D), F), np.empty(made_up, F), np.empty(TILE, F), np.empty(TILE, np.int32)
+
+
+@inner
+def _lloyd(x, rows, C, iterations, out, cent, half, best, near):
     """Lloyd's k-means of the rows x[rows] into C lists; uniform-stride start; an emptied list keeps its centroid."""
-    n = rows.size
-    D = x.shape[1]
-    cent = np.empty((C, D), F)
-    half = np.empty(C, F)
+    n, D = rows.size, x.shape[1]
     count = np.zeros(C, np.int64)
     total = np.zeros((C, D), F)
+    tiles = np.zeros(((n + TILE - 1) // TILE, D, TILE), F)
+    for t in range(tiles.shape[0]):
+        _fill(x, rows, t * TILE, tiles[t])
     for c in range(C):
         copy_row(x[rows[(2 * c + 1) * n // (2 * C)]], cent[c])
     for i in range(out.size):
         out[i] = -1
     for it in range(iterations + 1):
-        for c in range(C):
-            a = F(0.0)
-            for d in range(D):
-                a += cent[c, d] * cent[c, d]
-            half[c] = F(0.5) * a
-        changed = _assign(x, rows, cent, half, out)
+        _halves(cent, C, half)
+        changed = 0
+        for t in range(tiles.shape[0]):
+            changed += _nearest(tiles[t], min(TILE, n - t * TILE), cent, half, best, near, out, t * TILE)
         if it == iterations or changed == 0:
             break
         for c in range(C):
@@ -100,16 +95,15 @@ def _lloyd(x, rows, C, iterations, out):
             for d in range(D):
                 total[c, d] = F(0.0)
         for i in range(n):
-            c = out[i]
+            c, r = out[i], rows[i]
             count[c] += 1
             for d in range(D):
-                total[c, d] += x[rows[i], d]
+                total[c, d] += x[r, d]
         for c in range(C):
             if count[c] > 0:
                 inv = F(1.0) / F(count[c])
                 for d in range(D):
                     cent[c, d] = total[c, d] * inv
-    return cent, half
 
 
 @inner
@@ -118,9 +112,14 @@ def _split(x, rows, parts, iterations, stride):
     n = rows.size
     owner = np.zeros(n, np.int64)
     if parts > 1:
+        cent, half, best, near = _room(parts, x.shape[1])
         train = rows[::stride].copy()
-        cent, half = _lloyd(x, train, parts, iterations, np.empty(train.size, np.int64))
-        _assign(x, rows, cent, half, owner)
+        found = owner if stride == 1 else np.empty(train.size, np.int64)
+        _lloyd(x, train, parts, iterations, found, cent, half, best, near)
+        if stride > 1:
+            tile = np.zeros((x.shape[1], TILE), F)
+            for first in range(0, n, TILE):
+                _nearest(tile, _fill(x, rows, first, tile), cent, half, best, near, owner, first)
     end = np.zeros(parts + 1, np.int64)
     for i in range(n):
         end[owner[i] + 1] += 1

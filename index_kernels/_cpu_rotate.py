@@ -8,6 +8,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ._cpu_code_vectors import EIGHT, add_pairs
 from ._cpu_common import FAST, F, inner
 
 
@@ -41,6 +42,23 @@ def rotate_row(row, out, one, two):
             stage *= 2
         for d in range(block):
             out[base + d] = x[d] * unit
+
+
+@inner
+def rotate_eight(one, two, D):
+    """Rows in the columns of one [D, EIGHT] times Hadamard's matrix, as rotate_row turns them; two is scratch."""
+    block = D & -D
+    unit = F(1.0) / np.sqrt(F(block))
+    for base in range(0, D, block):
+        x, y = one, two
+        stage = 1
+        while stage < block:
+            add_pairs(x, base * EIGHT, y, base * EIGHT, block // 2)
+            x, y = y, x
+            stage *= 2
+        for d in range(base, base + block):
+            for j in range(EIGHT):
+                one[d, j] = x[d, j] * unit
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)

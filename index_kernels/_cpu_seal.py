@@ -11,6 +11,7 @@ from numba import njit, prange
 from ._cpu_common import FAST, F, inner, inner_parallel
 from ._cpu_kmeans import cluster, copy_row
 from ._cpu_seal_lists import write_lists, write_supers
+from ._cpu_start import use_torchs_threads  # noqa: F401  # for callers
 from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
 # Not Python's integers: Numba compiles a function once for each literal it gets.
@@ -149,25 +150,57 @@ def _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, 
     )  # fmt: skip
 
 
-@inner_parallel
-def _each_head(phase, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments):
-    """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
+@inner
+def _dealt(bounds, heads, threads):
+    """The segments of all KV heads dealt to threads: [threads, .], -1 for none. The next one, and earlier segments are
+    the larger ones, goes to the thread with the fewest rows."""
+    dealt = np.full((threads, (bounds.size - 1) * heads), np.int64(-1))
+    count, rows = np.zeros(threads, np.int64), np.zeros(threads, np.int64)
+    for w in range(dealt.shape[1]):
+        least = np.int64(0)
+        for t in range(threads):
+            if rows[t] < rows[least]:
+                least = np.int64(t)
+        dealt[least, count[least]] = w
+        count[least] += 1
+        rows[least] += bounds[w // heads + 1] - bounds[w // heads]
+    return dealt
 
-    It calls functions: what a loop writes itself into an array in a NamedTuple, Numba takes for dead code.
-    """
-    for i in prange((bounds.size - 1) * rows.keys.shape[0] * rows.keys.shape[1]):
-        # An index of the loop is unsigned inside it and signed outside, which would compile the functions twice.
-        w = np.int64(i)
+
+@inner
+def _my_heads(
+    phase, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
+):
+    """A phase for the segments and KV heads dealt to one thread."""
+    for i in range(dealt.size):
+        w = dealt[i]
+        if w < 0:
+            break
         if phase == CLUSTER:
             _cluster_head(w, rows, start, bounds, how, found)
         else:
             _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments)
 
 
+@inner_parallel
+def _each_head(
+    phase, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
+):
+    """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
+
+    It calls a function: what a loop writes itself into an array in a NamedTuple, Numba takes for dead code.
+    """
+    for t in prange(dealt.shape[0]):
+        _my_heads(
+            phase, dealt[t], rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers,
+            segments,
+        )  # fmt: skip
+
+
 @njit(fastmath=FAST, cache=True, nogil=True)
 def seal(
     keys, values, key_floats, value_floats, floats_from, in_metric, positions, codes, start, bounds, first_segment,
-    rows_per_super, rows_per_list, iterations, stride, coded,
+    rows_per_super, rows_per_list, iterations, stride, coded, threads,
     begin, size, variance, key, value, count,
     first, super_size, super_variance, super_key, super_value, n_supers,
     segment_lists, segment_supers, shape, cross, trace,
@@ -178,10 +211,13 @@ def seal(
     supers = SuperListArrays(first, super_size, super_variance, super_key, super_value, n_supers)
     segments = SegmentArrays(segment_lists, segment_supers, shape, cross, trace)
     how = Clustering(rows_per_super, rows_per_list, iterations, stride)
-    order, list_end, super_end, n, n_super = _room(bounds, keys.shape[0] * keys.shape[1], rows_per_super)
-    found = Clusters(order, list_end, super_end, n, n_super)
+    heads = keys.shape[0] * keys.shape[1]
+    order, list_end, super_end, n, n_super = _room(bounds, heads, rows_per_super)
+    found, dealt = Clusters(order, list_end, super_end, n, n_super), _dealt(bounds, heads, threads)
     _each_head(
-        CLUSTER, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
+        CLUSTER, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
     )
     _count(found, first_segment, lists, supers, segments)
-    _each_head(WRITE, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments)
+    _each_head(
+        WRITE, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
+    )

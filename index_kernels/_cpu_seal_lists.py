@@ -5,8 +5,9 @@
 
 import numpy as np
 
+from ._cpu_code_vectors import EIGHT, pack_eight
 from ._cpu_common import F, inner, row_scale, set_row_scale, to_f32
-from ._cpu_rotate import rotate_row
+from ._cpu_rotate import rotate_eight, rotate_row
 from .packed import CODE_STEP, SMALLEST, STEP
 
 _STEP, _CODE_STEP, _SMALLEST = F(STEP), F(CODE_STEP), F(SMALLEST)
@@ -103,20 +104,43 @@ def turn_for_codes(x, signs, one, two):
 
 
 @inner
-def _code(x, code, signs, one, two):
-    """Write the code of x [D], which is turned in place, see packed.py."""
-    D = x.size
+def _code_eight(x, lo, n, mean, signs, scratch, codes, to):
+    """Write the codes of the rows lo .. lo + n of x, at most EIGHT, less their list's packed mean; see packed.py.
+
+    Side by side they are turned as ``turn_for_codes`` turns one.
+    """
+    one, two, packed, scales = scratch
+    D, unit = signs.size, row_scale(mean, signs.size)
     half = (D + 1) // 2
-    turn_for_codes(x, signs, one, two)
-    most = F(0.0)
     for d in range(D):
-        most = max(most, abs(x[d]))
-    scale = max(most * _CODE_STEP, _SMALLEST)
-    for d in range(half):
-        low = np.int32(np.rint(x[d] / scale))
-        high = np.int32(np.rint(x[d + half] / scale)) if d + half < D else np.int32(0)
-        code[d] = np.int8((low + np.int32(8)) | ((high + np.int32(8)) << 4))
-    set_row_scale(code, half, scale)
+        middle = to_f32(mean[d]) * unit
+        for j in range(n):
+            one[d, j] = (x[lo + j, d] - middle) * signs[d]
+    rotate_eight(one, two, D)
+    pack_eight(one, half, _CODE_STEP, _SMALLEST, packed, scales)
+    for j in range(n):
+        for d in range(half):
+            codes[to + j, d] = packed[d, j]
+        set_row_scale(codes[to + j], half, scales[j])
+
+
+@inner
+def _add_moments(x, y, lo, hi, key, value, keys, values, shape, cross):
+    """Add the products of the residuals of rows lo..hi to shape and cross; keys, values [rows, ..] are scratch."""
+    D, Dv = key.size, value.size
+    for i in range(lo, hi):
+        for d in range(D):
+            keys[i - lo, d] = x[i, d] - key[d]
+        for e in range(Dv):
+            values[i - lo, e] = y[i, e] - value[e]
+    for d in range(D):
+        of_keys, of_values = shape[d], cross[d]
+        for i in range(hi - lo):
+            r, row, other = keys[i, d], keys[i], values[i]
+            for e in range(D):
+                of_keys[e] += r * row[e]
+            for e in range(Dv):
+                of_values[e] += r * other[e]
 
 
 @inner
@@ -126,7 +150,14 @@ def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, key
     Dv = y.shape[1]
     key = np.empty(D, F)
     value = np.empty(Dv, F)
-    residual, signs, one, two = np.empty(D, F), code_signs(D), np.empty(D, F), np.empty(D, F)
+    signs, half = code_signs(D), (D + 1) // 2
+    # Of an odd number of numbers the last one is coded beside a zero.
+    eight = np.zeros((2 * half, EIGHT), F), np.zeros((2 * half, EIGHT), F)
+    scratch = *eight, np.empty((half, EIGHT), np.int8), np.empty(EIGHT, F)
+    longest = np.int64(0)
+    for j in range(count):
+        longest = max(longest, np.int64(list_end[j]) - (np.int64(list_end[j - 1]) if j > 0 else np.int64(0)))
+    residual_keys, residual_values = np.empty((longest, D), F), np.empty((longest, Dv), F)
     for d in range(D):
         for e in range(D):
             shape[d, e] = F(0.0)
@@ -140,21 +171,12 @@ def write_lists(x, y, in_metric, lo, list_end, count, begin, size, variance, key
         size[j] = end - at
         _summarise(x, y, in_metric, at, end, key, value, j, variance, keys, values)
         # codes, where they are wanted, are of what the packed mean leaves
-        unit = row_scale(keys[j], D)
-        for i in range(at, end if coded else at):
-            for d in range(D):
-                residual[d] = x[i, d] - to_f32(keys[j, d]) * unit
-            _code(residual, codes[lo + i], signs, one, two)
+        for i in range(at, end if coded else at, EIGHT):
+            _code_eight(x, i, min(end - i, EIGHT), keys[j], signs, scratch, codes, lo + i)
         # residual covariance from every eighth list: one matrix per head needs no more
         if j % 8 == 0:
             trace += _scatter(in_metric, at, end)
-            for i in range(at, end):
-                for d in range(D):
-                    r = x[i, d] - key[d]
-                    for e in range(D):
-                        shape[d, e] += r * (x[i, e] - key[e])
-                    for e in range(Dv):
-                        cross[d, e] += r * (y[i, e] - value[e])
+            _add_moments(x, y, at, end, key, value, residual_keys, residual_values, shape, cross)
         at = end
     return trace
 

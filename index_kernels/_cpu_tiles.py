@@ -28,10 +28,13 @@ from ._cpu_vectors import (
     sums_of_four,
 )
 
+I32 = ir.IntType(32)
 # Heads of a block: a number of heads is made a multiple of it.
 BLOCK = 3
 # Vectors of a row that are summed in one go.
 SPAN = 4
+# Columns that compare_four takes.
+SIXTEEN = 16
 # Numbers that a register holds.
 WIDTH = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 
@@ -102,6 +105,47 @@ def score_tile(typingctx, q, rows, rows_at, row_stride, n, heads, out, out_strid
 
     i = types.int64
     return types.void(q, rows, i, i, i, i, out, i, chunks, width), gen
+
+
+@intrinsic
+def compare_four(typingctx, columns, columns_at, n, q, q_at, D, less, first, best, arg):
+    """For SIXTEEN columns i: where q[q_at + k * D :] . column - less[first + k] is above best[i], for one of four k
+    after the other, it becomes best[i], and first + k becomes arg[i].
+
+    columns [D, n] float32 holds a row in each column, so that no sum is across a register, and D needs no type; best
+    float32 and arg int32 begin with column columns_at.
+    """
+
+    def gen(context, builder, sig, args):
+        vec, whole = ir.VectorType(F32, SIXTEEN), ir.VectorType(I32, SIXTEEN)
+        n, D, first = args[2], args[5], args[7]
+        cp = pointer(context, builder, sig.args[0], args[0], args[1])
+        qp = pointer(context, builder, sig.args[3], args[3], args[4])
+        lp = pointer(context, builder, sig.args[6], args[6], first)
+        bp = builder.bitcast(pointer(context, builder, sig.args[8], args[8], args[1]), vec.as_pointer())
+        ap = builder.bitcast(pointer(context, builder, sig.args[9], args[9], args[1]), whole.as_pointer())
+        cells = [cgutils.alloca_once(builder, vec) for _ in range(4)]
+        for k, cell in enumerate(cells):
+            builder.store(builder.fneg(splat(builder, builder.load(builder.gep(lp, [I64(k)])), SIXTEEN)), cell)
+        with loop(builder, I64(0), D, 1) as (d, _):
+            at = builder.bitcast(builder.gep(cp, [builder.mul(d, n)]), vec.as_pointer())
+            column = builder.load(at, align=4)
+            for k, cell in enumerate(cells):
+                x = builder.load(builder.gep(qp, [builder.add(builder.mul(D, I64(k)), d)]))
+                builder.store(fma(builder, splat(builder, x, SIXTEEN), column, builder.load(cell)), cell)
+        top, number = builder.load(bp, align=4), builder.load(ap, align=4)
+        for k, cell in enumerate(cells):
+            score = builder.load(cell)
+            above = builder.fcmp_ordered(">", score, top)
+            top = builder.select(above, score, top)
+            which = builder.trunc(builder.add(first, I64(k)), I32)
+            number = builder.select(above, splat(builder, which, SIXTEEN), number)
+        builder.store(top, bp, align=4)
+        builder.store(number, ap, align=4)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(columns, i, i, q, i, i, less, i, best, arg), gen
 
 
 @intrinsic

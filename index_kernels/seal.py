@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _torch_seal
 from .ops import resolve_backend
-from .packed import floats
+from .packed import floats, row_dim
 from .summaries import (
     LARGEST_HALF,
     SMALLEST_TRACE,
@@ -83,7 +83,7 @@ def _seal(
     kernels.seal(
         _words(keys), _words(values), *(rows.contiguous().numpy() for rows in as_floats), 0 if kept else bounds[0],
         _in_metric(keys, bounds, learnt, start), positions, codes, start.numpy(), np.asarray(bounds, np.int64),
-        first_segment, *how, coded, *lists, *supers, *sums,
+        first_segment, *how, coded, kernels.use_torchs_threads(), *lists, *supers, *sums,
     )  # fmt: skip
 
 
@@ -112,14 +112,14 @@ def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Ten
 
     Softmax ignores a shift of all keys; around the mean fewer bits are lost.
     """
-    found = []
+    found = torch.empty(*keys.shape[:2], bounds[-1] - bounds[0], row_dim(keys))
     for first, stop, metric, holds in zip(bounds, bounds[1:], *learnt, strict=False):
-        rows = floats(keys[:, :, first:stop]).float()
-        counted = (torch.arange(first, stop) >= start[:, None]).float()[:, None, :, None]
-        rows = rows - (rows * counted).sum(dim=2, keepdim=True) / counted.sum(dim=2, keepdim=True).clamp(min=1)
+        rows, part = floats(keys[:, :, first:stop]).float(), found[:, :, first - bounds[0] : stop - bounds[0]]
+        counted = (torch.arange(first, stop) >= start[:, None]).float()[:, None, None]
+        torch.sub(rows, (counted @ rows) / counted.sum(dim=3, keepdim=True).clamp(min=1), out=part)
         if holds.any():
             known = torch.from_numpy(holds)[:, None, None, None]
-            rows = torch.where(known, rows @ torch.from_numpy(metric), rows)
-        found.append(rows)
-    in_metric: Array = torch.cat(found, dim=2).numpy()
+            turned = part @ torch.from_numpy(metric)
+            part.copy_(turned if holds.all() else torch.where(known, turned, part))
+    in_metric: Array = found.numpy()
     return in_metric
