@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped, soften
+from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
 from ._cpu_start import use_torchs_threads
-from ._cpu_tiles import BLOCK, add_tile, score_tile, tile_lanes
+from ._cpu_tiles import COLUMNS, add_columns, score_columns, tile_lanes, weigh_columns
 from .lists import FREEZES, LOG_ROWS
 from .packed import row_dim
 from .reference import by_head, by_position
@@ -78,44 +78,59 @@ def _pieces(q, how):
 
 @inner
 def _begin(q, out, lse, how, b, h, lo):
-    """A piece from query ``lo`` on: its queries, room for logits, and the state to which rows are added."""
-    n = min(how[1], q.shape[2] - lo)
-    # Tiles are of whole blocks of queries, and begin anywhere.
-    qs, state = np.zeros((n + BLOCK, q.shape[3]), F), np.zeros((n + BLOCK, out.shape[3]), F)
-    logits = np.zeros((n + BLOCK, TILE), F)
-    top, total = np.empty(n, F), np.zeros(n, F)
+    """A piece from query ``lo`` on: its queries and room for logits, side by side, and the state that rows add to."""
+    n, D = min(how[1], q.shape[2] - lo), q.shape[3]
+    columns = (n + COLUMNS - 1) // COLUMNS * COLUMNS
+    qs, state = np.zeros((D, columns), F), np.zeros((columns, out.shape[3]), F)
+    logits = np.empty((TILE, columns), F)
+    top, total, shrink = np.zeros(columns, F), np.zeros(columns, F), np.empty(columns, F)
     for g in range(n):
-        qs[g] = q[b, h, lo + g]
-        state[g] = out[b, h, lo + g]
+        for d in range(D):
+            qs[d, g] = q[b, h, lo + g, d]
+        for d in range(state.shape[1]):
+            state[g, d] = out[b, h, lo + g, d]
         top[g] = max(lse[b, h, lo + g], EMPTY)
-    return qs, logits, state, top, total
+    return qs, logits, state, top, total, shrink
 
 
 @inner
 def _score(piece, rows, lanes, b, h, at, n, filled):
     """Logits of the rows ``at .. at + n``, behind those of ``filled`` other rows."""
-    qs, logits, _, top, _ = piece
+    qs, logits, _, top, _, _ = piece
     keys, kb, kh, kt = rows[:4]
     ck, _, width = lanes
-    blocks = (len(top) + BLOCK - 1) // BLOCK * BLOCK
-    score_tile(qs, keys, b * kb + h * kh + at * kt, kt, n, blocks, logits.ravel()[filled:], TILE, ck, width)
+    score_columns(
+        qs.ravel(), top.size, keys, b * kb + h * kh + at * kt, kt, n, logits.ravel()[filled * top.size :], ck, width
+    )
+
+
+@inner
+def _weigh(piece, n):
+    """Turn the logits of ``n`` rows into weights, and the state into one by the new tops."""
+    _, logits, state, top, total, shrink = piece
+    weigh_columns(logits.ravel(), top.size, n, top, total, shrink)
+    for g in range(top.size):
+        if shrink[g] < F(1.0):
+            for d in range(state.shape[1]):
+                state[g, d] *= shrink[g]
 
 
 @inner
 def _add(piece, rows, lanes, b, h, at, n, filled):
     """The values of the same rows, by the weights that logits have become."""
-    _, logits, state, top, _ = piece
+    _, logits, state, top, _, _ = piece
     values, vb, vh, vt = rows[4:]
     _, cv, width = lanes
-    blocks = (len(top) + BLOCK - 1) // BLOCK * BLOCK
-    add_tile(logits.ravel()[filled:], TILE, values, b * vb + h * vh + at * vt, vt, n, blocks, state, cv, width)
+    add_columns(
+        logits.ravel()[filled * top.size :], top.size, values, b * vb + h * vh + at * vt, vt, n, state.ravel(), cv, width
+    )
 
 
 @inner
-def _end(piece, out, lse, own, b, h, lo):
+def _end(piece, n, out, lse, own, b, h, lo):
     """Write the piece's state with what was added to it; ``total`` becomes what weights are multiplied by."""
-    _, _, state, top, total = piece
-    for g in range(len(top)):
+    _, _, state, top, total, _ = piece
+    for g in range(n):
         before, some = lse[b, h, lo + g], top[g] > EMPTY
         s = total[g] + (exp32(before - top[g]) if before > EMPTY else F(0.0))
         own[b, h, lo + g] = top[g] + np.log(total[g]) if some and total[g] > F(0.0) else -np.inf
@@ -134,9 +149,9 @@ def _rows_piece(w, q, rows, lanes, how, source, out, lse, own):
     c = w // units
     lo = (c // 2 if c % 2 == 0 else last - c // 2) * most
     b, h = w % units // q.shape[1], w % q.shape[1]
-    piece = _begin(q, out, lse, how, b, h, lo)
-    _, logits, _, top, _ = piece
-    early, late = first + lo // group, first + (lo + len(top)) // group
+    piece, count = _begin(q, out, lse, how, b, h, lo), min(most, q.shape[2] - lo)
+    logits = piece[1]
+    early, late = first + lo // group, first + (lo + count) // group
     run, done = 0, 0  # the run that comes next, and how many of its rows were taken
     while run < begin.shape[2]:
         # A tile is of several runs: from the one at `since`, of which `skipped` rows were taken before.
@@ -146,17 +161,17 @@ def _rows_piece(w, q, rows, lanes, how, source, out, lse, own):
             n = min(min(size[b, h, run] - done, late - at), TILE - filled)
             if n > 0:
                 _score(piece, rows, lanes, b, h, at, n, filled)
-                for g in range(len(top)):
-                    if softcap > F(0.0):
-                        for i in range(filled, filled + n):
-                            logits[g, i] = softcapped(logits[g, i], softcap)
-                    if at + n > early + 1:
-                        for i in range(filled + max(first + (lo + g) // group + 1 - at, 0), filled + n):
-                            logits[g, i] = NEG
+                if softcap > F(0.0):
+                    for i in range(filled, filled + n):
+                        for g in range(count):
+                            logits[i, g] = softcapped(logits[i, g], softcap)
+                for i in range(max(early + 1 - at, 0), n):
+                    for g in range(min((at + i - first) * group - lo, count)):
+                        logits[filled + i, g] = NEG
                 filled, done = filled + n, done + n
             if done >= min(size[b, h, run], late - begin[b, h, run]):
                 run, done = run + 1, 0
-        soften(logits, filled, F(0.0), piece[2][: len(top)], top, piece[4])
+        _weigh(piece, filled)
         taken = 0
         while taken < filled:
             at = begin[b, h, since] + skipped
@@ -165,7 +180,7 @@ def _rows_piece(w, q, rows, lanes, how, source, out, lse, own):
                 _add(piece, rows, lanes, b, h, at, n, taken)
                 taken += n
             since, skipped = since + 1, 0
-    _end(piece, out, lse, own, b, h, lo)
+    _end(piece, count, out, lse, own, b, h, lo)
 
 
 @inner
@@ -173,54 +188,43 @@ def _summaries_piece(w, q, rows, lanes, how, source, out, lse, own):
     spread, variance, log_size, alpha, tilts = source
     units = q.shape[0] * q.shape[1]
     b, h, lo = w % units // q.shape[1], w % q.shape[1], w // units * how[1]
-    piece = _begin(q, out, lse, how, b, h, lo)
-    _, logits, state, top, total = piece
-    tilt, at = np.zeros(len(top), F), 0
+    piece, count = _begin(q, out, lse, how, b, h, lo), min(how[1], q.shape[2] - lo)
+    _, logits, _, top, total, shrink = piece
+    by, root, tilt, at = np.zeros(top.size, F), np.zeros(top.size, F), np.zeros(top.size, F), 0
+    for g in range(count):
+        by[g] = spread[b, h, lo + g]
+        root[g] = np.sqrt(by[g])
     while at < variance.shape[2]:
         n = min(TILE, variance.shape[2] - at)
         _score(piece, rows, lanes, b, h, at, n, 0)
-        _soften_summaries(
-            logits, n, how[2], alpha, spread[b, h, lo:], variance[b, h, at:], log_size[b, h, at:], state[: len(top)],
-            top, total, tilt,
-        )  # fmt: skip
+        for i in range(n):
+            _raise(logits[i], how[2], alpha, by, root, variance[b, h, at + i], log_size[b, h, at + i])
+        _weigh(piece, n)
+        for g in range(top.size):
+            tilt[g] *= shrink[g]
+        for i in range(n):
+            v = variance[b, h, at + i]
+            for g in range(top.size):
+                tilt[g] += logits[i, g] * v
         _add(piece, rows, lanes, b, h, at, n, 0)
         at += n
-    _end(piece, out, lse, own, b, h, lo)
-    for g in range(len(top)):
+    _end(piece, count, out, lse, own, b, h, lo)
+    for g in range(count):
         tilts[b, h, lo + g] = tilt[g] * total[g]
 
 
 @inner
-def _soften_summaries(logits, n, softcap, alpha, spread, variance, log_size, a, top, total, tilt):
-    """As ``soften``; a summary's logit is raised by the scatter of its rows', and by the log of how many they are."""
-    root = np.sqrt(F(FREEZES) * variance[:n])
-    for g in range(len(top)):
-        new, by = top[g], np.sqrt(spread[g])
-        for i in range(n):
-            x, slope = logits[g, i], F(1.0)
-            if softcap > F(0.0):
-                x = softcapped(x, softcap)
-                slope = F(1.0) - (x / softcap) * (x / softcap)
-            v = spread[g] * variance[i] * slope * slope
-            frozen = F(2.0) * (root[i] * by * slope - F(LOG_ROWS))
-            x += alpha * (v if v < F(FREEZES) else frozen) + log_size[i]
-            logits[g, i] = x
-            new = max(new, x)
-        if new > top[g]:
-            shrink = exp32(top[g] - new)
-            total[g] *= shrink
-            tilt[g] *= shrink
-            for d in range(a.shape[1]):
-                a[g, d] *= shrink
-            top[g] = new
-        s, t = F(0.0), F(0.0)
-        for i in range(n):
-            p = exp32(logits[g, i] - new)
-            logits[g, i] = p
-            s += p
-            t += p * variance[i]
-        total[g] += s
-        tilt[g] += t
+def _raise(logits, softcap, alpha, spread, root, variance, log_size):
+    """Raise the logits of a summary by the scatter of its rows', and by the log of how many they are."""
+    frozen = np.sqrt(F(FREEZES) * variance)
+    for g in range(logits.size):
+        x, slope = logits[g], F(1.0)
+        if softcap > F(0.0):
+            x = softcapped(x, softcap)
+            slope = F(1.0) - (x / softcap) * (x / softcap)
+        v = spread[g] * variance * slope * slope
+        held = F(2.0) * (frozen * root[g] * slope - F(LOG_ROWS))
+        logits[g] = x + alpha * (v if v < F(FREEZES) else held) + log_size
 
 
 @njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
