@@ -22,6 +22,8 @@ from .reference import by_head, by_position
 EMPTY = F(0.5) * NEG
 # Rows of a tile, and queries of a piece: both tiles of rows and what a piece accumulates have to fit the caches.
 TILE, PIECE = 128, 96
+# Lists that are weighed in one go, to choose some.
+LISTS = 128
 
 
 def add_rows(q, keys, values, out, lse, *, begin, size, first, group, softcap):
@@ -59,6 +61,22 @@ def add_summaries(q, keys, values, out, lse, *, spread, variance, log_size, grou
         variance.contiguous().numpy(), log_size.contiguous().numpy(), F(alpha), tilt.numpy(),
     )  # fmt: skip
     return own, tilt
+
+
+def summary_weights(q, keys, known, *, spread, variance, log_size, alpha, most, softcap):
+    """exp of the logits of summaries less what is ``known [B, Hkv, n]``, no larger than e to ``most``.
+
+    q ``[B, Hkv, n, D]`` and what else there is: see add_summaries. Returns ``[B, Hkv, n, L]``.
+    """
+    use_torchs_threads()
+    n = q.shape[2]
+    columns = (n + COLUMNS - 1) // COLUMNS * COLUMNS
+    weights = torch.empty(*variance.shape, columns)
+    by_query = (part.contiguous().numpy() for part in (q, spread, known))
+    by_list = (part.contiguous().numpy() for part in (variance, log_size))
+    ck, _, width = tile_lanes(q.shape[3], q.shape[3])
+    _weights(*by_query, *by_list, flat_rows(keys), ck, width, F(softcap or 0.0), F(alpha), F(most), weights.numpy())
+    return weights[..., :n].transpose(2, 3)
 
 
 def _added(kernel, q, keys, values, out, lse, group, softcap, *source):
@@ -122,7 +140,15 @@ def _add(piece, rows, lanes, b, h, at, n, filled):
     values, vb, vh, vt = rows[4:]
     _, cv, width = lanes
     add_columns(
-        logits.ravel()[filled * top.size :], top.size, values, b * vb + h * vh + at * vt, vt, n, state.ravel(), cv, width
+        logits.ravel()[filled * top.size :],
+        top.size,
+        values,
+        b * vb + h * vh + at * vt,
+        vt,
+        n,
+        state.ravel(),
+        cv,
+        width,
     )
 
 
@@ -194,8 +220,11 @@ def _summaries_piece(w, q, rows, lanes, how, source, out, lse, own):
     for g in range(count):
         by[g] = spread[b, h, lo + g]
         root[g] = np.sqrt(by[g])
-    while at < variance.shape[2]:
-        n = min(TILE, variance.shape[2] - at)
+    used = variance.shape[2]
+    while used > 0 and log_size[b, h, used - 1] <= NEG:
+        used -= 1
+    while at < used:
+        n = min(TILE, used - at)
         _score(piece, rows, lanes, b, h, at, n, 0)
         for i in range(n):
             _raise(logits[i], how[2], alpha, by, root, variance[b, h, at + i], log_size[b, h, at + i])
@@ -237,3 +266,30 @@ def _rows(q, rows, ck, cv, width, how, source, out, lse, own):
 def _summaries(q, rows, ck, cv, width, how, source, out, lse, own):
     for w in prange(_pieces(q, how)):
         _summaries_piece(w, q, rows, (ck, cv, width), how, source, out, lse, own)
+
+
+@inner
+def _weigh_lists(w, q, spread, known, variance, log_size, keys, ck, width, softcap, alpha, most, weights):
+    """The weights of some lists of one KV head."""
+    rows, kb, kh, kt = keys
+    units, (D, columns) = q.shape[0] * q.shape[1], (q.shape[3], weights.shape[3])
+    b, h, lo = w % units // q.shape[1], w % q.shape[1], w // units * LISTS
+    n = min(LISTS, variance.shape[2] - lo)
+    qs, by, root, least = np.zeros((D, columns), F), np.zeros(columns, F), np.zeros(columns, F), np.zeros(columns, F)
+    for g in range(q.shape[2]):
+        for d in range(D):
+            qs[d, g] = q[b, h, g, d]
+        by[g], root[g], least[g] = spread[b, h, g], np.sqrt(spread[b, h, g]), known[b, h, g]
+    score_columns(
+        qs.ravel(), columns, rows, b * kb + h * kh + lo * kt, kt, n, weights[b, h, lo : lo + n].ravel(), ck, width
+    )
+    for i in range(lo, lo + n):
+        _raise(weights[b, h, i], softcap, alpha, by, root, variance[b, h, i], log_size[b, h, i])
+        for g in range(columns):
+            weights[b, h, i, g] = exp32(min(weights[b, h, i, g] - least[g], most))
+
+
+@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+def _weights(q, spread, known, variance, log_size, keys, ck, width, softcap, alpha, most, weights):
+    for w in prange(q.shape[0] * q.shape[1] * ((variance.shape[2] + LISTS - 1) // LISTS)):
+        _weigh_lists(w, q, spread, known, variance, log_size, keys, ck, width, softcap, alpha, most, weights)

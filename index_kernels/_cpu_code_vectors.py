@@ -228,7 +228,7 @@ def weigh_codes(
 
 @intrinsic
 def add_pairs(typingctx, x, x_at, y, y_at, half):
-    """Neighbours of x[x_at:] as sums in y[y_at:] and, behind ``half`` of them, differences; each is of EIGHT numbers."""
+    """Sums of neighbours of x[x_at:] in y[y_at:], ``half`` of them, and their differences; each is of EIGHT numbers."""
 
     def gen(context, builder, sig, args):
         xp, yp = (
@@ -255,8 +255,7 @@ def pack_eight(typingctx, x, half, step, least, codes, scales):
 
     def gen(context, builder, sig, args):
         xp, sp = (
-            builder.bitcast(pointer(context, builder, sig.args[i], args[i], I64(0)), REAL8.as_pointer())
-            for i in (0, 5)
+            builder.bitcast(pointer(context, builder, sig.args[i], args[i], I64(0)), REAL8.as_pointer()) for i in (0, 5)
         )
         bytes8 = ir.VectorType(ir.IntType(8), EIGHT)
         cp = builder.bitcast(pointer(context, builder, sig.args[4], args[4], I64(0)), bytes8.as_pointer())

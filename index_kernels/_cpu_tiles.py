@@ -341,9 +341,7 @@ def weigh_columns(typingctx, logits, columns, n, top, total, shrink):
 
     def gen(context, builder, sig, args):
         columns, vec = args[1], ir.VectorType(F32, WIDTH)
-        xp, tp, sp, kp = (
-            pointer(context, builder, sig.args[i], args[i], I64(0)) for i in (0, 3, 4, 5)
-        )
+        xp, tp, sp, kp = (pointer(context, builder, sig.args[i], args[i], I64(0)) for i in (0, 3, 4, 5))
         with loop(builder, I64(0), columns, COLUMNS) as (g0, _):
             starts = [builder.add(g0, I64(v * WIDTH)) for v in range(VECTORS)]
             tops = [builder.load(_vector(builder, tp, g), align=4) for g in starts]

@@ -15,13 +15,17 @@ from .lists import choose, held, row_places
 from .ops import check_rows, resolve_backend
 from .packed import floats, row_dim
 from .reference import by_head, by_position, softcapped
-from .summaries import ListTable, Summaries
+from .summaries import Levels, ListTable, Summaries
 
 # Lists are chosen by what every so many-th position of a block would lose: to ask all of them changes nothing.
 ASKING = 16
 # Weights of lists are taken beside that of the rows read anyway, and no larger than e to this.
 MOST_LOGIT = 60.0
 NEVER = -1e30
+# Lists answer for themselves where that saves so many times as much for each summary as opened lists do for each row.
+APART = 4.0
+# A super-list of more rows does not answer for its lists.
+MOST_ROWS = 128
 
 
 class BlockReading(NamedTuple):
@@ -53,7 +57,9 @@ class BlockAnswer(NamedTuple):
         out: ``[B, Hq, m, Dv]`` float32.
         lse: ``[B, Hq, m]``.
         lse_by_source: ``[3, B, Hq, m]``: sinks and newest rows, rows of lists, summaries; -inf for none.
-        rows_read, lists_opened, summaries_read: all batch rows and KV heads together.
+        rows_read, lists_opened: all batch rows and KV heads together.
+        summaries_read: summaries of lists, by which they are chosen, likewise.
+        summaries_answering: summaries of lists and super-lists that stand for rows that are not read, likewise.
         seconds: time of each source; that of choosing lists is part of their rows'.
     """
 
@@ -63,6 +69,7 @@ class BlockAnswer(NamedTuple):
     rows_read: int
     lists_opened: int
     summaries_read: int
+    summaries_answering: int
     seconds: tuple[float, float, float]
 
 
@@ -102,6 +109,8 @@ def attend_block(
 ) -> BlockAnswer:
     """Causal attention of a block: sinks and newest rows exactly, rows of the lists that cost it most, summaries.
 
+    Where it costs little, super-lists none of whose lists are opened answer for these.
+
     Args:
         query: ``[B, Hq, m, D]``, at the positions of the m newest rows, none of which stands in a list.
         keys, values: ``[B, Hkv, T, D]`` and ``[B, Hkv, T, Dv]``, or packed; the rows before and of the block.
@@ -123,17 +132,20 @@ def attend_block(
         )
     read: Any = _Kernels if resolve_backend(query, backend) == "numba" else _Specified
     began, group = time.perf_counter(), heads // kv_heads
-    lists = table.levels(query.device).lists
+    levels = table.levels(query.device, packed=read is _Kernels)
+    lists = levels.lists
     q = by_position(query, kv_heads, how.scale)
     asking, source = _Asking(q, lists.spread(q)), read(keys, values, group, how)
     state = source.exact(asking, start, first)
     lses = [state[1], *torch.full((2, *state[1].shape), float("-inf"), device=query.device)]
     scanned = time.perf_counter()
-    chosen = _chosen(asking, state[1], lists, how, group)
-    state, lses[1] = source.with_lists(asking, state, lists, chosen)
-    opened = time.perf_counter()
+    chosen, apart = _chosen(source, asking, state[1], levels, how.rows_read, group)
+    state, lses[1] = source.with_lists(asking, state, lists.those(chosen, means=False))
+    opened, answering = time.perf_counter(), 0
     if how.tail:
-        state, lses[2] = source.with_summaries(asking, state, lists, ~chosen & (lists.size > 0))
+        rest = _answering(levels, chosen, apart)
+        answering = int((rest.size > 0).sum())
+        state, lses[2] = source.with_summaries(asking, state, rest)
     done = time.perf_counter()
     return BlockAnswer(
         by_head(state[0], m),
@@ -142,20 +154,47 @@ def attend_block(
         int((lists.size * chosen).sum()),
         int(chosen.sum()),
         int((lists.size > 0).sum()),
+        answering,
         (scanned - began, opened - scanned, done - opened),
     )
 
 
-def _chosen(asking: _Asking, known: Tensor, lists: Summaries, how: BlockReading, group: int) -> Tensor:
-    """The lists to open, bool ``[B, Hkv, L]``: those whose rows, left unread, would cost the block most in all."""
-    if how.rows_read >= int(lists.size.sum(dim=(1, 2)).max()):
-        return lists.size > 0
+def _chosen(
+    source: Any, asking: _Asking, known: Tensor, levels: Levels, rows: int, group: int
+) -> tuple[Tensor, Tensor]:
+    """The lists to open, bool ``[B, Hkv, L]``: those whose rows, left unread, would cost the block most in all.
+
+    And the super-lists ``[B, Hkv, S]`` whose lists answer for themselves: those with lists that are opened, and those
+    where that saves much for each summary.
+    """
+    lists, supers = levels.lists, levels.supers
+    if rows >= int(lists.size.sum(dim=(1, 2)).max()):
+        return lists.size > 0, supers.size > 0
     q, spread, known = asking.some(group, known)
-    weights = _logits(_Asking(q, spread), lists, how).sub_(known[..., None]).clamp_(max=MOST_LOGIT).exp_()
-    total = 1 + weights.sum(dim=-1)
-    costs: Tensor = ((spread.sqrt() / total)[:, :, None] @ weights)[:, :, 0]
-    costs = costs * lists.variance.sqrt() / lists.size.clamp(min=1)
-    return choose(costs.flatten(1), lists.size.flatten(1), how.rows_read).view_as(lists.size)
+    some = _Asking(q, spread)
+    weights = source.weights(some, known, lists)
+    share = (spread.sqrt() / (1 + weights.sum(dim=-1)))[:, :, None]
+    costs = (share @ weights)[:, :, 0] * lists.variance.sqrt() * (lists.size > 0)
+    per_row = costs / lists.size.clamp(min=1)
+    chosen = choose(per_row.flatten(1), lists.size.flatten(1), rows).view_as(lists.size)
+
+    def by_super(numbers: Tensor) -> Tensor:
+        return torch.zeros_like(supers.variance).scatter_add_(2, parent, numbers.float())
+
+    parent = levels.parent.clamp(max=max(0, supers.size.shape[2] - 1))
+    whole = (share @ source.weights(some, known, supers))[:, :, 0] * supers.variance.sqrt()
+    saved, price = whole - by_super(costs), by_super(lists.size > 0) - 1
+    least = per_row.masked_fill(~chosen, float("inf")).amin(dim=(1, 2), keepdim=True)
+    apart = (by_super(chosen) > 0) | (supers.size > MOST_ROWS) | (saved > APART * least * price)
+    return chosen, apart & (supers.size > 0)
+
+
+def _answering(levels: Levels, chosen: Tensor, apart: Tensor) -> Summaries:
+    """What stands for lists not ``chosen``: they themselves where their super-list is ``apart``, else that."""
+    lists, supers = levels.lists, levels.supers
+    parent = levels.parent.clamp(max=max(0, supers.size.shape[2] - 1))
+    left = ~chosen & (lists.size > 0) & apart.gather(2, parent)
+    return levels.both.those(torch.cat([left, ~apart & (supers.size > 0)], dim=2))
 
 
 def _logits(asking: _Asking, lists: Summaries, how: BlockReading) -> Tensor:
@@ -188,21 +227,21 @@ class _Specified:
         seen = kept[:, None, None] & (places[:, :, None] <= at[:, None])
         return self._rows(asking, places.expand(-1, self._keys.shape[1], -1), seen)
 
-    def with_lists(self, asking: _Asking, state: _State, lists: Summaries, chosen: Tensor) -> tuple[_State, Tensor]:
-        """The state with the rows of the lists chosen, and their log-sum-exp."""
-        runs = [
-            row_places(begin[opened], size[opened])
-            for begin, size, opened in zip(
-                *(part.flatten(0, 1) for part in (lists.begin, lists.size, chosen)), strict=True
-            )
-        ]
-        places = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=-1).view(*chosen.shape[:2], -1)
+    def weights(self, asking: _Asking, known: Tensor, lists: Summaries) -> Tensor:
+        """Weights of lists beside what is ``known [B, Hkv, m * G]``, ``[B, Hkv, m * G, L]``."""
+        return _logits(asking, lists, self._how).sub_(known[..., None]).clamp_(max=MOST_LOGIT).exp_()
+
+    def with_lists(self, asking: _Asking, state: _State, opened: Summaries) -> tuple[_State, Tensor]:
+        """The state with the rows of the lists opened, and their log-sum-exp."""
+        runs = [row_places(*run) for run in zip(opened.begin.flatten(0, 1), opened.size.flatten(0, 1), strict=True)]
+        places = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=-1)
+        places = places.view(*opened.size.shape[:2], -1)
         own = self._rows(asking, places.clamp(min=0), (places >= 0)[:, :, None])
         return _merged(state, own), own[1]
 
-    def with_summaries(self, asking: _Asking, state: _State, lists: Summaries, left: Tensor) -> tuple[_State, Tensor]:
-        """The state with the summaries of the lists that are ``left``, and their log-sum-exp."""
-        logits = _logits(asking, lists, self._how).masked_fill(~left[:, :, None], float("-inf"))
+    def with_summaries(self, asking: _Asking, state: _State, lists: Summaries) -> tuple[_State, Tensor]:
+        """The state with the summaries of lists, and their log-sum-exp."""
+        logits = _logits(asking, lists, self._how).masked_fill((lists.size == 0)[:, :, None], float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse[..., None]).nan_to_num()
         tilt = weights @ lists.variance[..., None]
@@ -238,13 +277,18 @@ class _Kernels:
         self._add(asking, (out, lse), begin, size, first)
         return out, lse
 
-    def with_lists(self, asking: _Asking, state: _State, lists: Summaries, chosen: Tensor) -> tuple[_State, Tensor]:
+    def weights(self, asking: _Asking, known: Tensor, lists: Summaries) -> Tensor:
         """See _Specified."""
-        # Those chosen first, in the order they stand.
-        order = chosen.int().argsort(dim=2, descending=True, stable=True)[:, :, : int(chosen.sum(dim=2).max())]
-        begin, size = (part.gather(2, order) for part in (lists.begin, lists.size * chosen))
+        found: Tensor = _fused().summary_weights(
+            asking.q, lists.key, known, spread=asking.spread, variance=lists.variance, log_size=_log(lists.size),
+            alpha=self._how.alpha, most=MOST_LOGIT, softcap=self._how.softcap,
+        )  # fmt: skip
+        return found
+
+    def with_lists(self, asking: _Asking, state: _State, opened: Summaries) -> tuple[_State, Tensor]:
+        """See _Specified."""
         out, lse = state[0], state[1].clone()
-        own = self._add(asking, (out, lse), begin, size, self._how.sealed)
+        own = self._add(asking, (out, lse), opened.begin, opened.size, self._how.sealed)
         return (out, lse), own
 
     def _add(self, asking: _Asking, state: _State, begin: Tensor, size: Tensor, first: int) -> Tensor:
@@ -253,11 +297,11 @@ class _Kernels:
         )
         return own
 
-    def with_summaries(self, asking: _Asking, state: _State, lists: Summaries, left: Tensor) -> tuple[_State, Tensor]:
+    def with_summaries(self, asking: _Asking, state: _State, lists: Summaries) -> tuple[_State, Tensor]:
         """See _Specified."""
-        log_size = _log(lists.size).masked_fill(~left, NEVER)
         own, tilt = _fused().add_summaries(
-            asking.q, lists.key, lists.value, *state, spread=asking.spread, variance=lists.variance, log_size=log_size,
+            asking.q, lists.key, lists.value, *state, spread=asking.spread, variance=lists.variance,
+            log_size=_log(lists.size),
             alpha=self._how.alpha, **self._same,
         )  # fmt: skip
         out = state[0].addcmul_(self._how.beta * tilt[..., None], asking.q @ lists.cross)

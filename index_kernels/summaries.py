@@ -8,6 +8,7 @@ values on that scale.
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,11 +63,11 @@ class SegmentArrays(NamedTuple):
 
 @dataclass(frozen=True)
 class Summaries:
-    """Summaries of one level as float tensors; L per KV head, of which unused ones have size 0.
+    """Summaries of one level as tensors; L per KV head, of which unused ones have size 0.
 
     Attributes:
         begin, size: ``[B, Hkv, L]`` int64, the rows ``begin .. begin + size`` of the store.
-        key, value: ``[B, Hkv, L, D]`` and ``[B, Hkv, L, Dv]`` float32, means.
+        key, value: ``[B, Hkv, L, D]`` and ``[B, Hkv, L, Dv]`` float32, means; or packed, see ListTable.levels.
         variance: ``[B, Hkv, L]`` float32, mean squared distance of the keys from their mean, in the metric they were
             clustered in.
         shape: ``[B, Hkv, D, D]``, cross: ``[B, Hkv, D, Dv]``, float32.
@@ -79,6 +80,25 @@ class Summaries:
     variance: Tensor
     shape: Tensor
     cross: Tensor
+
+    def those(self, kept: Tensor, *, means: bool = True) -> "Summaries":
+        """The lists ``kept`` (bool ``[B, Hkv, L]``) side by side, in their order; heads with fewer end in unused ones.
+
+        Without ``means`` keys and values are none of theirs.
+        """
+        count = kept.cumsum(dim=2)
+        most = int(count[:, :, -1].max()) if kept.numel() else 0
+        place = torch.arange(kept.shape[2], device=kept.device).expand_as(count)
+        order = torch.zeros(*kept.shape[:2], most + 1, dtype=torch.int64, device=kept.device)
+        order = order.scatter_(2, (count - 1).where(kept, most), place)[:, :, :most]
+        used = place[:, :, :most] < count[:, :, -1:]
+
+        def vectors(rows: Tensor) -> Tensor:
+            return rows.gather(2, order[..., None].expand(-1, -1, -1, rows.shape[3]))
+
+        begin, size, variance = (part.gather(2, order) for part in (self.begin, self.size, self.variance))
+        found = replace(self, begin=begin, size=size * used, variance=variance)
+        return replace(found, key=vectors(self.key), value=vectors(self.value)) if means else found
 
     def only(self, kept: Tensor) -> "Summaries":
         """The same lists, those not ``kept`` (bool ``[B, Hkv, L]``) unused."""
@@ -95,11 +115,18 @@ class Summaries:
 
 @dataclass(frozen=True)
 class Levels:
-    """All lists and super-lists as float tensors; ``parent [B, Hkv, L]`` is the super-list of each list."""
+    """All lists and super-lists as tensors; ``parent [B, Hkv, L]`` is the super-list of each list."""
 
     lists: Summaries
     supers: Summaries
     parent: Tensor
+
+    @cached_property
+    def both(self) -> Summaries:
+        """The lists, and behind them the super-lists."""
+        names = ("begin", "size", "key", "value", "variance")
+        parts = {n: torch.cat([getattr(self.lists, n), getattr(self.supers, n)], dim=2) for n in names}
+        return replace(self.lists, **parts)
 
 
 @dataclass(frozen=True)
@@ -117,11 +144,12 @@ class ListTable:
     codes: Array
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def levels(self, device: torch.device) -> Levels:
-        """Both levels as float tensors on a device; converted once."""
-        if device not in self._cache:
-            self._cache[device] = self._to(device)
-        found: Levels = self._cache[device]
+    def levels(self, device: torch.device, *, packed: bool = False) -> Levels:
+        """Both levels as tensors on a device, means as floats or, ``packed``, as they are kept; converted once."""
+        place = "levels", device, packed
+        if place not in self._cache:
+            self._cache[place] = self._to(device, packed=packed)
+        found: Levels = self._cache[place]
         return found
 
     def on(self, device: torch.device, what: Hashable, made: Callable[["ListTable", torch.device], Any]) -> Any:
@@ -152,7 +180,7 @@ class ListTable:
         # A copy must look at its own arrays.
         return {**self.__dict__, "_cache": {}}
 
-    def _to(self, device: torch.device) -> Levels:
+    def _to(self, device: torch.device, *, packed: bool) -> Levels:
         most, most_supers = int(self.lists.used.max()), int(self.supers.used.max())
         shape, cross = (_tensor(bits.view(np.float16), device).float() for bits in (self.shape, self.cross))
         begin = _tensor(self.lists.begin[:, :, :most], device).long()
@@ -166,7 +194,9 @@ class ListTable:
 
         def level(arrays: ListArrays | SuperListArrays, begin: Tensor, size: Tensor) -> Summaries:
             used = size.shape[2]
-            key, value = (floats(_tensor(rows[:, :, :used], device)) for rows in (arrays.key, arrays.value))
+            key, value = (_tensor(rows[:, :, :used], device) for rows in (arrays.key, arrays.value))
+            if not packed:
+                key, value = floats(key), floats(value)
             return Summaries(begin, size, key, value, _tensor(arrays.variance[:, :, :used], device), shape, cross)
 
         return Levels(level(self.lists, begin, size), level(self.supers, super_begin, super_size), parent)

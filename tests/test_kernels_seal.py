@@ -48,7 +48,7 @@ def sealed(case, backend, device="cpu", coded=True):
     metric = metric @ metric.mT if learnt else torch.eye(DIM).expand_as(metric)
     # As many lists as these sizes make, which may be smaller than the library's.
     lists = Lists(batch, HEADS, DIM, VALUE_DIM)
-    lists.reserve([0, *range(128, 8 * ROWS, 128)] if how is SMALL else bounds, ROWS)
+    lists.reserve(bounds, ROWS, per_super=how.rows_per_super_list, per_list=how.rows_per_list)
     seal_rows(
         keys, values, lists.positions, lists.codes, bounds, 0, how,
         LearntMetric(metric.numpy(), np.full((segments, batch), learnt)), lists.lists, lists.supers, lists.segments,
@@ -121,6 +121,22 @@ def test_the_same_rows_give_the_same_lists_and_codes_only_where_asked_for(device
         assert np.array_equal(one, other)
     assert first.lists.codes.any()
     assert not second.lists.codes.any()
+
+
+def test_any_number_of_threads_makes_the_same_lists():
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(sealed("padding, learnt", "numba"))
+    finally:
+        torch.set_num_threads(threads)
+    one, two = (each.lists for each in found)
+    assert torch.equal(found[0].keys, found[1].keys)
+    assert np.array_equal(one.codes, two.codes)
+    for of_one, of_two in zip((*one.lists, *one.segments), (*two.lists, *two.segments), strict=True):
+        assert np.array_equal(of_one, of_two)
 
 
 def test_rows_sealed_on_a_device_go_back_to_where_they_came(device):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from index_kernels import BlockReading, attend_block
+from index_kernels.blocks import ASKING
 
 from ..config import RetrievalConfig
 from ..query.call import Call
@@ -12,18 +13,22 @@ from ..query.plan import Source, Step, StepAnswer
 from ..query.steps import ExactRows
 from ..query.usage import Rates, Usage, Workload
 from ._list_scan import ALPHA, BETA, SegmentedStore
-from ._lists import NUMBERS_BYTES, ROWS_PER_LIST, vector_bytes
+from ._lists import NUMBERS_BYTES, vector_bytes
 
 # Positions that share lists; that many lose next to nothing against sixteen.
 BLOCK = 512
 # A prompt's rows are sealed in runs of so many, which are not merged while it is read; and so many of the newest rows
 # are left unsealed before each block, for they matter to it most.
-PIECE, NEWEST = 1024, 512
+PIECE, NEWEST = 512, 256
+# Rows of the lists and super-lists of such a run, which are shorter than those that decoding finds: no codes stand
+# between the rows and the summary of a list.
+PER_LIST, PER_SUPER_LIST = 8, 64
 # So many rows are sealed anew when lists are first read for a prompt.
 ANEW = 4096
-# (sealed rows, rows of lists read per KV head), interpolated on log scales; swept on layers of SmolLM2. Super-lists
-# cannot answer for lists here: half of them closed doubles the error at 16K and 32K.
-ROWS = np.log(np.array([(2048, 384), (8192, 448), (32768, 1280), (131072, 2560)]))
+# (sealed rows, rows of lists read per KV head), interpolated on log scales; swept on layers of SmolLM2.
+ROWS = np.log(np.array([(2048, 288), (8192, 336), (32768, 768), (131072, 1472)]))
+# Summaries of neighbours of the lists that are opened answer, for each row of these.
+BESIDE = 0.3
 # Multiply-adds of a block take longer than a dense scan's by so much: lists are scored to be chosen, rows are gathered.
 DEARER = 1.25
 
@@ -36,7 +41,7 @@ def rows_of_block(sealed: int, k: int | None) -> int:
 
 @dataclass(frozen=True)
 class BlockScan(Step):
-    """Sinks and newest rows exactly, rows of the lists that cost a block most, all other lists by summary.
+    """Sinks and newest rows exactly, rows of the lists that cost a block most, all others by summary.
 
     Attributes:
         k: rows per KV head that were asked for; None: by size.
@@ -49,20 +54,22 @@ class BlockScan(Step):
     @classmethod
     def of(cls, config: RetrievalConfig, work: Workload, scan: Rates | None) -> "BlockScan":
         """The step with its estimates; the summaries' time is part of the list scan's."""
-        read, lists = rows_of_block(work.indexed, config.k), work.indexed / ROWS_PER_LIST
-        seconds = None if scan is None else scan.call + DEARER * scan.operation * work.operations(read + lists)
+        read, lists = rows_of_block(work.indexed, config.k), work.indexed / PER_LIST
+        tail = config.tail_name == "centroid"
+        rest = min(lists, BESIDE * read + work.indexed / PER_SUPER_LIST) if tail else 0.0
+        multiplied = read + rest + lists / ASKING
+        seconds = None if scan is None else scan.call + DEARER * scan.operation * work.operations(multiplied)
         each = work.row_bytes
         size = int(work.units * (read * each + lists * (vector_bytes(work.dim) + NUMBERS_BYTES)))
         detail = f"segmented, blocks of {BLOCK} positions share lists, {work.indexed} rows"
         sources = [
             ExactRows.source(work, work.indexed, config.n_sink, scan),
-            Source("list scan", detail, Usage(read, size, read / ROWS_PER_LIST, seconds)),
+            Source("list scan", detail, Usage(read, size, read / PER_LIST, seconds)),
         ]
-        tail = config.tail_name == "centroid"
         if tail:
-            rest = max(0.0, lists - read / ROWS_PER_LIST)
             usage = Usage(0.0, int(work.units * rest) * vector_bytes(work.value_dim), rest)
-            sources.append(Source("summary scan", "one summary for each list not opened", usage))
+            detail = "summaries of lists beside those opened, of super-lists elsewhere"
+            sources.append(Source("summary scan", detail, usage))
         return cls(tuple(sources), config.k, tail)
 
     def run(self, call: Call) -> StepAnswer:
@@ -73,13 +80,14 @@ class BlockScan(Step):
         read = rows_of_block(sealed, self.k) * store.num_kv_heads
         how = BlockReading(sealed, call.config.n_sink, read, call.scale, call.softcap, ALPHA, BETA, self.tail)
         found = attend_block(call.query, *store.rows, index.table, how, start=store.start)
-        rows, opened, scored = (n / units for n in (found.rows_read, found.lists_opened, found.summaries_read))
+        counts = found.rows_read, found.lists_opened, found.summaries_answering
+        rows, opened, answering = (n / units for n in counts)
         hot = call.config.n_sink + len(store) - sealed - (m - 1) / 2
         per_row, mean_value = store.row_bytes, vector_bytes(store.value_dim)
         sizes = (
             int(units * (call.config.n_sink + len(store) - sealed)) * per_row,
             found.rows_read * per_row + found.summaries_read * (index.summary_bytes - mean_value),
-            (found.summaries_read - found.lists_opened) * mean_value if self.tail else 0,
+            found.summaries_answering * mean_value,
         )
         answer = StepAnswer(
             found.out,
@@ -94,7 +102,7 @@ class BlockScan(Step):
         usages = (
             Usage(hot, sizes[0], 0.0, found.seconds[0]),
             Usage(rows, sizes[1], opened, found.seconds[1]),
-            Usage(0.0, sizes[2], scored - opened, found.seconds[2]),
+            Usage(0.0, sizes[2], answering, found.seconds[2]),
         )
         lses = found.lse_by_source
         return answer._replace(

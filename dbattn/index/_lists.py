@@ -79,10 +79,12 @@ class Lists:
         """Whether forks share these lists, none of which has changed since."""
         return self._pages is not None
 
-    def reserve(self, bounds: list[int], rows: int) -> None:
-        """Make room for segments at these bounds in a store with room for ``rows`` rows."""
+    def reserve(
+        self, bounds: list[int], rows: int, *, per_super: int = ROWS_PER_SUPER_LIST, per_list: int = ROWS_PER_LIST
+    ) -> None:
+        """Make room for segments at these bounds in a store with room for ``rows`` rows; their lists may be shorter."""
         segments = len(bounds) - 1
-        lists, supers = most_lists(bounds[-1], segments)
+        lists, supers = most_lists(bounds[-1], segments, per_super, per_list)
         if rows > (before := self.positions.shape[2]):
             self.positions, self.codes = _grown(self.positions, rows), _grown(self.codes, rows)
             self.positions[:, :, before:] = np.arange(before, rows, dtype=np.int32)
@@ -185,11 +187,13 @@ class Lists:
         return {**self.__dict__, "_table": None}
 
 
-def most_lists(rows: int, segments: int) -> tuple[int, int]:
+def most_lists(
+    rows: int, segments: int, per_super: int = ROWS_PER_SUPER_LIST, per_list: int = ROWS_PER_LIST
+) -> tuple[int, int]:
     """How many lists and super-lists ``rows`` rows in ``segments`` segments can make."""
     # Rounding may leave one list or super-list more per level than the plain quotient.
-    supers = rows // ROWS_PER_SUPER_LIST + rows // (32 * ROWS_PER_SUPER_LIST) + 2 * segments
-    return rows // ROWS_PER_LIST + supers, supers
+    supers = rows // per_super + rows // (32 * per_super) + 2 * segments
+    return rows // per_list + supers, supers
 
 
 def _room(arrays: ListArrays | SuperListArrays | SegmentArrays, needed: int) -> dict[str, Array]:

@@ -26,7 +26,7 @@ from ..query.call import Call
 from ..query.plan import Step
 from ..query.usage import Needs, Rates, Work, Workload
 from ..store import KVStore, rows_at
-from ._block_scan import ANEW, BLOCK, NEWEST, PIECE, BlockScan
+from ._block_scan import ANEW, BLOCK, NEWEST, PER_LIST, PER_SUPER_LIST, PIECE, BlockScan
 from ._calibration import Question, calibrate, question_of
 from ._list_scan import ListScan, budget, list_work, needs_of, rows_scored, rows_wanted
 from ._list_state import code_segment, load_segment, segment_state
@@ -36,7 +36,7 @@ from .base import Arrays, Candidates, KeyIndex
 # Upper levels of the clustering are trained on every fourth row.
 CLUSTERING = Clustering(ROWS_PER_SUPER_LIST, ROWS_PER_LIST, iterations=6, training_stride=4)
 # Of the pieces of a prompt, which are sealed again when it has been read.
-OF_PIECES = CLUSTERING._replace(iterations=3)
+OF_PIECES = Clustering(PER_SUPER_LIST, PER_LIST, iterations=3, training_stride=4)
 # Rows of a segment, large to small; two of one size merge into one of the next, as in an LSM tree.
 SEGMENT_ROWS = tuple(128 << i for i in range(10, -1, -1))
 
@@ -192,7 +192,7 @@ class SegmentedIndex(KeyIndex):
         if self._lists is None:
             self._lists = Lists(keys.shape[0], store.num_kv_heads, store.head_dim, store.value_dim)
         lists = self._lists
-        lists.reserve(target, keys.shape[2])
+        lists.reserve(target, keys.shape[2], per_super=how.rows_per_super_list, per_list=how.rows_per_list)
         store.touch(target[keep])
         learnt = _learnt(store, [max(stop, asked) for stop in target[keep + 1 :]])
         self.learnt = bool(learnt.holds.any())
