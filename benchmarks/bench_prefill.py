@@ -7,9 +7,9 @@ causal SDPA answers the same. From 65,536 rows on SDPA is timed on 16 evenly spr
 for all. Sealing is what lists take while the prompt is read and to become what a decode call finds. With --threads 1
 seconds are of the processor, which other load leaves nearly alone; else they are the clock's.
 
-The whole model reads a text but for its last 256 tokens at once, unwrapped and wrapped (prefill="lists"), and then
-those, which both read densely from the rows that reading left: their logits are compared. Beyond the model's range only
-the time tells.
+The whole model reads a text but for its last 256 tokens at once, unwrapped and wrapped (prefill="lists") in turn, --runs
+times, of which seconds are medians, and then those, which both read densely from the rows that reading left: their
+logits are compared. Beyond the model's range only the time tells.
 
 Needles: two texts of 8K with ten needles each are read both ways, and both are asked densely; a needle is found where
 the model names all of its number.
@@ -21,7 +21,7 @@ Parts and sizes may be measured one at a time: with --json, what the file has of
   python -m benchmarks.bench_prefill --parts model --lengths 16K --model qwen.gguf --name Qwen2.5-Coder-0.5B --text code
 
 JSON: results.threads; results.sizes[] = {rows, s, sealing_s, sealing_share, sdpa_s, speedup, rows_read, error, p95,
-quiet}; results.exponent, of s in rows (None for one size); results.models[] = {model, text, threads, tokens, dense_s,
+quiet}; results.exponent, of s in rows (None for one size); results.models[] = {model, text, threads, tokens, runs, dense_s,
 s, settle_s, speedup, sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1}; results.needles[] =
 {model, tokens, asked, dense, lists, both}.
 """
@@ -171,32 +171,35 @@ def plain_rows(model: Any, cache: DynamicCache) -> DynamicCache:
     return plain
 
 
-def bench_model(model: Any, ids: Tensor) -> dict[str, Any]:
+def bench_model(model: Any, ids: Tensor, runs: int) -> dict[str, Any]:
     """An entry of ``results.models``; ids ``[1, n]``, the last 256 held back."""
     twin, prompt, rest = twin_of(model), ids[:, :-HELD_BACK], ids[:, -HELD_BACK:]
-    with console.status(f"reading {prompt.shape[1]:,} tokens unwrapped"):
-        cache, seconds = read(model, prompt)
-    dense = held_back_logits(model, cache, rest)
-    del cache
-    with (
-        wrap(twin, RetrievalConfig(prefill="lists")) as handle,
-        _sealing_timed() as spent,
-        console.status(f"reading {prompt.shape[1]:,} tokens through lists"),
-    ):
+    dense_s, lists_s, settle_s, sealing_s = [], [], [], []
+    with wrap(twin, RetrievalConfig(prefill="lists")) as handle, _sealing_timed() as spent:
         read(twin, prompt[:, :COMPILED])
-        handle.restart_report()
-        spent[0] = 0.0
-        cache, took = read(twin, prompt)
-        began = _now()
-        for layer in cache.layers:
-            layer.db.sync()
-        settle = _now() - began
+        for run in range(1, runs + 1):
+            with console.status(f"reading {prompt.shape[1]:,} tokens unwrapped, {run} of {runs}"):
+                plain, seconds = read(model, prompt)
+                dense_s.append(seconds)
+            dense = held_back_logits(model, plain, rest)
+            del plain
+            handle.restart_report()
+            spent[0] = 0.0
+            with console.status(f"reading {prompt.shape[1]:,} tokens through lists, {run} of {runs}"):
+                cache, seconds = read(twin, prompt)
+                lists_s.append(seconds)
+                began = _now()
+                for layer in cache.layers:
+                    layer.db.sync()
+                settle_s.append(_now() - began)
+            sealing_s.append(spent[0])
         prompts = [layer.db.stats.prompt for layer in cache.layers]
         plain = plain_rows(model, cache)
+    seconds, took, settle, sealing = (statistics.median(times) for times in (dense_s, lists_s, settle_s, sealing_s))
     positions, errors = sum(each.by_lists for each in prompts), [e for each in prompts for e in each.errors]
     return {
-        "tokens": prompt.shape[1], "dense_s": seconds, "s": took, "settle_s": settle,
-        "speedup": seconds / (took + settle), "sealing_share": spent[0] / (took + settle),
+        "tokens": prompt.shape[1], "runs": runs, "dense_s": seconds, "s": took, "settle_s": settle,
+        "speedup": seconds / (took + settle), "sealing_share": sealing / (took + settle),
         "positions_by_lists": positions / len(prompts),
         "rows_read": sum(each.rows_read for each in prompts) / max(1, positions),
         "error": statistics.fmean(errors) if errors else None,
@@ -313,7 +316,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 model, tokenizer = load_model(args.model)
         if "model" in args.parts:
             for length in [4096] if args.quick else [SIZES[name] for name in args.lengths]:
-                found = bench_model(model, TEXTS[args.text](tokenizer, length)[None])
+                found = bench_model(model, TEXTS[args.text](tokenizer, length)[None], 1 if args.quick else args.runs)
                 entry = {"model": args.name, "text": args.text, "threads": torch.get_num_threads()}
                 results["models"].append(entry | found)
         if "needles" in args.parts:
@@ -338,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--model", type=Path, metavar="DIR_OR_GGUF", help="default: SmolLM2-135M-Instruct")
     options.add_argument("--name", default=SMOLLM2, help="what the record calls the model")
     options.add_argument("--text", default="prose", choices=list(TEXTS))
+    options.add_argument("--runs", type=int, default=3, help="how often the whole model reads, each way (default 3)")
     options.add_argument("--threads", type=int, help="of torch and Numba (default: as they are)")
     args = options.parse_args(argv)
     if args.threads is not None:
