@@ -7,9 +7,9 @@ causal SDPA answers the same. From 65,536 rows on SDPA is timed on 16 evenly spr
 for all. Sealing is what lists take while the prompt is read and to become what a decode call finds. With --threads 1
 seconds are of the processor, which other load leaves nearly alone; else they are the clock's.
 
-The whole model reads a text but for its last 256 tokens at once, unwrapped and wrapped (prefill="lists") in turn, --runs
-times, of which seconds are medians, and then those, which both read densely from the rows that reading left: their
-logits are compared. Beyond the model's range only the time tells.
+The whole model reads a text but for its last 256 tokens at once, unwrapped and wrapped (prefill="lists") in turn,
+--runs times, of which seconds are medians, and then those, which both read densely from the rows that reading left:
+their logits are compared. Beyond the model's range only the time tells.
 
 Needles: two texts of 8K with ten needles each are read both ways, and both are asked densely; a needle is found where
 the model names all of its number.
@@ -21,8 +21,8 @@ Parts and sizes may be measured one at a time: with --json, what the file has of
   python -m benchmarks.bench_prefill --parts model --lengths 16K --model qwen.gguf --name Qwen2.5-Coder-0.5B --text code
 
 JSON: results.threads; results.sizes[] = {rows, s, sealing_s, sealing_share, sdpa_s, speedup, rows_read, error, p95,
-quiet}; results.exponent, of s in rows (None for one size); results.models[] = {model, text, threads, tokens, runs, dense_s,
-s, settle_s, speedup, sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1}; results.needles[] =
+quiet}; results.exponent, of s in rows (None for one size); results.models[] = {model, text, threads, tokens, runs,
+dense_s, s, settle_s, speedup, sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1}; results.needles[] =
 {model, tokens, asked, dense, lists, both}.
 """
 
