@@ -22,8 +22,8 @@ Parts and sizes may be measured one at a time: with --json, what the file has of
 
 JSON: results.threads; results.sizes[] = {rows, s, sealing_s, sealing_share, sdpa_s, speedup, rows_read, error, p95,
 quiet}; results.exponent, of s in rows (None for one size); results.models[] = {model, text, threads, tokens, runs,
-dense_s, s, settle_s, speedup, sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1}; results.needles[] =
-{model, tokens, asked, dense, lists, both}.
+dense_s, s, settle_s, speedup, sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1};
+results.needles[] = {model, tokens, asked, dense, lists, both}.
 """
 
 import argparse
