@@ -147,19 +147,16 @@ class QuerySample:
         enough = self._enough(end, start)
         batch, heads, m, _ = packed.shape
         asked = floats(packed.cpu())
-        queries = (rotated(asked) if self._rotated else asked) * known[:, None, :, None]
+        queries = (rotated(asked) if self._rotated else asked).double() * known[:, None, :, None]
         grouped = queries.view(batch, kv_heads, heads // kv_heads * m, queries.shape[3])
-        # The ridge is far above what float32 loses, once the largest number is 1.
-        most = grouped.abs().amax(dim=(2, 3), keepdim=True)
-        grouped = torch.where(most > 0, grouped / most, grouped)
         moment = grouped.transpose(2, 3) @ grouped
-        eye = torch.eye(moment.shape[2])
+        eye = torch.eye(moment.shape[2], dtype=torch.float64)
         # On the scale of a mean of 1 over the dimensions; the identity where all queries are 0.
         trace = moment.diagonal(dim1=2, dim2=3).sum(dim=-1)[..., None, None]
-        moment = torch.where(trace > 0, moment * len(eye) / trace, eye)
+        moment = torch.where(trace > 0, moment * len(eye) / trace.clamp(min=1e-300), eye)
         size, direction = torch.linalg.eigh(moment + RIDGE * eye)
         power = size.clamp(min=RIDGE).pow(POWER / 2)
-        return ((direction * power[..., None, :]) @ direction.transpose(2, 3)).contiguous(), enough
+        return ((direction * power[..., None, :]) @ direction.transpose(2, 3)).float().contiguous(), enough
 
     def _window(self, end: int, start: Tensor) -> tuple[Tensor, Tensor]:
         """Packed queries ``[B, Hq, m, D + 4]`` that tell of rows up to ``end``; which are known, bool ``[B, m]``."""
