@@ -26,7 +26,7 @@ PER_LIST, PER_SUPER_LIST = 8, 64
 # So many rows are sealed anew when lists are first read for a prompt.
 ANEW = 4096
 # (sealed rows, rows of lists read per KV head), interpolated on log scales; swept on layers of SmolLM2.
-ROWS = np.log(np.array([(2048, 384), (8192, 448), (32768, 960), (131072, 1472)]))
+ROWS = np.log(np.array([(2048, 288), (8192, 336), (32768, 768), (131072, 1472)]))
 # Summaries of neighbours of the lists that are opened answer, for each row of these.
 BESIDE = 0.3
 # Multiply-adds of a block take longer than a dense scan's by so much: lists are scored to be chosen, rows are gathered.
