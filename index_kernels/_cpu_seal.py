@@ -11,7 +11,6 @@ from numba import njit, prange
 from ._cpu_common import FAST, F, inner, inner_parallel
 from ._cpu_kmeans import cluster, copy_row
 from ._cpu_seal_lists import write_lists, write_supers
-from ._cpu_start import use_torchs_threads  # noqa: F401  # for callers
 from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
 # Not Python's integers: Numba compiles a function once for each literal it gets.

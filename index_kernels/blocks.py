@@ -179,9 +179,8 @@ def _chosen(
     chosen = choose(per_row.flatten(1), lists.size.flatten(1), rows).view_as(lists.size)
 
     def by_super(numbers: Tensor) -> Tensor:
-        return torch.zeros_like(supers.variance).scatter_add_(2, parent, numbers.float())
+        return torch.zeros_like(supers.variance).scatter_add_(2, levels.parent, numbers.float())
 
-    parent = levels.parent.clamp(max=max(0, supers.size.shape[2] - 1))
     whole = (share @ source.weights(some, known, supers))[:, :, 0] * supers.variance.sqrt()
     saved, price = whole - by_super(costs), by_super(lists.size > 0) - 1
     least = per_row.masked_fill(~chosen, float("inf")).amin(dim=(1, 2), keepdim=True)
@@ -192,8 +191,7 @@ def _chosen(
 def _answering(levels: Levels, chosen: Tensor, apart: Tensor) -> Summaries:
     """What stands for lists not ``chosen``: they themselves where their super-list is ``apart``, else that."""
     lists, supers = levels.lists, levels.supers
-    parent = levels.parent.clamp(max=max(0, supers.size.shape[2] - 1))
-    left = ~chosen & (lists.size > 0) & apart.gather(2, parent)
+    left = ~chosen & (lists.size > 0) & apart.gather(2, levels.parent)
     return levels.both.those(torch.cat([left, ~apart & (supers.size > 0)], dim=2))
 
 

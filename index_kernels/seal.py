@@ -76,14 +76,14 @@ def _seal(
             coded=coded,
         )  # fmt: skip
         return
-    kernels = import_module("index_kernels._cpu_seal")
+    kernels, threads = import_module("index_kernels._cpu_seal"), import_module("index_kernels._cpu_start")
     # In float32 they are read where they are kept; a slice would be of another type to Numba.
     kept = keys.dtype == values.dtype == torch.float32
     as_floats = [rows if kept else floats(rows[:, :, bounds[0] : bounds[-1]]) for rows in (keys, values)]
     kernels.seal(
         _words(keys), _words(values), *(rows.contiguous().numpy() for rows in as_floats), 0 if kept else bounds[0],
         _in_metric(keys, bounds, learnt, start), positions, codes, start.numpy(), np.asarray(bounds, np.int64),
-        first_segment, *how, coded, kernels.use_torchs_threads(), *lists, *supers, *sums,
+        first_segment, *how, coded, threads.use_torchs_threads(), *lists, *supers, *sums,
     )  # fmt: skip
 
 

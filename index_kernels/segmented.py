@@ -132,7 +132,7 @@ def _attend(
         states.append((rest, logits, spread, supers, opened))
         known = torch.logaddexp(known, rest[1][..., 0])
         scored = int((supers.size[two_level] > 0).sum())
-        under = opened.gather(2, levels.parent.clamp(max=opened.shape[2] - 1))
+        under = opened.gather(2, levels.parent)
         lists = lists.only(under)
     logits, spread = summary_logits(query, lists, scale=how.scale, softcap=how.softcap, alpha=how.alpha)
     costs = list_costs(logits, spread, lists, known, heads)

@@ -191,6 +191,8 @@ class ListTable:
         super_size = _used(self.supers.size, self.supers.used, most_supers, device)
         ends = first[:, :, 1:].masked_fill(super_size == 0, np.iinfo(np.int64).max)
         parent = torch.searchsorted(ends, torch.arange(most, device=device).expand_as(size).contiguous(), right=True)
+        # Unused lists are of the last one.
+        parent = parent.clamp(max=max(0, most_supers - 1))
 
         def level(arrays: ListArrays | SuperListArrays, begin: Tensor, size: Tensor) -> Summaries:
             used = size.shape[2]
