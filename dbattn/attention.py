@@ -22,7 +22,7 @@ from .query.execute import Answer, run_plan
 from .query.expected import Expected
 from .query.ladder import Climb, Ladder, finish_climb
 from .query.plan import QueryPlan
-from .query.prompt import BlockPlan, PromptLog, block_plans, newest_part, read_prompt, whole
+from .query.prompt import BlockPlan, block_plans, newest_part, read_prompt, whole
 from .query.stats import RunningStats
 from .query.weights import Weights, dense_weights, weights_of
 from .store import RowSource, StateSource
@@ -434,9 +434,9 @@ class AttentionDB(IndexedRows):
 
     def _read_blocks(self, call: Call, plans: list[BlockPlan], query: Tensor) -> list[Answer]:
         """The same for ``explain`` and ``audit``: nothing is learnt, and the index is as it was."""
-        learnt = copy.deepcopy(self.store.sample)
+        learnt, log = copy.deepcopy(self.store.sample), copy.deepcopy(self._prompt_log)
         self.store.note_queries(query, len(self) - query.shape[2])
-        answers = read_prompt(call, plans, call.first_index_row, PromptLog(), audit=False)
+        answers = read_prompt(call, plans, call.first_index_row, log, audit=self.config.audit_rate > 0)
         self.store.take_sample(learnt)
         self.index.unseal_after(self.store, call.first_index_row, plans[0].first)
         if not self.is_reading:

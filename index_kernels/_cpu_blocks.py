@@ -1,125 +1,131 @@
-"""What a block of a prompt reads, on the CPU: its own and the newest rows, the rows of opened lists, summaries.
+"""attend_block on the CPU: a block's own and the newest rows, the rows of the lists it opens, summaries.
 
 Each kernel adds one source to a state ``(out, lse)`` that it finds and leaves normalised, a piece of the block and a
-tile of rows in the caches at a time; rows are read where they stand, whatever they are kept as.
+tile of rows in the caches at a time. Queries, rows and summaries are read where they stand, whatever they are kept as;
+``_cpu_block_lists`` says which lists are opened, and what answers for the others.
 """
 
 # mypy: ignore-errors
 # (Numba compiles the kernels and infers their types itself.)
 
+import time
+
 import numpy as np
 import torch
 from numba import njit, prange
 
+from ._cpu_block_lists import choose_lists, raise_logits, spread_of
 from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
 from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import COLUMNS, add_columns, score_columns, tile_lanes, weigh_columns
-from .lists import FREEZES, LOG_ROWS
-from .packed import row_dim
-from .reference import by_head, by_position
+from .packed import SCALE_BYTES, row_dim
 
 # The log-sum-exp of no row, as a number that hidden rows cannot reach.
 EMPTY = F(0.5) * NEG
 # Rows of a tile, and queries of a piece: both tiles of rows and what a piece accumulates have to fit the caches.
 TILE, PIECE = 128, 96
-# Lists that are weighed in one go, to choose some.
-LISTS = 128
 
 
-def add_rows(q, keys, values, out, lse, *, begin, size, first, group, softcap):
-    """Runs of rows ``begin .. begin + size``, ``[B, Hkv, n]`` int64 each; the block's own, from ``first`` on, causal.
+class _Block:
+    """A block's queries ``[B, Hq, m, D]`` over rows ``[B, Hkv, T, ...]``, and the state that sources add to.
 
-    q ``[B, Hkv, m * group, D]`` scaled, position after position; out ``[.., Dv]`` and lse are written to.
-    Returns the log-sum-exp of this source.
+    ``out [B, Hq, m, Dv]``, ``lse [B, Hq, m]``.
     """
-    return _added(
-        _rows, q, keys, values, out, lse, group, softcap, begin.contiguous().numpy(), size.contiguous().numpy(), first
-    )
+
+    def __init__(self, query, keys, values, scale, softcap) -> None:
+        query = query.detach().float()
+        batch, heads, m, dim = query.shape
+        self.shape, group = (batch, keys.shape[1], heads // keys.shape[1], m, dim), heads // keys.shape[1]
+        self.out = torch.empty(batch, heads, m, row_dim(values))
+        self.lse = torch.full((batch, heads, m), float("-inf"))
+        self.lanes = tile_lanes(dim, self.out.shape[3])
+        self.query = *flat_rows(query), F(scale)
+        # What all kernels take: the softcap is 0 for none.
+        self.how = dim, keys.shape[1], group, max(1, PIECE // group) * group, F(softcap or 0.0)
+        self._rows = *flat_rows(keys), *flat_rows(values)
+        use_torchs_threads()
+
+    def add_rows(self, begin, size, count, first):
+        """Rows of ``count [B, Hkv]`` runs ``begin .. begin + size``, ``[B, Hkv, n]``; those from ``first`` on causal.
+
+        Returns the log-sum-exp of this source.
+        """
+        return self._added(_rows, (self._rows, (begin, size, count, first)))
+
+    def add_summaries(self, source):
+        """What answers for lists that are not opened; see ``choose_lists``. Returns the log-sum-exp of this source."""
+        return self._added(_summaries, source)
+
+    def _added(self, kernel, source):
+        own = torch.empty_like(self.lse)
+        kernel(self.query, *self.lanes, self.how, *source, self.out.numpy(), self.lse.numpy(), own.numpy())
+        return own
+
+
+def attend(query, keys, values, table, how, start):
+    """What ``blocks.BlockAnswer`` has, in its order; see ``blocks.attend_block``."""
+    began, first = time.perf_counter(), keys.shape[2] - query.shape[2]
+    block = _Block(query, keys, values, how.scale, how.softcap)
+    sinks = np.minimum(start.numpy() + how.n_sink, first)
+    begin = np.stack([start.numpy(), np.maximum(sinks, how.sealed)], axis=1)
+    size = np.stack([sinks, np.full_like(sinks, keys.shape[2])], axis=1) - begin
+    begin, size = (_for_heads(part, keys.shape[1]) for part in (begin, size))
+    lses = [block.add_rows(begin, size, np.full(begin.shape[:2], 2), first)]
+    scanned = time.perf_counter()
+    chosen = choose_lists(block.query, block.how, block.lse.numpy(), block.lanes, table, how)
+    lses.append(block.add_rows(chosen.begin, chosen.size, chosen.runs, how.sealed))
+    opened, answering = time.perf_counter(), 0
+    if how.tail:
+        lses.append(block.add_summaries(chosen.answering(how)))
+        answering = int(chosen.count.sum())
+    else:
+        lses.append(torch.full_like(block.lse, float("-inf")))
+    done = time.perf_counter()
+    return (
+        block.out, block.lse, torch.stack(lses), chosen.rows_read, chosen.lists_opened, int(table.lists.used.sum()),
+        answering, (scanned - began, opened - scanned, done - opened),
+    )  # fmt: skip
 
 
 def dense_many(query, keys, values, *, scale, start, softcap):
     """See reference.dense_decode; causal."""
-    m, group = query.shape[2], query.shape[1] // keys.shape[1]
-    first, q = keys.shape[2] - m, by_position(query, keys.shape[1], scale)
-    out = q.new_zeros((*q.shape[:3], row_dim(values)))
-    lse = torch.full(q.shape[:3], float("-inf"))
-    begin = start[:, None, None].expand(-1, keys.shape[1], 1)
-    add_rows(
-        q, keys, values, out, lse, begin=begin, size=keys.shape[2] - begin, first=first, group=group, softcap=softcap
-    )
-    return by_head(out, m).contiguous(), by_head(lse, m).contiguous()
+    block = _Block(query, keys, values, scale, softcap)
+    begin = _for_heads(start.numpy()[:, None], keys.shape[1])
+    block.add_rows(begin, keys.shape[2] - begin, np.ones(begin.shape[:2], np.int64), keys.shape[2] - query.shape[2])
+    return block.out, block.lse
 
 
-def add_summaries(q, keys, values, out, lse, *, spread, variance, log_size, group, softcap, alpha):
-    """Summaries with mean ``keys [B, Hkv, L, D]`` and ``values``; ``log_size [B, Hkv, L]`` is NEG where one is none.
-
-    Returns the log-sum-exp of this source, and the mean variance ``[B, Hkv, m * group]`` of what each query reads here.
-    """
-    tilt = torch.zeros_like(lse)
-    own = _added(
-        _summaries, q, keys, values, out, lse, group, softcap, spread.contiguous().numpy(),
-        variance.contiguous().numpy(), log_size.contiguous().numpy(), F(alpha), tilt.numpy(),
-    )  # fmt: skip
-    return own, tilt
-
-
-def summary_weights(q, keys, known, *, spread, variance, log_size, alpha, most, softcap):
-    """exp of the logits of summaries less what is ``known [B, Hkv, n]``, no larger than e to ``most``.
-
-    q ``[B, Hkv, n, D]`` and what else there is: see add_summaries. Returns ``[B, Hkv, n, L]``.
-    """
-    use_torchs_threads()
-    n = q.shape[2]
-    columns = (n + COLUMNS - 1) // COLUMNS * COLUMNS
-    weights = torch.empty(*variance.shape, columns)
-    by_query = (part.contiguous().numpy() for part in (q, spread, known))
-    by_list = (part.contiguous().numpy() for part in (variance, log_size))
-    ck, _, width = tile_lanes(q.shape[3], q.shape[3])
-    _weights(*by_query, *by_list, flat_rows(keys), ck, width, F(softcap or 0.0), F(alpha), F(most), weights.numpy())
-    return weights[..., :n].transpose(2, 3)
-
-
-def _added(kernel, q, keys, values, out, lse, group, softcap, *source):
-    own = torch.empty_like(lse)
-    use_torchs_threads()
-    rows, lanes = (*flat_rows(keys), *flat_rows(values)), tile_lanes(q.shape[3], out.shape[3])
-    how = group, max(1, PIECE // group) * group, F(softcap or 0.0)
-    kernel(q.numpy(), rows, *lanes, how, source, out.numpy(), lse.numpy(), own.numpy())
-    return own
+def _for_heads(runs, heads):
+    """What holds of each batch row, ``[B, n]``, for its KV heads: ``[B, Hkv, n]``."""
+    return np.ascontiguousarray(np.broadcast_to(runs[:, None], (len(runs), heads, runs.shape[1])))
 
 
 @inner
-def _pieces(q, how):
+def _pieces(how, out):
     """How many pieces a block has, of all batch rows and KV heads."""
-    return q.shape[0] * q.shape[1] * ((q.shape[2] + how[1] - 1) // how[1])
+    _, H, group, most, _ = how
+    return out.shape[0] * H * ((out.shape[2] * group + most - 1) // most)
 
 
 @inner
-def _begin(q, out, lse, how, b, h, lo):
-    """A piece from query ``lo`` on: its queries and room for logits, side by side, and the state that rows add to."""
-    n, D = min(how[1], q.shape[2] - lo), q.shape[3]
+def _begin(query, how, out, lse, b, h, lo, n):
+    """A piece of n queries from ``lo`` on: they and room for logits, side by side, and the state that rows add to."""
+    memory, qb, qh, qm, scale = query
+    D, _, group, _, _ = how
     columns = (n + COLUMNS - 1) // COLUMNS * COLUMNS
     qs, state = np.zeros((D, columns), F), np.zeros((columns, out.shape[3]), F)
     logits = np.empty((TILE, columns), F)
     top, total, shrink = np.zeros(columns, F), np.zeros(columns, F), np.empty(columns, F)
     for g in range(n):
+        head, at = h * group + (lo + g) % group, (lo + g) // group
+        place = b * qb + head * qh + at * qm
         for d in range(D):
-            qs[d, g] = q[b, h, lo + g, d]
-        for d in range(state.shape[1]):
-            state[g, d] = out[b, h, lo + g, d]
-        top[g] = max(lse[b, h, lo + g], EMPTY)
+            qs[d, g] = memory[place + d] * scale
+        top[g] = max(lse[b, head, at], EMPTY)
+        if top[g] > EMPTY:
+            for d in range(state.shape[1]):
+                state[g, d] = out[b, head, at, d]
     return qs, logits, state, top, total, shrink
-
-
-@inner
-def _score(piece, rows, lanes, b, h, at, n, filled):
-    """Logits of the rows ``at .. at + n``, behind those of ``filled`` other rows."""
-    qs, logits, _, top, _, _ = piece
-    keys, kb, kh, kt = rows[:4]
-    ck, _, width = lanes
-    score_columns(
-        qs.ravel(), top.size, keys, b * kb + h * kh + at * kt, kt, n, logits.ravel()[filled * top.size :], ck, width
-    )
 
 
 @inner
@@ -134,59 +140,47 @@ def _weigh(piece, n):
 
 
 @inner
-def _add(piece, rows, lanes, b, h, at, n, filled):
-    """The values of the same rows, by the weights that logits have become."""
-    _, logits, state, top, _, _ = piece
-    values, vb, vh, vt = rows[4:]
-    _, cv, width = lanes
-    add_columns(
-        logits.ravel()[filled * top.size :],
-        top.size,
-        values,
-        b * vb + h * vh + at * vt,
-        vt,
-        n,
-        state.ravel(),
-        cv,
-        width,
-    )
-
-
-@inner
-def _end(piece, n, out, lse, own, b, h, lo):
-    """Write the piece's state with what was added to it; ``total`` becomes what weights are multiplied by."""
+def _end(piece, how, n, out, lse, own, b, h, lo):
+    """Write the piece's state with what was added to it."""
     _, _, state, top, total, _ = piece
+    group = how[2]
     for g in range(n):
-        before, some = lse[b, h, lo + g], top[g] > EMPTY
+        head, at = h * group + (lo + g) % group, (lo + g) // group
+        before, some = lse[b, head, at], top[g] > EMPTY
         s = total[g] + (exp32(before - top[g]) if before > EMPTY else F(0.0))
-        own[b, h, lo + g] = top[g] + np.log(total[g]) if some and total[g] > F(0.0) else -np.inf
-        lse[b, h, lo + g] = top[g] + np.log(s) if some else -np.inf
-        total[g] = F(1.0) / s if some else F(0.0)
+        own[b, head, at] = top[g] + np.log(total[g]) if some and total[g] > F(0.0) else -np.inf
+        lse[b, head, at] = top[g] + np.log(s) if some else -np.inf
+        by = F(1.0) / s if some else F(0.0)
         for d in range(state.shape[1]):
-            out[b, h, lo + g, d] = state[g, d] * total[g]
+            out[b, head, at, d] = state[g, d] * by
 
 
 @inner
-def _rows_piece(w, q, rows, lanes, how, source, out, lse, own):
-    begin, size, first = source
-    group, most, softcap = how
-    units, last = q.shape[0] * q.shape[1], (q.shape[2] - 1) // most
+def _rows_piece(w, query, lanes, how, rows, source, out, lse, own):
+    keys, kb, kh, kt, values, vb, vh, vt = rows
+    begin, size, runs, first = source
+    ck, cv, width = lanes
+    _, H, group, most, softcap = how
+    units, of_all = out.shape[0] * H, out.shape[2] * group
     # Early and late positions in turn: late ones see more.
-    c = w // units
+    c, last = w // units, (of_all - 1) // most
     lo = (c // 2 if c % 2 == 0 else last - c // 2) * most
-    b, h = w % units // q.shape[1], w % q.shape[1]
-    piece, count = _begin(q, out, lse, how, b, h, lo), min(most, q.shape[2] - lo)
-    logits = piece[1]
+    b, h, count = w % units // H, w % H, min(most, of_all - lo)
+    piece = _begin(query, how, out, lse, b, h, lo, count)
+    qs, logits, state, top, _, _ = piece
+    columns, key_at, value_at = top.size, b * kb + h * kh, b * vb + h * vh
     early, late = first + lo // group, first + (lo + count) // group
     run, done = 0, 0  # the run that comes next, and how many of its rows were taken
-    while run < begin.shape[2]:
+    while run < runs[b, h]:
         # A tile is of several runs: from the one at `since`, of which `skipped` rows were taken before.
         since, skipped, filled = run, done, 0
-        while run < begin.shape[2] and filled < TILE:
+        while run < runs[b, h] and filled < TILE:
             at = begin[b, h, run] + done
             n = min(min(size[b, h, run] - done, late - at), TILE - filled)
             if n > 0:
-                _score(piece, rows, lanes, b, h, at, n, filled)
+                score_columns(
+                    qs.ravel(), columns, keys, key_at + at * kt, kt, n, logits.ravel()[filled * columns :], ck, width
+                )
                 if softcap > F(0.0):
                     for i in range(filled, filled + n):
                         for g in range(count):
@@ -203,93 +197,76 @@ def _rows_piece(w, q, rows, lanes, how, source, out, lse, own):
             at = begin[b, h, since] + skipped
             n = min(min(size[b, h, since] - skipped, late - at), filled - taken)
             if n > 0:
-                _add(piece, rows, lanes, b, h, at, n, taken)
+                add_columns(
+                    logits.ravel()[taken * columns :], columns, values, value_at + at * vt, vt, n, state.ravel(), cv,
+                    width,
+                )  # fmt: skip
                 taken += n
             since, skipped = since + 1, 0
-    _end(piece, count, out, lse, own, b, h, lo)
+    _end(piece, how, count, out, lse, own, b, h, lo)
+
+
+@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+def _rows(query, ck, cv, width, how, rows, source, out, lse, own):
+    for w in prange(_pieces(how, out)):
+        _rows_piece(w, query, (ck, cv, width), how, rows, source, out, lse, own)
 
 
 @inner
-def _summaries_piece(w, q, rows, lanes, how, source, out, lse, own):
-    spread, variance, log_size, alpha, tilts = source
-    units = q.shape[0] * q.shape[1]
-    b, h, lo = w % units // q.shape[1], w % q.shape[1], w // units * how[1]
-    piece, count = _begin(q, out, lse, how, b, h, lo), min(how[1], q.shape[2] - lo)
-    _, logits, _, top, total, shrink = piece
-    by, root, tilt, at = np.zeros(top.size, F), np.zeros(top.size, F), np.zeros(top.size, F), 0
-    for g in range(count):
-        by[g] = spread[b, h, lo + g]
-        root[g] = np.sqrt(by[g])
-    used = variance.shape[2]
-    while used > 0 and log_size[b, h, used - 1] <= NEG:
-        used -= 1
-    while at < used:
-        n = min(TILE, used - at)
-        _score(piece, rows, lanes, b, h, at, n, 0)
+def _copy_summary(level, b, h, i, key, value):
+    """Both packed means of a list or super-list; returns its size and variance."""
+    keys, kb, kh, kt, values, vb, vh, vt, size, variance = level
+    at = b * kb + h * kh + i * kt
+    for d in range(key.size):
+        key[d] = keys[at + d]
+    at = b * vb + h * vh + i * vt
+    for d in range(value.size):
+        value[d] = values[at + d]
+    return size[b, h, i], variance[b, h, i]
+
+
+@inner
+def _summaries_piece(w, query, lanes, how, lists, supers, answers, counts, moments, out, lse, own):
+    shape, cross, alpha, beta = moments
+    ck, cv, width = lanes
+    D, H, group, most, softcap = how
+    units, Dv = out.shape[0] * H, out.shape[3]
+    b, h, lo = w % units // H, w % H, w // units * most
+    count = min(most, out.shape[2] * group - lo)
+    piece = _begin(query, how, out, lse, b, h, lo, count)
+    qs, logits, state, top, _, shrink = piece
+    columns = top.size
+    products, spread, root = np.empty((D, columns), F), np.empty(columns, F), np.empty(columns, F)
+    spread_of(qs, shape[b, h], products, spread, root, ck, width)
+    keys, values = np.empty((TILE, D + SCALE_BYTES), np.int8), np.empty((TILE, Dv + SCALE_BYTES), np.int8)
+    variance, log_size, tilt, at = np.empty(TILE, F), np.empty(TILE, F), np.zeros(columns, F), 0
+    while at < counts[b, h]:
+        n = min(TILE, counts[b, h] - at)
         for i in range(n):
-            _raise(logits[i], how[2], alpha, by, root, variance[b, h, at + i], log_size[b, h, at + i])
+            place = answers[b, h, at + i]
+            level, place = (lists, place) if place >= 0 else (supers, -1 - place)
+            rows, variance[i] = _copy_summary(level, b, h, place, keys[i], values[i])
+            log_size[i] = np.log(F(rows))
+        score_columns(qs.ravel(), columns, keys.ravel(), 0, keys.shape[1], n, logits.ravel(), ck, width)
+        for i in range(n):
+            raise_logits(logits[i], softcap, alpha, spread, root, variance[i], log_size[i])
         _weigh(piece, n)
-        for g in range(top.size):
+        for g in range(columns):
             tilt[g] *= shrink[g]
         for i in range(n):
-            v = variance[b, h, at + i]
-            for g in range(top.size):
-                tilt[g] += logits[i, g] * v
-        _add(piece, rows, lanes, b, h, at, n, 0)
+            for g in range(columns):
+                tilt[g] += logits[i, g] * variance[i]
+        add_columns(logits.ravel(), columns, values.ravel(), 0, values.shape[1], n, state.ravel(), cv, width)
         at += n
-    _end(piece, count, out, lse, own, b, h, lo)
-    for g in range(count):
-        tilts[b, h, lo + g] = tilt[g] * total[g]
-
-
-@inner
-def _raise(logits, softcap, alpha, spread, root, variance, log_size):
-    """Raise the logits of a summary by the scatter of its rows', and by the log of how many they are."""
-    frozen = np.sqrt(F(FREEZES) * variance)
-    for g in range(logits.size):
-        x, slope = logits[g], F(1.0)
-        if softcap > F(0.0):
-            x = softcapped(x, softcap)
-            slope = F(1.0) - (x / softcap) * (x / softcap)
-        v = spread[g] * variance * slope * slope
-        held = F(2.0) * (frozen * root[g] * slope - F(LOG_ROWS))
-        logits[g] = x + alpha * (v if v < F(FREEZES) else held) + log_size
-
-
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
-def _rows(q, rows, ck, cv, width, how, source, out, lse, own):
-    for w in prange(_pieces(q, how)):
-        _rows_piece(w, q, rows, (ck, cv, width), how, source, out, lse, own)
-
-
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
-def _summaries(q, rows, ck, cv, width, how, source, out, lse, own):
-    for w in prange(_pieces(q, how)):
-        _summaries_piece(w, q, rows, (ck, cv, width), how, source, out, lse, own)
-
-
-@inner
-def _weigh_lists(w, q, spread, known, variance, log_size, keys, ck, width, softcap, alpha, most, weights):
-    """The weights of some lists of one KV head."""
-    rows, kb, kh, kt = keys
-    units, (D, columns) = q.shape[0] * q.shape[1], (q.shape[3], weights.shape[3])
-    b, h, lo = w % units // q.shape[1], w % q.shape[1], w // units * LISTS
-    n = min(LISTS, variance.shape[2] - lo)
-    qs, by, root, least = np.zeros((D, columns), F), np.zeros(columns, F), np.zeros(columns, F), np.zeros(columns, F)
-    for g in range(q.shape[2]):
-        for d in range(D):
-            qs[d, g] = q[b, h, g, d]
-        by[g], root[g], least[g] = spread[b, h, g], np.sqrt(spread[b, h, g]), known[b, h, g]
-    score_columns(
-        qs.ravel(), columns, rows, b * kb + h * kh + lo * kt, kt, n, weights[b, h, lo : lo + n].ravel(), ck, width
-    )
-    for i in range(lo, lo + n):
-        _raise(weights[b, h, i], softcap, alpha, by, root, variance[b, h, i], log_size[b, h, i])
+    # Their values lean with the query: the rows of `cross`, by the query's numbers.
+    for d in range(D):
         for g in range(columns):
-            weights[b, h, i, g] = exp32(min(weights[b, h, i, g] - least[g], most))
+            products[d, g] = beta * tilt[g] * qs[d, g]
+    add_columns(products.ravel(), columns, cross[b, h].ravel(), 0, Dv, D, state.ravel(), cv, width)
+    _end(piece, how, count, out, lse, own, b, h, lo)
 
 
 @njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
-def _weights(q, spread, known, variance, log_size, keys, ck, width, softcap, alpha, most, weights):
-    for w in prange(q.shape[0] * q.shape[1] * ((variance.shape[2] + LISTS - 1) // LISTS)):
-        _weigh_lists(w, q, spread, known, variance, log_size, keys, ck, width, softcap, alpha, most, weights)
+def _summaries(query, ck, cv, width, how, lists, supers, answers, counts, moments, out, lse, own):
+    for w in prange(_pieces(how, out)):
+        _summaries_piece(w, query, (ck, cv, width), how, lists, supers, answers, counts, moments, out, lse, own)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .lists import choose, held, row_places
 from .ops import check_rows, resolve_backend
-from .packed import floats, row_dim
+from .packed import floats
 from .reference import by_head, by_position, softcapped
 from .summaries import Levels, ListTable, Summaries
 
@@ -130,16 +130,22 @@ def attend_block(
             f"a block at rows {first} to {first + m} with {how.sealed} rows in lists, valid from {start.tolist()} on: "
             "expected all of them before the block"
         )
-    read: Any = _Kernels if resolve_backend(query, backend) == "numba" else _Specified
-    began, group = time.perf_counter(), heads // kv_heads
-    levels = table.levels(query.device, packed=read is _Kernels)
+    if resolve_backend(query, backend) == "numba":
+        return BlockAnswer(*_fused().attend(query, keys, values, table, how, start))
+    return _attend(_Rows(keys, values, heads // kv_heads, how), query, table, start)
+
+
+def _attend(source: "_Rows", query: Tensor, table: ListTable, start: Tensor) -> BlockAnswer:
+    how, group, m = source.how, source.group, query.shape[2]
+    began, first = time.perf_counter(), source.keys.shape[2] - m
+    levels = table.levels(query.device)
     lists = levels.lists
-    q = by_position(query, kv_heads, how.scale)
-    asking, source = _Asking(q, lists.spread(q)), read(keys, values, group, how)
+    q = by_position(query, source.keys.shape[1], how.scale)
+    asking = _Asking(q, lists.spread(q))
     state = source.exact(asking, start, first)
     lses = [state[1], *torch.full((2, *state[1].shape), float("-inf"), device=query.device)]
     scanned = time.perf_counter()
-    chosen, apart = _chosen(source, asking, state[1], levels, how.rows_read, group)
+    chosen, apart = _chosen(asking, state[1], levels, how, group)
     state, lses[1] = source.with_lists(asking, state, lists.those(chosen, means=False))
     opened, answering = time.perf_counter(), 0
     if how.tail:
@@ -159,20 +165,18 @@ def attend_block(
     )
 
 
-def _chosen(
-    source: Any, asking: _Asking, known: Tensor, levels: Levels, rows: int, group: int
-) -> tuple[Tensor, Tensor]:
+def _chosen(asking: _Asking, known: Tensor, levels: Levels, how: BlockReading, group: int) -> tuple[Tensor, Tensor]:
     """The lists to open, bool ``[B, Hkv, L]``: those whose rows, left unread, would cost the block most in all.
 
     And the super-lists ``[B, Hkv, S]`` whose lists answer for themselves: those with lists that are opened, and those
     where that saves much for each summary.
     """
-    lists, supers = levels.lists, levels.supers
+    lists, supers, rows = levels.lists, levels.supers, how.rows_read
     if rows >= int(lists.size.sum(dim=(1, 2)).max()):
         return lists.size > 0, supers.size > 0
     q, spread, known = asking.some(group, known)
     some = _Asking(q, spread)
-    weights = source.weights(some, known, lists)
+    weights = _weights(some, known, lists, how)
     share = (spread.sqrt() / (1 + weights.sum(dim=-1)))[:, :, None]
     costs = (share @ weights)[:, :, 0] * lists.variance.sqrt() * (lists.size > 0)
     per_row = costs / lists.size.clamp(min=1)
@@ -181,7 +185,7 @@ def _chosen(
     def by_super(numbers: Tensor) -> Tensor:
         return torch.zeros_like(supers.variance).scatter_add_(2, levels.parent, numbers.float())
 
-    whole = (share @ source.weights(some, known, supers))[:, :, 0] * supers.variance.sqrt()
+    whole = (share @ _weights(some, known, supers, how))[:, :, 0] * supers.variance.sqrt()
     saved, price = whole - by_super(costs), by_super(lists.size > 0) - 1
     least = per_row.masked_fill(~chosen, float("inf")).amin(dim=(1, 2), keepdim=True)
     apart = (by_super(chosen) > 0) | (supers.size > MOST_ROWS) | (saved > APART * least * price)
@@ -204,30 +208,31 @@ def _logits(asking: _Asking, lists: Summaries, how: BlockReading) -> Tensor:
     return logits + how.alpha * held(scatter) + _log(lists.size)[:, :, None]
 
 
+def _weights(asking: _Asking, known: Tensor, lists: Summaries, how: BlockReading) -> Tensor:
+    """Weights of lists beside what is ``known [B, Hkv, m * G]``, ``[B, Hkv, m * G, L]``."""
+    return _logits(asking, lists, how).sub_(known[..., None]).clamp_(max=MOST_LOGIT).exp_()
+
+
 def _log(size: Tensor) -> Tensor:
     return size.float().log().clamp(min=NEVER)
 
 
-class _Specified:
+class _Rows:
     """The sources of a block in torch: all logits as they stand."""
 
     def __init__(self, keys: Tensor, values: Tensor, group: int, how: BlockReading) -> None:
-        self._keys, self._values, self._group, self._how = keys, values, group, how
+        self.keys, self.values, self.group, self.how = keys, values, group, how
 
     def exact(self, asking: _Asking, start: Tensor, first: int) -> _State:
         """Sinks and newest rows, causal."""
-        length, device = self._keys.shape[2], start.device
-        sinks = start[:, None] + torch.arange(self._how.n_sink, device=device)
-        newest = torch.arange(self._how.sealed, length, device=device).expand(len(start), -1)
-        kept = torch.cat([sinks < first, newest >= (start + self._how.n_sink).clamp(max=first)[:, None]], dim=1)
+        length, device = self.keys.shape[2], start.device
+        sinks = start[:, None] + torch.arange(self.how.n_sink, device=device)
+        newest = torch.arange(self.how.sealed, length, device=device).expand(len(start), -1)
+        kept = torch.cat([sinks < first, newest >= (start + self.how.n_sink).clamp(max=first)[:, None]], dim=1)
         places = torch.cat([sinks.clamp(max=length - 1), newest], dim=1)[:, None]
-        at = torch.arange(first, length, device=device).repeat_interleave(self._group)
+        at = torch.arange(first, length, device=device).repeat_interleave(self.group)
         seen = kept[:, None, None] & (places[:, :, None] <= at[:, None])
-        return self._rows(asking, places.expand(-1, self._keys.shape[1], -1), seen)
-
-    def weights(self, asking: _Asking, known: Tensor, lists: Summaries) -> Tensor:
-        """Weights of lists beside what is ``known [B, Hkv, m * G]``, ``[B, Hkv, m * G, L]``."""
-        return _logits(asking, lists, self._how).sub_(known[..., None]).clamp_(max=MOST_LOGIT).exp_()
+        return self._rows(asking, places.expand(-1, self.keys.shape[1], -1), seen)
 
     def with_lists(self, asking: _Asking, state: _State, opened: Summaries) -> tuple[_State, Tensor]:
         """The state with the rows of the lists opened, and their log-sum-exp."""
@@ -239,71 +244,22 @@ class _Specified:
 
     def with_summaries(self, asking: _Asking, state: _State, lists: Summaries) -> tuple[_State, Tensor]:
         """The state with the summaries of lists, and their log-sum-exp."""
-        logits = _logits(asking, lists, self._how).masked_fill((lists.size == 0)[:, :, None], float("-inf"))
+        logits = _logits(asking, lists, self.how).masked_fill((lists.size == 0)[:, :, None], float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
         weights = torch.exp(logits - lse[..., None]).nan_to_num()
         tilt = weights @ lists.variance[..., None]
-        out = weights @ lists.value + self._how.beta * tilt * (asking.q @ lists.cross)
+        out = weights @ lists.value + self.how.beta * tilt * (asking.q @ lists.cross)
         return _merged(state, (out, lse)), lse
 
     def _rows(self, asking: _Asking, places: Tensor, seen: Tensor) -> _State:
         """The rows at ``places [B, Hkv, n]``, as far as they are ``seen``: bool, ``[B, Hkv or 1, m * G or 1, n]``."""
         keys, values = (
             floats(rows.gather(2, places[..., None].expand(-1, -1, -1, rows.shape[3]))).float()
-            for rows in (self._keys, self._values)
+            for rows in (self.keys, self.values)
         )
-        logits = softcapped(asking.q @ keys.transpose(2, 3), self._how.softcap).masked_fill(~seen, float("-inf"))
+        logits = softcapped(asking.q @ keys.transpose(2, 3), self.how.softcap).masked_fill(~seen, float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
         return torch.exp(logits - lse[..., None]).nan_to_num() @ values, lse
-
-
-class _Kernels:
-    """The same by the CPU's kernels, which add to a state in place."""
-
-    def __init__(self, keys: Tensor, values: Tensor, group: int, how: BlockReading) -> None:
-        self._rows, self._how = (keys, values), how
-        self._same: dict[str, Any] = {"group": group, "softcap": how.softcap}
-
-    def exact(self, asking: _Asking, start: Tensor, first: int) -> _State:
-        """See _Specified."""
-        sinks = (start + self._how.n_sink).clamp(max=first)
-        begin = torch.stack([start, sinks.clamp(min=self._how.sealed)], dim=1)
-        size = torch.stack([sinks, torch.full_like(sinks, self._rows[0].shape[2])], dim=1) - begin
-        out = asking.q.new_zeros(*asking.q.shape[:3], row_dim(self._rows[1]))
-        lse = torch.full_like(asking.spread, float("-inf"))
-        begin, size = (part[:, None].expand(-1, asking.q.shape[1], -1) for part in (begin, size))
-        self._add(asking, (out, lse), begin, size, first)
-        return out, lse
-
-    def weights(self, asking: _Asking, known: Tensor, lists: Summaries) -> Tensor:
-        """See _Specified."""
-        found: Tensor = _fused().summary_weights(
-            asking.q, lists.key, known, spread=asking.spread, variance=lists.variance, log_size=_log(lists.size),
-            alpha=self._how.alpha, most=MOST_LOGIT, softcap=self._how.softcap,
-        )  # fmt: skip
-        return found
-
-    def with_lists(self, asking: _Asking, state: _State, opened: Summaries) -> tuple[_State, Tensor]:
-        """See _Specified."""
-        out, lse = state[0], state[1].clone()
-        own = self._add(asking, (out, lse), opened.begin, opened.size, self._how.sealed)
-        return (out, lse), own
-
-    def _add(self, asking: _Asking, state: _State, begin: Tensor, size: Tensor, first: int) -> Tensor:
-        own: Tensor = _fused().add_rows(
-            asking.q, *self._rows, *state, begin=begin, size=size, first=first, **self._same
-        )
-        return own
-
-    def with_summaries(self, asking: _Asking, state: _State, lists: Summaries) -> tuple[_State, Tensor]:
-        """See _Specified."""
-        own, tilt = _fused().add_summaries(
-            asking.q, lists.key, lists.value, *state, spread=asking.spread, variance=lists.variance,
-            log_size=_log(lists.size),
-            alpha=self._how.alpha, **self._same,
-        )  # fmt: skip
-        out = state[0].addcmul_(self._how.beta * tilt[..., None], asking.q @ lists.cross)
-        return (out, state[1]), own
 
 
 @cache

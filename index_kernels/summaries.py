@@ -67,7 +67,7 @@ class Summaries:
 
     Attributes:
         begin, size: ``[B, Hkv, L]`` int64, the rows ``begin .. begin + size`` of the store.
-        key, value: ``[B, Hkv, L, D]`` and ``[B, Hkv, L, Dv]`` float32, means; or packed, see ListTable.levels.
+        key, value: ``[B, Hkv, L, D]`` and ``[B, Hkv, L, Dv]`` float32, means.
         variance: ``[B, Hkv, L]`` float32, mean squared distance of the keys from their mean, in the metric they were
             clustered in.
         shape: ``[B, Hkv, D, D]``, cross: ``[B, Hkv, D, Dv]``, float32.
@@ -144,11 +144,11 @@ class ListTable:
     codes: Array
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def levels(self, device: torch.device, *, packed: bool = False) -> Levels:
-        """Both levels as tensors on a device, means as floats or, ``packed``, as they are kept; converted once."""
-        place = "levels", device, packed
+    def levels(self, device: torch.device) -> Levels:
+        """Both levels as tensors on a device, means as floats; converted once."""
+        place = "levels", device
         if place not in self._cache:
-            self._cache[place] = self._to(device, packed=packed)
+            self._cache[place] = self._to(device)
         found: Levels = self._cache[place]
         return found
 
@@ -180,7 +180,7 @@ class ListTable:
         # A copy must look at its own arrays.
         return {**self.__dict__, "_cache": {}}
 
-    def _to(self, device: torch.device, *, packed: bool) -> Levels:
+    def _to(self, device: torch.device) -> Levels:
         most, most_supers = int(self.lists.used.max()), int(self.supers.used.max())
         shape, cross = (_tensor(bits.view(np.float16), device).float() for bits in (self.shape, self.cross))
         begin = _tensor(self.lists.begin[:, :, :most], device).long()
@@ -196,9 +196,7 @@ class ListTable:
 
         def level(arrays: ListArrays | SuperListArrays, begin: Tensor, size: Tensor) -> Summaries:
             used = size.shape[2]
-            key, value = (_tensor(rows[:, :, :used], device) for rows in (arrays.key, arrays.value))
-            if not packed:
-                key, value = floats(key), floats(value)
+            key, value = (floats(_tensor(rows[:, :, :used], device)) for rows in (arrays.key, arrays.value))
             return Summaries(begin, size, key, value, _tensor(arrays.variance[:, :, :used], device), shape, cross)
 
         return Levels(level(self.lists, begin, size), level(self.supers, super_begin, super_size), parent)

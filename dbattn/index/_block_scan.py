@@ -33,9 +33,9 @@ BESIDE = 0.3
 DEARER = 1.25
 
 
-def rows_of_block(sealed: int, k: int | None) -> int:
-    """Rows of lists that a block reads per KV head: by size, and at least ``k``."""
-    by_size = int(np.exp(np.interp(np.log(max(sealed, 1)), *ROWS.T)))
+def rows_of_block(sealed: int, k: int | None, effort: float = 1.0) -> int:
+    """Rows of lists that a block reads per KV head: by size times ``effort``, and at least ``k``."""
+    by_size = int(effort * np.exp(np.interp(np.log(max(sealed, 1)), *ROWS.T)))
     return min(sealed, by_size if k is None else max(k, by_size))
 
 
@@ -77,7 +77,7 @@ class BlockScan(Step):
         index: SegmentedStore = call.index  # type: ignore[assignment]  # no other index offers this step
         store, sealed, m = call.store, len(index), call.query.shape[2]
         units = call.query.shape[0] * store.num_kv_heads
-        read = rows_of_block(sealed, self.k) * store.num_kv_heads
+        read = rows_of_block(sealed, self.k, call.effort) * store.num_kv_heads
         how = BlockReading(sealed, call.config.n_sink, read, call.scale, call.softcap, ALPHA, BETA, self.tail)
         found = attend_block(call.query, *store.rows, index.table, how, start=store.start)
         counts = found.rows_read, found.lists_opened, found.summaries_answering

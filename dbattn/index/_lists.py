@@ -1,6 +1,7 @@
 """Lists: the arrays behind SegmentedIndex, one row of summaries per list and super-list."""
 
 import copy
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,32 @@ NUMBERS_BYTES = 12
 def vector_bytes(dim: int) -> int:
     """Bytes of a summary's mean key or mean value: a packed row."""
     return dim + SCALE_BYTES
+
+
+class _Sums(NamedTuple):
+    """Sums over the leading segments of a store, float64: of their traces ``[B, Hkv, 1, 1]``, and of their moments
+    times these."""
+
+    segments: int
+    trace: Tensor
+    shape: Tensor
+    cross: Tensor
+
+    @classmethod
+    def none(cls, batch: int, heads: int, dim: int, value_dim: int) -> "_Sums":
+        """Of no segments."""
+        sizes = (1, 1), (dim, dim), (dim, value_dim)
+        return cls(0, *(torch.zeros(batch, heads, *size, dtype=torch.float64) for size in sizes))
+
+    def plus(self, trace: Tensor, shape: Tensor, cross: Tensor) -> "_Sums":
+        """With those of one more."""
+        return _Sums(self.segments + 1, self.trace + trace, self.shape + trace * shape, self.cross + trace * cross)
+
+    def moments(self) -> tuple[Array, Array]:
+        """Residual covariance (trace 1) and key-value cross-covariance of each head, as ListTable has them."""
+        over = self.trace.clamp(min=SMALLEST_TRACE)
+        shape, cross = ((part / over).half().numpy().view(np.uint16) for part in (self.shape, self.cross))
+        return shape, cross
 
 
 class Lists:
@@ -57,6 +84,7 @@ class Lists:
         )  # fmt: skip
         self.shape = zeros(np.uint16, dim, dim)
         self.cross = zeros(np.uint16, dim, value_dim)
+        self._sums: _Sums | None = None
         self._table: ListTable | None = None
         # What all forks share until one of them writes; None where nothing is, or where ours are others by now.
         self._pages: Pages | None = None
@@ -72,7 +100,7 @@ class Lists:
         """The lists of the first ``segments`` segments, as if there were no others."""
         lists = self.lists._replace(used=self.segments.lists[:, :, segments].copy())
         supers = self.supers._replace(used=self.segments.supers[:, :, segments].copy())
-        return ListTable(lists, supers, *self._moments(segments), self.codes)
+        return ListTable(lists, supers, *self._summed(segments).moments(), self.codes)
 
     @property
     def is_shared(self) -> bool:
@@ -95,25 +123,25 @@ class Lists:
 
     def settle(self, segments: int) -> None:
         """Take in that the first ``segments`` segments have been written: their moments count from now on."""
-        self.shape, self.cross = self._moments(segments)
+        self._sums = self._summed(segments)
+        self.shape, self.cross = self._sums.moments()
         self._table = None
 
-    def _moments(self, segments: int) -> tuple[Array, Array]:
-        """Residual covariance (trace 1) and key-value cross-covariance of each head: its segments', by their traces."""
-        trace = self.segments.trace[:, :, :segments]
-        share = torch.from_numpy(trace / np.maximum(trace.sum(axis=2, keepdims=True), SMALLEST_TRACE))[..., None, None]
-        # torch turns half numbers into float32 and back many times as fast as NumPy.
-        shape, cross = (
-            (share * torch.from_numpy(moments[:, :, :segments]).float()).sum(dim=2).half().numpy().view(np.uint16)
-            for moments in (self.segments.shape, self.segments.cross)
-        )
-        return shape, cross
+    def _summed(self, segments: int) -> "_Sums":
+        """Sums over the first segments, one after the other: new ones are added to what is known of those before."""
+        sums = self._sums
+        if sums is None or sums.segments > segments:
+            sums = _Sums.none(*self.segments.trace.shape[:2], *self.segments.cross.shape[3:])
+        for i in range(sums.segments, segments):
+            parts = self.segments.trace[:, :, i, None, None], self.segments.shape[:, :, i], self.segments.cross[:, :, i]
+            sums = sums.plus(*(torch.from_numpy(part).double() for part in parts))
+        return sums
 
     def keep_segments(self, segments: int) -> None:
         """Forget the lists after the first ``segments`` segments."""
         self.lists.used[:] = self.segments.lists[:, :, segments]
         self.supers.used[:] = self.segments.supers[:, :, segments]
-        self._pages = None
+        self._pages = self._sums = None
         self.settle(segments)
 
     def fork(self, segments: int, sealed: int, rows: int) -> "Lists":
@@ -166,7 +194,8 @@ class Lists:
     def select(self, batch: Array) -> "Lists":
         """The lists of the given batch rows."""
         chosen: Lists = object.__new__(Lists)
-        chosen.summary_bytes, chosen._table, chosen._pages = self.summary_bytes, None, None
+        chosen.summary_bytes = self.summary_bytes
+        chosen._table = chosen._pages = chosen._sums = None
         for name in ("positions", "codes", "shape", "cross"):
             setattr(chosen, name, getattr(self, name)[batch])
         chosen.lists = ListArrays(*(array[batch] for array in self.lists))

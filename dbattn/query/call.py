@@ -39,6 +39,7 @@ class Call:
         needs_lse: whether the log-sum-exp of the answer is wanted.
         tells_unread: say what weight was left unread, where that is known without reading more.
         weighs: say in a measured call what share of the weight each row has that was not read.
+        effort: rows of lists that a block of a prompt is to read, in those by size.
     """
 
     query: Tensor
@@ -53,6 +54,7 @@ class Call:
     needs_lse: bool = True
     tells_unread: bool = False
     weighs: bool = False
+    effort: float = 1.0
 
     @classmethod
     def checked(

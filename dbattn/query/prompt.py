@@ -23,10 +23,15 @@ from .stats import GAVE_UP
 from .steps import DenseScan, steps_of_call
 from .usage import FAR, Rates, Workload
 
-# Of the newest position of so many blocks one is answered densely as well, and of the first two.
-BLOCKS_PER_AUDIT, FIRST_AUDITS = 2, 2
-# Audits looked back at.
-RECENT = 8
+# The middle position of every block is answered densely as well; beyond so many rows of fewer blocks, so that audits
+# take no larger share of the time.
+ROWS_PER_AUDIT = 16384
+# Audits looked back at, and the least of them by which reading is given up.
+RECENT, LEAST_AUDITS = 8, 2
+# The share of ``target_error`` that blocks aim at: what goes wrong as a prompt is read enters its rows.
+AIM = 0.4
+# Rows of lists are read so many times those by size, as audits find errors below or above that.
+LEAST_EFFORT, MOST_EFFORT = 1 / 3, 8.0
 # A call with fewer positions is not worth choosing lists for: "auto" reads it densely.
 LEAST_POSITIONS = 64
 # "auto" reads calls that end within so many rows densely: after 8K of prose read through lists (SmolLM2, 256 positions)
@@ -71,11 +76,13 @@ class PromptLog:
 
     Attributes:
         errors: mean relative error of each audited position.
+        effort: rows of lists to read for what comes next, in those by size.
         gave_up: whether they were too large, so that what follows is read densely.
         taken: how many of the errors have been told.
     """
 
     errors: list[float] = field(default_factory=list)
+    effort: float = 1.0
     gave_up: bool = False
     taken: int = 0
 
@@ -84,11 +91,16 @@ class PromptLog:
         self.taken, before = len(self.errors), self.taken
         return self.errors[before:]
 
-    def add(self, error: float, limit: float | None) -> None:
+    def add(self, error: float, config: RetrievalConfig) -> None:
         """Take in an audit."""
         self.errors.append(error)
-        recent = self.errors[-RECENT:]
-        if limit is not None and len(recent) >= FIRST_AUDITS and sum(recent) / len(recent) > limit:
+        recent, target, limit = self.errors[-RECENT:], config.target_error, error_allowed(config)
+        mean = sum(recent) / len(recent)
+        if target:
+            # As if one more had found what is aimed at: the first few audits tell little.
+            off = (sum(recent) / (AIM * target) + 1) / (len(recent) + 1)
+            self.effort = min(MOST_EFFORT, max(LEAST_EFFORT, off))
+        if limit is not None and len(recent) >= LEAST_AUDITS and mean > limit:
             self.gave_up = True
 
 
@@ -131,7 +143,7 @@ def read_prompt(call: Call, plans: list[BlockPlan], lo: Tensor, log: PromptLog, 
     first = plans[0][0]
     index.unseal_after(call.store, lo, first)
     begins = next(at for at, _, plan in plans if plan is not None)
-    answers, read = [], 0
+    answers = []
     if begins > first:
         answers.append(_dense(part_of(call, first, begins)))
     for at, stop, plan in plans:
@@ -142,14 +154,15 @@ def read_prompt(call: Call, plans: list[BlockPlan], lo: Tensor, log: PromptLog, 
             answers.append(_dense(part, GAVE_UP) if log.gave_up else _dense(part))
             continue
         index.seal_before(call.store, lo, at)
-        part.measure = call.measure
-        answer = run_plan(replace(plan, steps=(*plan.steps, *steps_of_call(call))), part)
+        part.measure, part.effort = call.measure, log.effort
+        effort = "" if log.effort == 1 else f", {log.effort:.2g} times for the errors of audits"
+        answer = run_plan(replace(plan, steps=(*plan.steps, *steps_of_call(call)), reason=plan.reason + effort), part)
         answers.append(answer)
-        if audit and (read < FIRST_AUDITS or read % BLOCKS_PER_AUDIT == 0):
-            dense, _ = dense_state(part_of(call, stop - 1, stop))
-            error = relative_error(answer.out[:, :, -1:], dense)
-            log.add(float(error.nanmean()), error_allowed(call.config))
-        read += 1
+        if audit and at // type(index).block % (1 + at // ROWS_PER_AUDIT) == 0:
+            middle = at + (stop - at) // 2
+            dense, _ = dense_state(part_of(call, middle, middle + 1))
+            error = relative_error(answer.out[:, :, middle - at : middle - at + 1], dense)
+            log.add(float(error.nanmean()), call.config)
     return answers
 
 

@@ -68,7 +68,7 @@ def check_range(name: str, rows: Tensor) -> None:
         # Rotated, a row may have its whole length in one number: the length is what counts, but for what rounding adds.
         root = math.sqrt(row_dim(rows))
         rows = floats(rows).norm(dim=-1, keepdim=True) / (root * (1 + root / 254))
-    low, high = rows.aminmax()
+    low, high = rows.amin(), rows.amax()  # several times as fast as aminmax
     if low.item() >= -LARGEST and high.item() <= LARGEST:  # neither holds of NaN
         return
     check_finite(name, rows)
