@@ -29,24 +29,17 @@ class Chosen(NamedTuple):
     Attributes:
         begin, size: int64 ``[B, Hkv, n]``, runs of rows, of which the first ``runs [B, Hkv]`` count; lists that stand
             side by side are one run.
-        answers: int64 ``[B, Hkv, n]``, of which the first ``count [B, Hkv]`` count: list i, or super-list -1 - i.
+        answering: the summaries that answer for lists not opened: packed mean keys and values ``[B, Hkv, n, ...]``,
+            variances and logs of sizes ``[B, Hkv, n]``, and how many of them count, ``[B, Hkv]``.
         rows_read, lists_opened: in all.
-        levels, moments: lists and super-lists, shape and cross, as kernels take them.
     """
 
     begin: Array
     size: Array
     runs: Array
-    answers: Array
-    count: Array
+    answering: tuple
     rows_read: int
     lists_opened: int
-    levels: tuple
-    moments: tuple
-
-    def answering(self, how):
-        """What a kernel takes of the summaries that answer."""
-        return *self.levels, self.answers, self.count, (*self.moments, F(how.alpha), F(how.beta))
 
 
 def choose_lists(query, shape, known, lanes, table, how):
@@ -55,18 +48,23 @@ def choose_lists(query, shape, known, lanes, table, how):
     query and shape: see ``_cpu_blocks``.
     """
     used, super_used = table.lists.used, table.supers.used
-    levels, moments = (_level(table.lists), _level(table.supers)), (table.shape, table.cross)
-    most, most_supers = (level[-1].shape[2] for level in levels)
+    lists, supers = _level(table.lists), _level(table.supers)
+    most, most_supers = lists[-1].shape[2], supers[-1].shape[2]
     first = np.ascontiguousarray(table.supers.first[:, :, : most_supers + 1])
     begins = np.ascontiguousarray(table.lists.begin[:, :, :most])
     begin, size = np.empty((2, *used.shape, most), np.int64)
     runs, count = np.zeros((2, *used.shape), np.int64)
-    answers, read = np.empty((*used.shape, most + most_supers), np.int64), np.zeros(2, np.int64)
+    key, value = (
+        np.empty((*used.shape, most + most_supers, rows.shape[3]), np.int8)
+        for rows in (table.lists.key, table.lists.value)
+    )
+    variance, log_size = np.empty((2, *used.shape, most + most_supers), F)
+    answering, read = (key, value, variance, log_size, count), np.zeros(2, np.int64)
     _choose(
-        query, shape, known, lanes[0], lanes[2], *levels, used, super_used, begins, first, moments[0],
-        (F(how.alpha), how.rows_read), begin, size, runs, answers, count, read,
+        query, shape, known, lanes[0], lanes[2], lists, supers, used, super_used, begins, first, table.shape,
+        (F(how.alpha), how.rows_read), begin, size, runs, answering, read,
     )  # fmt: skip
-    return Chosen(begin, size, runs, answers, count, int(read[0]), int(read[1]), levels, moments)
+    return Chosen(begin, size, runs, answering, int(read[0]), int(read[1]))
 
 
 def _level(arrays):
@@ -169,25 +167,39 @@ def _cost_some(w, H, level, used, weights, share, costs):
 
 
 @inner
-def _answer(b, h, per_row, costs, whole, taken, sizes, super_sizes, first, used, least, answers):
+def _copy_summary(b, h, n, level, i, answering):
+    """Let summary i of a level answer, behind n others."""
+    keys, kb, kh, kt, values, vb, vh, vt, size, variance = level
+    key, value, variances, log_size, _ = answering
+    at = b * kb + h * kh + i * kt
+    for d in range(key.shape[3]):
+        key[b, h, n, d] = keys[at + d]
+    at = b * vb + h * vh + i * vt
+    for d in range(value.shape[3]):
+        value[b, h, n, d] = values[at + d]
+    variances[b, h, n], log_size[b, h, n] = variance[b, h, i], np.log(F(size[b, h, i]))
+
+
+@inner
+def _answer(b, h, costs, whole, taken, lists, supers, first, used, least, answering):
     """Lists that are not taken, or super-lists in their place; returns how many."""
-    n = 0
+    sizes, super_sizes, n = lists[8], supers[8], 0
     for s in range(used):
+        if super_sizes[b, h, s] <= 0:
+            continue
         saved, price, opened = whole[b, h, s], F(-1.0), False
         for i in range(first[b, h, s], first[b, h, s + 1]):
             if sizes[b, h, i] > 0:
                 saved -= costs[b, h, i]
                 price += F(1.0)
                 opened |= taken[b, h, i]
-        if super_sizes[b, h, s] <= 0:
-            continue
         if not (opened or super_sizes[b, h, s] > MOST_ROWS or saved > F(APART) * least * price):
-            answers[b, h, n] = -1 - s
+            _copy_summary(b, h, n, supers, s, answering)
             n += 1
             continue
         for i in range(first[b, h, s], first[b, h, s + 1]):
             if sizes[b, h, i] > 0 and not taken[b, h, i]:
-                answers[b, h, n] = i
+                _copy_summary(b, h, n, lists, i, answering)
                 n += 1
     return n
 
@@ -210,7 +222,7 @@ def _runs_of(b, h, begins, sizes, chosen, n, begin, size):
 @njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
 def _choose(
     query, shape, known, ck, width, lists, supers, used, super_used, begins, first, moment, budget, begin, size, runs,
-    answers, count, read,
+    answering, read,
 ):  # fmt: skip
     D, H, group, _, softcap = shape
     alpha, rows = budget
@@ -262,6 +274,6 @@ def _choose(
                 lowest = min(lowest, per_row[b, h, chosen[b, h, j]])
         for h in range(H):
             runs[b, h] = _runs_of(b, h, begins, sizes, chosen, counts[b, h], begin, size)
-            count[b, h] = _answer(
-                b, h, per_row, costs, whole, taken, sizes, super_sizes, first, super_used[b, h], lowest, answers
+            answering[4][b, h] = _answer(
+                b, h, costs, whole, taken, lists, supers, first, super_used[b, h], lowest, answering
             )

@@ -18,7 +18,7 @@ from ._cpu_block_lists import choose_lists, raise_logits, spread_of
 from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
 from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import COLUMNS, add_columns, score_columns, tile_lanes, weigh_columns
-from .packed import SCALE_BYTES, row_dim
+from .packed import row_dim
 
 # The log-sum-exp of no row, as a number that hidden rows cannot reach.
 EMPTY = F(0.5) * NEG
@@ -52,9 +52,12 @@ class _Block:
         """
         return self._added(_rows, (self._rows, (begin, size, count, first)))
 
-    def add_summaries(self, source):
-        """What answers for lists that are not opened; see ``choose_lists``. Returns the log-sum-exp of this source."""
-        return self._added(_summaries, source)
+    def add_summaries(self, answering, moments):
+        """What answers for lists that are not opened, see Chosen, and shape, cross, alpha and beta.
+
+        Returns the log-sum-exp of this source.
+        """
+        return self._added(_summaries, (answering, moments))
 
     def _added(self, kernel, source):
         own = torch.empty_like(self.lse)
@@ -76,8 +79,9 @@ def attend(query, keys, values, table, how, start):
     lses.append(block.add_rows(chosen.begin, chosen.size, chosen.runs, how.sealed))
     opened, answering = time.perf_counter(), 0
     if how.tail:
-        lses.append(block.add_summaries(chosen.answering(how)))
-        answering = int(chosen.count.sum())
+        moments = table.shape, table.cross, F(how.alpha), F(how.beta)
+        lses.append(block.add_summaries(chosen.answering, moments))
+        answering = int(chosen.answering[-1].sum())
     else:
         lses.append(torch.full_like(block.lse, float("-inf")))
     done = time.perf_counter()
@@ -213,24 +217,12 @@ def _rows(query, ck, cv, width, how, rows, source, out, lse, own):
 
 
 @inner
-def _copy_summary(level, b, h, i, key, value):
-    """Both packed means of a list or super-list; returns its size and variance."""
-    keys, kb, kh, kt, values, vb, vh, vt, size, variance = level
-    at = b * kb + h * kh + i * kt
-    for d in range(key.size):
-        key[d] = keys[at + d]
-    at = b * vb + h * vh + i * vt
-    for d in range(value.size):
-        value[d] = values[at + d]
-    return size[b, h, i], variance[b, h, i]
-
-
-@inner
-def _summaries_piece(w, query, lanes, how, lists, supers, answers, counts, moments, out, lse, own):
+def _summaries_piece(w, query, lanes, how, source, moments, out, lse, own):
+    keys, values, variance, log_size, counts = source
     shape, cross, alpha, beta = moments
     ck, cv, width = lanes
     D, H, group, most, softcap = how
-    units, Dv = out.shape[0] * H, out.shape[3]
+    units = out.shape[0] * H
     b, h, lo = w % units // H, w % H, w // units * most
     count = min(most, out.shape[2] * group - lo)
     piece = _begin(query, how, out, lse, b, h, lo, count)
@@ -238,35 +230,32 @@ def _summaries_piece(w, query, lanes, how, lists, supers, answers, counts, momen
     columns = top.size
     products, spread, root = np.empty((D, columns), F), np.empty(columns, F), np.empty(columns, F)
     spread_of(qs, shape[b, h], products, spread, root, ck, width)
-    keys, values = np.empty((TILE, D + SCALE_BYTES), np.int8), np.empty((TILE, Dv + SCALE_BYTES), np.int8)
-    variance, log_size, tilt, at = np.empty(TILE, F), np.empty(TILE, F), np.zeros(columns, F), 0
+    key, value, variance, log_size = keys[b, h], values[b, h], variance[b, h], log_size[b, h]
+    tilt, at = np.zeros(columns, F), 0
     while at < counts[b, h]:
         n = min(TILE, counts[b, h] - at)
+        score_columns(qs.ravel(), columns, key.ravel(), at * key.shape[1], key.shape[1], n, logits.ravel(), ck, width)
         for i in range(n):
-            place = answers[b, h, at + i]
-            level, place = (lists, place) if place >= 0 else (supers, -1 - place)
-            rows, variance[i] = _copy_summary(level, b, h, place, keys[i], values[i])
-            log_size[i] = np.log(F(rows))
-        score_columns(qs.ravel(), columns, keys.ravel(), 0, keys.shape[1], n, logits.ravel(), ck, width)
-        for i in range(n):
-            raise_logits(logits[i], softcap, alpha, spread, root, variance[i], log_size[i])
+            raise_logits(logits[i], softcap, alpha, spread, root, variance[at + i], log_size[at + i])
         _weigh(piece, n)
         for g in range(columns):
             tilt[g] *= shrink[g]
         for i in range(n):
             for g in range(columns):
-                tilt[g] += logits[i, g] * variance[i]
-        add_columns(logits.ravel(), columns, values.ravel(), 0, values.shape[1], n, state.ravel(), cv, width)
+                tilt[g] += logits[i, g] * variance[at + i]
+        add_columns(
+            logits.ravel(), columns, value.ravel(), at * value.shape[1], value.shape[1], n, state.ravel(), cv, width
+        )
         at += n
     # Their values lean with the query: the rows of `cross`, by the query's numbers.
     for d in range(D):
         for g in range(columns):
             products[d, g] = beta * tilt[g] * qs[d, g]
-    add_columns(products.ravel(), columns, cross[b, h].ravel(), 0, Dv, D, state.ravel(), cv, width)
+    add_columns(products.ravel(), columns, cross[b, h].ravel(), 0, state.shape[1], D, state.ravel(), cv, width)
     _end(piece, how, count, out, lse, own, b, h, lo)
 
 
 @njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
-def _summaries(query, ck, cv, width, how, lists, supers, answers, counts, moments, out, lse, own):
+def _summaries(query, ck, cv, width, how, source, moments, out, lse, own):
     for w in prange(_pieces(how, out)):
-        _summaries_piece(w, query, (ck, cv, width), how, lists, supers, answers, counts, moments, out, lse, own)
+        _summaries_piece(w, query, (ck, cv, width), how, source, moments, out, lse, own)

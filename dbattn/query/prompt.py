@@ -25,7 +25,7 @@ from .usage import FAR, Rates, Workload
 
 # The middle position of every block is answered densely as well; beyond so many rows of fewer blocks, so that audits
 # take no larger share of the time.
-ROWS_PER_AUDIT = 16384
+ROWS_PER_AUDIT = 8192
 # Audits looked back at, and the least of them by which reading is given up.
 RECENT, LEAST_AUDITS = 8, 2
 # The share of ``target_error`` that blocks aim at: what goes wrong as a prompt is read enters its rows.
