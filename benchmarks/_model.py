@@ -5,16 +5,31 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from dbattn.hf.load import model_folder
 
 from ._common import progress
 
 CHUNK = 512
+
+
+def with_yarn(path: Path | None, tokens: int) -> Any:
+    """The model (None: SmolLM2) with its rotary positions scaled to so many tokens, where they go beyond its range."""
+    folder = model_folder(path)
+    config = AutoConfig.from_pretrained(folder)
+    limit = config.max_position_embeddings
+    factor = max(1.0, tokens / limit)
+    scaled = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": limit}
+    config.rope_parameters = {**config.rope_parameters, **scaled}
+    config.max_position_embeddings = int(factor * limit)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def twin_of(model: Any) -> Any:

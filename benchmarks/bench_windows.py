@@ -34,12 +34,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from dbattn import RetrievalConfig
 from dbattn.config import STORAGES
 from dbattn.hf import Handle, load_model, wrap
-from dbattn.hf.load import model_folder
 from dbattn.snapshot import describe
 from dbattn.text.haystack import hide, make_needles
 from dbattn.text.prompt import CHUNK, OVERLAP, QUESTION_TOKENS, context_ids, question_ids, read_text, windows_for
@@ -47,6 +46,7 @@ from dbattn.windows import Windows
 
 from . import readme
 from ._common import console, print_table, progress, with_earlier, write_json
+from ._model import with_yarn
 from .capture import prose_ids
 
 WAYS = ("one", "windows", "yarn")
@@ -59,18 +59,6 @@ def text_ids(tokenizer: Any, tokens: int, file: Path | None) -> Tensor:
     """Token ids ``[1, n]`` of about ``tokens`` tokens with the needles hidden in them, after the instruction."""
     text = tokenizer.decode(prose_ids(tokenizer, tokens)) if file is None else read_text(file)
     return context_ids(hide(NEEDLES, text, tokens, tokenizer), tokenizer)
-
-
-def with_yarn(path: Path | None, tokens: int) -> Any:
-    """The model with its rotary positions scaled to ``tokens`` tokens and a question."""
-    folder = model_folder(path)
-    config = AutoConfig.from_pretrained(folder)
-    limit = config.max_position_embeddings
-    factor = max(1.0, (tokens + QUESTION_TOKENS) / limit)
-    scaled = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": limit}
-    config.rope_parameters = {**config.rope_parameters, **scaled}
-    config.max_position_embeddings = int(factor * limit)
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
 
 
 def read(handle: Handle, ids: Tensor, windows: Windows | None) -> tuple[DynamicCache, float, float]:
@@ -166,7 +154,7 @@ def bench(way: str, path: Path | None, args: argparse.Namespace) -> dict[str, An
     if way == "windows":
         windows = replace(windows_for(model, tokenizer, args.window_tokens), overlap=args.overlap)
     if way == "yarn":
-        model = with_yarn(path, ids.shape[1])
+        model = with_yarn(path, ids.shape[1] + QUESTION_TOKENS)
     by_windows = (
         {"storage": args.storage or "int8", "n_windows": args.read}
         if way == "windows"

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from ._cpu_columns import COLUMNS, score_columns
 from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
 from ._cpu_list_steps import choose
-from ._cpu_tiles import COLUMNS, score_columns
 from .blocks import APART, ASKING, MOST_LOGIT, MOST_ROWS
 from .lists import FREEZES, LOG_ROWS
 from .summaries import Array

@@ -15,9 +15,10 @@ import torch
 from numba import njit, prange
 
 from ._cpu_block_lists import choose_lists, raise_logits, spread_of
+from ._cpu_columns import COLUMNS, add_columns, score_columns, weigh_columns
 from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
 from ._cpu_start import use_torchs_threads
-from ._cpu_tiles import COLUMNS, add_columns, score_columns, tile_lanes, weigh_columns
+from ._cpu_tiles import tile_lanes
 from .packed import row_dim
 
 # The log-sum-exp of no row, as a number that hidden rows cannot reach.

@@ -6,8 +6,8 @@
 import numpy as np
 from numba import njit
 
+from ._cpu_columns import SIXTEEN, compare_four
 from ._cpu_common import F, inner
-from ._cpu_tiles import SIXTEEN, compare_four
 
 # Up to so many super-lists are split off flat; more, by way of groups of 32.
 FLAT_SUPERS = 128

@@ -186,6 +186,22 @@ def test_explain_and_audit_say_what_a_prompt_read_and_change_nothing():
     assert torch.equal(db.attend(query), twin.attend(query))
 
 
+@pytest.mark.parametrize(("noise", "more"), [(2.0, True), (0.0, False)])
+def test_a_layer_reads_more_rows_where_audits_find_errors_and_fewer_where_they_do_not(noise, more):
+    query, keys, values = topical(5000)
+    values = values + noise * torch.randn_like(values)
+    fixed, audited = reader(keys, values), reader(keys, values, audit_rate=0.1, target_error=0.05)
+    error, less = (
+        relative_error(db.attend(query), dense_attention(query, keys, values)).mean() for db in (fixed, audited)
+    )
+    blocks = -(-fixed.stats.prompt.by_lists // 512)
+    assert (len(fixed.stats.prompt.errors), len(audited.stats.prompt.errors)) == (0, blocks)
+    rows, wanted = (db.stats.prompt.rows_read for db in (fixed, audited))
+    assert (wanted > rows, less < error) == (more, more)
+    assert "times for the errors of audits" in audited.explain(query).reason
+    assert "times for" not in fixed.explain(query).reason
+
+
 def test_auto_reads_short_prompts_few_positions_and_bounded_answers_densely(monkeypatch):
     monkeypatch.setattr("dbattn.query.prompt.LEAST_ROWS", 2048)
     query, keys, values = topical(4000)

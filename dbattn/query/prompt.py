@@ -29,9 +29,9 @@ ROWS_PER_AUDIT = 8192
 # Audits looked back at, and the least of them by which reading is given up.
 RECENT, LEAST_AUDITS = 8, 2
 # The share of ``target_error`` that blocks aim at: what goes wrong as a prompt is read enters its rows.
-AIM = 0.4
+AIM = 0.3
 # Rows of lists are read so many times those by size, as audits find errors below or above that.
-LEAST_EFFORT, MOST_EFFORT = 1 / 3, 8.0
+LEAST_EFFORT, MOST_EFFORT = 1 / 3, 16.0
 # A call with fewer positions is not worth choosing lists for: "auto" reads it densely.
 LEAST_POSITIONS = 64
 # "auto" reads calls that end within so many rows densely: after 8K of prose read through lists (SmolLM2, 256 positions)
