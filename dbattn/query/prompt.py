@@ -32,6 +32,9 @@ RECENT, LEAST_AUDITS = 8, 2
 AIM = 0.3
 # Rows of lists are read so many times those by size, as audits find errors below or above that.
 LEAST_EFFORT, MOST_EFFORT = 1 / 3, 16.0
+# What follows a prompt asks its end most: the blocks of so many newest positions, of a call of at least four times as
+# many, read so many times the rows.
+END, END_EFFORT = 1024, 8.0
 # A call with fewer positions is not worth choosing lists for: "auto" reads it densely.
 LEAST_POSITIONS = 64
 # "auto" reads calls that end within so many rows densely: after 8K of prose read through lists (SmolLM2, 256 positions)
@@ -140,7 +143,7 @@ def read_prompt(call: Call, plans: list[BlockPlan], lo: Tensor, log: PromptLog, 
     ``audit`` some positions are answered densely as well, and ``log`` takes in how far off they were.
     """
     index: BlockIndex = call.index  # type: ignore[assignment]
-    first = plans[0][0]
+    first, m = plans[0][0], call.query.shape[2]
     index.unseal_after(call.store, lo, first)
     begins = next(at for at, _, plan in plans if plan is not None)
     answers = []
@@ -154,11 +157,13 @@ def read_prompt(call: Call, plans: list[BlockPlan], lo: Tensor, log: PromptLog, 
             answers.append(_dense(part, GAVE_UP) if log.gave_up else _dense(part))
             continue
         index.seal_before(call.store, lo, at)
-        part.measure, part.effort = call.measure, log.effort
-        effort = "" if log.effort == 1 else f", {log.effort:.2g} times for the errors of audits"
+        ends = m >= 4 * END and at >= len(call.store) - END
+        part.measure, part.effort = call.measure, log.effort * (END_EFFORT if ends else 1)
+        effort = f" times {log.effort:.2g} for the errors of audits" if log.effort != 1 else ""
+        effort += f" times {END_EFFORT:g} for the end of a prompt" if ends else ""
         answer = run_plan(replace(plan, steps=(*plan.steps, *steps_of_call(call)), reason=plan.reason + effort), part)
         answers.append(answer)
-        if audit and at // type(index).block % (1 + at // ROWS_PER_AUDIT) == 0:
+        if audit and not ends and at // type(index).block % (1 + at // ROWS_PER_AUDIT) == 0:
             middle = at + (stop - at) // 2
             dense, _ = dense_state(part_of(call, middle, middle + 1))
             error = relative_error(answer.out[:, :, middle - at : middle - at + 1], dense)
