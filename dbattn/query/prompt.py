@@ -29,7 +29,7 @@ ROWS_PER_AUDIT = 8192
 # Audits looked back at, and the least of them by which reading is given up.
 RECENT, LEAST_AUDITS = 8, 2
 # The share of ``target_error`` that blocks aim at: what goes wrong as a prompt is read enters its rows.
-AIM = 0.3
+AIM = 0.5
 # Rows of lists are read so many times those by size, as audits find errors below or above that.
 LEAST_EFFORT, MOST_EFFORT = 1 / 3, 16.0
 # What follows a prompt asks its end most: the blocks of so many newest positions, of a call of at least four times as
