@@ -25,7 +25,7 @@ from .usage import FAR, Rates, Workload
 
 # The middle position of every block is answered densely as well; beyond so many rows of fewer blocks, so that audits
 # take no larger share of the time.
-ROWS_PER_AUDIT = 8192
+ROWS_PER_AUDIT = 4096
 # Audits looked back at, and the least of them by which reading is given up.
 RECENT, LEAST_AUDITS = 8, 2
 # The share of ``target_error`` that blocks aim at: what goes wrong as a prompt is read enters its rows.
@@ -34,7 +34,7 @@ AIM = 0.5
 LEAST_EFFORT, MOST_EFFORT = 1 / 3, 16.0
 # What follows a prompt asks its end most: the blocks of so many newest positions, of a call of at least four times as
 # many, read so many times the rows.
-END, END_EFFORT = 1024, 8.0
+END, END_EFFORT = 1024, 6.0
 # A call with fewer positions is not worth choosing lists for: "auto" reads it densely.
 LEAST_POSITIONS = 64
 # "auto" reads calls that end within so many rows densely: after 8K of prose read through lists (SmolLM2, 256 positions)
