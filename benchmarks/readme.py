@@ -258,7 +258,7 @@ def _prefill(results: Record) -> list[str]:
         power = "" if results["exponent"] is None else f"; time grows as rows to the power of {results['exponent']:.2f}"
         head = ["rows", "through lists, s", "SDPA, s", "speedup", "sealing", "rows read", "error"]
         lines = [
-            f"One layer, all positions asked at once, on {results['threads']} threads{power}.",
+            f"One layer, asked in calls of 2,048 positions, on {results['threads']} threads{power}.",
             "Sealing is part of the time.",
             "",
             *_table(head, rows),

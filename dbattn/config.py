@@ -76,9 +76,11 @@ class RetrievalConfig:
         neighbors: links per node of the graph ("hnsw" only, default 32).
         prefill: how prompts are read: "dense" (default), by "lists" ("segmented" only), chosen for blocks of 512
             positions, or "auto": block by block what is estimated to be faster on this CPU, densely where audits of the
-            blocks before (which ``audit_rate=0`` turns off) found a mean error above twice ``target_error``, with
-            ``max_error``, for fewer than 64 positions, where no more than 8,192 rows are stored, and on other devices.
-            What lists get wrong enters the rows themselves; it was measured on SmolLM2 alone.
+            blocks before found a mean error above twice ``target_error``, with ``max_error``, for fewer than 64
+            positions, where no more than 8,192 rows are stored, and on other devices. Each layer reads as many rows as
+            these audits ask for, which aim at half of ``target_error`` (``audit_rate=0`` turns them off: rows by size
+            then), and six times as many for the last 1,024 positions of a call of 4,096 or more. What lists get wrong
+            enters the rows themselves.
         rows: where rows on a GPU are kept: on the "device", or in pinned memory of the "host", from where the GPU reads
             those it needs ("segmented" only; summaries of lists are on the GPU): contexts end where the host's memory
             does. It is a wish to retrieve, see ``dense_below``. Not part of a snapshot, which opens with either.
