@@ -450,7 +450,7 @@ def run_command(words):
 def test_killed_anywhere_an_ingest_resumes_and_ends_bit_for_bit_the_same(long_model, tmp_path, capsys):
     """SIGKILL at random times, in real processes: forked from a server that has the imports already."""
     text = tmp_path / "book.txt"
-    text.write_text(read_haystack()[:21000])
+    text.write_text(read_haystack()[:12500])
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["dbattn.cli.ingest", "transformers.models.llama.modeling_llama"])
 
@@ -469,7 +469,7 @@ def test_killed_anywhere_an_ingest_resumes_and_ends_bit_for_bit_the_same(long_mo
         assert process.exitcode == 0
         took = time.perf_counter() - began
     expected, total = files_of(whole), describe(whole).rows
-    assert total > 11 * CHUNK
+    assert total > 6 * CHUNK
 
     random = Random(0)
     kills = in_the_middle = finished = 0
