@@ -15,8 +15,7 @@ from numba import njit, prange
 from ._cpu_columns import COLUMNS, score_columns
 from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
 from ._cpu_list_steps import choose
-from .blocks import APART, ASKING, MOST_LOGIT, MOST_ROWS
-from .lists import FREEZES, LOG_ROWS
+from .lists import APART, ASKING, FREEZES, LOG_ROWS, MOST_LOGIT, MOST_ROWS
 from .summaries import Array
 
 # Lists that are weighed in one go.

@@ -36,7 +36,7 @@ class _Block:
     def __init__(self, query, keys, values, scale, softcap) -> None:
         query = query.detach().float()
         batch, heads, m, dim = query.shape
-        self.shape, group = (batch, keys.shape[1], heads // keys.shape[1], m, dim), heads // keys.shape[1]
+        group = heads // keys.shape[1]
         self.out = torch.empty(batch, heads, m, row_dim(values))
         self.lse = torch.full((batch, heads, m), float("-inf"))
         self.lanes = tile_lanes(dim, self.out.shape[3])

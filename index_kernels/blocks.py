@@ -11,21 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .lists import choose, held, row_places
+from .lists import APART, ASKING, MOST_LOGIT, MOST_ROWS, choose, held, row_places
 from .ops import check_rows, resolve_backend
 from .packed import floats
 from .reference import by_head, by_position, softcapped
 from .summaries import Levels, ListTable, Summaries
 
-# Lists are chosen by what every so many-th position of a block would lose: to ask all of them changes nothing.
-ASKING = 16
-# Weights of lists are taken beside that of the rows read anyway, and no larger than e to this.
-MOST_LOGIT = 60.0
 NEVER = -1e30
-# Lists answer for themselves where that saves so many times as much for each summary as opened lists do for each row.
-APART = 4.0
-# A super-list of more rows does not answer for its lists.
-MOST_ROWS = 128
 
 
 class BlockReading(NamedTuple):

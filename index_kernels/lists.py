@@ -13,6 +13,14 @@ from .summaries import Summaries
 # Log of the rows of a list, and the variance of their logits from which the largest of them is all of their weight.
 LOG_ROWS = math.log(32)
 FREEZES = 2 * LOG_ROWS
+# A block of a prompt chooses lists by what every so many-th position would lose: to ask all of them changes nothing.
+ASKING = 16
+# Weights of lists are taken beside that of the rows read anyway, and no larger than e to this.
+MOST_LOGIT = 60.0
+# Lists answer for themselves where that saves so many times as much for each summary as opened lists do for each row.
+APART = 4.0
+# A super-list of more rows does not answer for its lists.
+MOST_ROWS = 128
 
 
 def held(variance: Tensor) -> Tensor:

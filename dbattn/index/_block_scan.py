@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from index_kernels import BlockReading, attend_block
-from index_kernels.blocks import ASKING
+from index_kernels.lists import ASKING
 
 from ..config import RetrievalConfig
 from ..query.call import Call
