@@ -8,7 +8,7 @@ spread blocks of 512 positions, which stand for all. Sealing is what lists take 
 what a decode call finds. With --threads 1 seconds are of the processor, which other load leaves nearly alone; else they
 are the clock's.
 
-The whole model reads a text but for its last 256 tokens at once, unwrapped and wrapped (prefill="lists") in turn,
+The whole model reads a text but for its last 256 tokens in one call, unwrapped and wrapped (prefill="lists") in turn,
 --runs times, of which seconds are medians, and then those, which both read densely from the rows that reading left:
 their logits are compared. Beyond the model's range its rotary positions are scaled by YaRN.
 

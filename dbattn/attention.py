@@ -98,6 +98,7 @@ class AttentionDB(IndexedRows):
         return_lse: bool = False,
         retrieve: bool = True,
         audit: bool | None = None,
+        until: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of the m newest positions, causal, over the rows that the plan reads.
 
@@ -111,6 +112,8 @@ class AttentionDB(IndexedRows):
             retrieve: False scans all rows.
             audit: whether to compare a retrieving call with dense, whatever ``audit_rate`` says; see ``stats.audits``.
                 Default: as it says.
+            until: rows that the store will have when the prompt has been read of which this call is a chunk. The end of
+                a prompt is read with more rows. Default: a call of 4,096 positions or more has an end of its own.
 
         Returns:
             ``[B, Hq, m, Dv]`` in the query's dtype. Inference only: where a gradient is wanted, backward raises.
@@ -119,7 +122,7 @@ class AttentionDB(IndexedRows):
             ValueError: an empty store, or a query that does not fit it; states what was received.
         """
         call, stats = self._call(query, scale, softcap, extra, sink_logits), self.stats
-        prompt = call.is_prompt
+        prompt, call.until = call.is_prompt, until
         if prompt and retrieve and (plans := self._block_plans(call)):
             return self._read(call, plans, query, return_lse=return_lse)
         call.needs_lse = return_lse

@@ -79,8 +79,9 @@ class RetrievalConfig:
             blocks before found a mean error above twice ``target_error``, with ``max_error``, for fewer than 64
             positions, where no more than 8,192 rows are stored, and on other devices. Each layer reads as many rows as
             these audits ask for, which aim at half of ``target_error`` (``audit_rate=0`` turns them off: rows by size
-            then), and six times as many for the last 1,024 positions of a call of 4,096 or more. What lists get wrong
-            enters the rows themselves.
+            then), and six times as many for the last 1,024 positions of a call of 4,096 or more. A wrapped model reads
+            calls of more than 4,096 positions in chunks of 2,048, which changes no answer. What lists get wrong enters
+            the rows themselves.
         rows: where rows on a GPU are kept: on the "device", or in pinned memory of the "host", from where the GPU reads
             those it needs ("segmented" only; summaries of lists are on the GPU): contexts end where the host's memory
             does. It is a wish to retrieve, see ``dense_below``. Not part of a snapshot, which opens with either.

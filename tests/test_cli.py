@@ -34,7 +34,7 @@ from dbattn.text.prompt import CHUNK, INSTRUCTION, context_ids, passages
 
 COMMANDS = ("demo", "ingest", "ask", "info", "explain", "compare", "cost")
 QUESTION = "What is a module?"
-KILLS = 6
+KILLS = 4
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,7 @@ def attention_function(
                 sink_logits=s_aux,
                 retrieve=switches.retrieve,
                 audit=True if audits is not None else _audit(db.config, query, drafting=switches.drafting),
+                until=None if under_way is None else under_way.until,
             )
             if audits is not None and db.stats.retrieving > before:
                 audits.append(db.stats.audits[-1])

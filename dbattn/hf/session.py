@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -313,6 +313,8 @@ class ForwardPass:
 
     ``served``: attention goes through dbattn's function. ``sharpening``: a factor of its logits. ``padded``: the mask
     that was made last of those that are causal order and left padding, and the first valid row of each batch row.
+    ``until``: where it reads a chunk of a prompt, the rows that there are after all of it. ``before``: the hidden
+    states of the chunks before the last, which is what this pass reads.
     """
 
     session: Session
@@ -320,6 +322,8 @@ class ForwardPass:
     served: bool
     sharpening: float = 1.0
     padded: tuple[Tensor, Tensor] | None = None
+    until: int | None = None
+    before: list[Tensor] = field(default_factory=list)
 
     def padding_of(self, mask: Tensor) -> Tensor | None:
         """The first valid rows where ``mask`` is a copy of ``padded``'s, as layers on another device are given."""

@@ -27,3 +27,5 @@ class Switches:
     watcher: Watcher | None = None
     # What follows a context directly reads the windows that were read before, and chooses none.
     same_windows: bool = False
+    # Rows that there are after the prompt of which a chunk is read now.
+    until: int | None = None

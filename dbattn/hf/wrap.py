@@ -27,6 +27,7 @@ from ..windows import Reading, Windows
 from .adapters import active_adapters
 from .batch import BatchCache
 from .cache import SERVED
+from .chunks import chunks_of, joined
 from .context import open_context, save_context
 from .decoder import UnsupportedModelError as UnsupportedModelError
 from .decoder import check_exact, find_decoder
@@ -58,7 +59,7 @@ def wrap(
     """Let a model's full-attention layers answer decode steps from an index.
 
     Use it as a context manager, or keep the handle and call ``handle.unwrap()``. ``model.generate`` and plain calls run
-    unchanged; prompts are read as ``config.prefill`` says, single new tokens retrieve. Inference only: rows are stored
+    unchanged; prompts are read as ``config.prefill`` says (through lists a chunk at a time), single new tokens retrieve. Inference only: rows are stored
     detached, and backward through an answer raises RuntimeError. Copy or pickle a model before it is wrapped: a
     ``copy.deepcopy`` of a wrapped one refuses to run. ``set_attn_implementation`` while it is wrapped takes attention
     away from the databases; ``report`` says so, and ``unwrap`` leaves it as it was set.
@@ -467,7 +468,8 @@ class Handle:
             use_cache = getattr(self._text_config, "use_cache", False)
         if cache is None and use_cache:
             cache = DynamicCache(config=self.model.config)
-            args, kwargs = (), given | {"past_key_values": cache}
+            given |= {"past_key_values": cache}
+            args, kwargs = (), given
         served = self._text_config._attn_implementation == NAME
         if not served:
             reason = f"attention was set to {self._text_config._attn_implementation!r} while the model was wrapped"
@@ -482,22 +484,31 @@ class Handle:
             return (), given | {"position_ids": positions}
         self._session.note_missing_context(cache, given.get("input_ids"))
         sharpening = 1.0
+        until, before = self._session.switches.until, list[Tensor]()
         if isinstance(cache, DynamicCache):
             self._session.adopt(cache)
+            if until is None and served and (found := chunks_of(self._session, cache, given)) is not None:
+                chunks, until = found
+                with self._session.switched(until=until):
+                    before = [module(**chunk).last_hidden_state for chunk in chunks[:-1]]
+                args, kwargs, given = (), chunks[-1], chunks[-1]
             if (reading := self._session.choose_windows(cache, given.get("input_ids"))) is not None:
                 args, kwargs = (), given | {"position_ids": _positions(given, cache, reading.windows)}
                 sharpening = reading.windows.sharpening_over(reading.read)
             self._session.note_call(cache, given.get("input_ids"))
-        forward_pass.set(ForwardPass(self._session, cache, served, sharpening))
+        forward_pass.set(ForwardPass(self._session, cache, served, sharpening, until=until, before=before))
         return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         # The hook is called after errors, too, which have no output.
         if output is not None and (under_way := forward_pass.get()) is not None:
             for cache in getattr(under_way.cache, "caches", (under_way.cache,)):
                 self._session.note_end(cache)
+            if under_way.before:
+                output = joined(output, under_way.before)
         forward_pass.set(None)
+        return output
 
 
 def _positions(given: dict[str, Any], cache: DynamicCache, windows: Windows) -> Tensor:

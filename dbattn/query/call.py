@@ -40,6 +40,7 @@ class Call:
         tells_unread: say what weight was left unread, where that is known without reading more.
         weighs: say in a measured call what share of the weight each row has that was not read.
         effort: rows of lists that a block of a prompt is to read, in those by size.
+        until: rows of the store when the prompt has been read of which this call is a chunk; None: it is none.
     """
 
     query: Tensor
@@ -55,6 +56,7 @@ class Call:
     tells_unread: bool = False
     weighs: bool = False
     effort: float = 1.0
+    until: int | None = None
 
     @classmethod
     def checked(

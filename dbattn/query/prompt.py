@@ -1,5 +1,6 @@
 """Reading a prompt: block by block, each planned for itself, the rows before it sealed as reading goes on."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -32,12 +33,12 @@ RECENT, LEAST_AUDITS = 8, 2
 AIM = 0.5
 # Rows of lists are read so many times those by size, as audits find errors below or above that.
 LEAST_EFFORT, MOST_EFFORT = 1 / 3, 16.0
-# What follows a prompt asks its end most: the blocks of so many newest positions, of a call of at least four times as
-# many, read so many times the rows.
+# What follows a prompt asks its end most: the blocks of so many newest positions of one, or of a call of at least four
+# times as many, read so many times the rows.
 END, END_EFFORT = 1024, 6.0
 # A call with fewer positions is not worth choosing lists for: "auto" reads it densely.
 LEAST_POSITIONS = 64
-# "auto" reads calls that end within so many rows densely: all of a model's other work is most of their time.
+# "auto" reads prompts that end within so many rows densely: all of a model's other work is most of their time.
 LEAST_ROWS = 8192
 
 
@@ -119,7 +120,7 @@ def block_plans(call: Call) -> list[BlockPlan]:
     engine, config, length, m = type(index), call.config, len(call.store), call.query.shape[2]
     if not call.is_prompt or not engine.block or config.prefill == "dense" or call.extra is not None:
         return []
-    if config.prefill == "auto" and (m < LEAST_POSITIONS or length <= LEAST_ROWS):
+    if config.prefill == "auto" and (m < LEAST_POSITIONS or (call.until or length) <= LEAST_ROWS):
         return []
     backend = resolve_backend(call.query)
     threads = torch.get_num_threads() if backend == "numba" else None
@@ -145,6 +146,8 @@ def read_prompt(call: Call, plans: list[BlockPlan], lo: Tensor, log: PromptLog, 
     first, m = plans[0][0], call.query.shape[2]
     index.unseal_after(call.store, lo, first)
     begins = next(at for at, _, plan in plans if plan is not None)
+    until = len(call.store) if call.until is None and m >= 4 * END else call.until
+    ends_from = math.inf if until is None else until - END
     answers = []
     if begins > first:
         answers.append(_dense(part_of(call, first, begins)))
@@ -156,7 +159,7 @@ def read_prompt(call: Call, plans: list[BlockPlan], lo: Tensor, log: PromptLog, 
             answers.append(_dense(part, GAVE_UP) if log.gave_up else _dense(part))
             continue
         index.seal_before(call.store, lo, at)
-        ends = m >= 4 * END and at >= len(call.store) - END
+        ends = at >= ends_from
         part.measure, part.effort = call.measure, log.effort * (END_EFFORT if ends else 1)
         effort = f" times {log.effort:.2g} for the errors of audits" if log.effort != 1 else ""
         effort += f" times {END_EFFORT:g} for the end of a prompt" if ends else ""
