@@ -59,10 +59,11 @@ def wrap(
     """Let a model's full-attention layers answer decode steps from an index.
 
     Use it as a context manager, or keep the handle and call ``handle.unwrap()``. ``model.generate`` and plain calls run
-    unchanged; prompts are read as ``config.prefill`` says (through lists a chunk at a time), single new tokens retrieve. Inference only: rows are stored
-    detached, and backward through an answer raises RuntimeError. Copy or pickle a model before it is wrapped: a
-    ``copy.deepcopy`` of a wrapped one refuses to run. ``set_attn_implementation`` while it is wrapped takes attention
-    away from the databases; ``report`` says so, and ``unwrap`` leaves it as it was set.
+    unchanged; prompts are read as ``config.prefill`` says (through lists a chunk at a time), single new tokens
+    retrieve. Inference only: rows are stored detached, and backward through an answer raises RuntimeError. Copy or
+    pickle a model before it is wrapped: a ``copy.deepcopy`` of a wrapped one refuses to run. While it is wrapped,
+    ``set_attn_implementation`` takes attention away from the databases; ``report`` says so, and ``unwrap`` leaves it as
+    it was set.
 
     Args:
         model: a decoder of transformers that goes through its AttentionInterface.
