@@ -13,9 +13,10 @@ import torch
 from numba import njit, prange
 
 from ._cpu_columns import COLUMNS, score_columns
-from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
+from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, row_scale, softcapped
 from ._cpu_list_steps import choose
 from .lists import APART, ASKING, FREEZES, LOG_ROWS, MOST_LOGIT, MOST_ROWS
+from .packed import row_dim
 from .summaries import Array
 
 # Lists that are weighed in one go.
@@ -28,7 +29,7 @@ class Chosen(NamedTuple):
     Attributes:
         begin, size: int64 ``[B, Hkv, n]``, runs of rows, of which the first ``runs [B, Hkv]`` count; lists that stand
             side by side are one run.
-        answering: the summaries that answer for lists not opened: packed mean keys and values ``[B, Hkv, n, ...]``,
+        answering: the summaries that answer for lists not opened: mean keys and values ``[B, Hkv, n, ...]``, float32,
             variances and logs of sizes ``[B, Hkv, n]``, and how many of them count, ``[B, Hkv]``.
         rows_read, lists_opened: in all.
     """
@@ -54,7 +55,7 @@ def choose_lists(query, shape, known, lanes, table, how):
     begin, size = np.empty((2, *used.shape, most), np.int64)
     runs, count = np.zeros((2, *used.shape), np.int64)
     key, value = (
-        np.empty((*used.shape, most + most_supers, rows.shape[3]), np.int8)
+        np.empty((*used.shape, most + most_supers, row_dim(torch.from_numpy(rows))), F)
         for rows in (table.lists.key, table.lists.value)
     )
     variance, log_size = np.empty((2, *used.shape, most + most_supers), F)
@@ -166,16 +167,20 @@ def _cost_some(w, H, level, used, weights, share, costs):
 
 
 @inner
+def _unpack(rows, at, to):
+    """A packed row as floats."""
+    scale = row_scale(rows[at:], to.size)
+    for d in range(to.size):
+        to[d] = scale * F(rows[at + d])
+
+
+@inner
 def _copy_summary(b, h, n, level, i, answering):
     """Let summary i of a level answer, behind n others."""
     keys, kb, kh, kt, values, vb, vh, vt, size, variance = level
     key, value, variances, log_size, _ = answering
-    at = b * kb + h * kh + i * kt
-    for d in range(key.shape[3]):
-        key[b, h, n, d] = keys[at + d]
-    at = b * vb + h * vh + i * vt
-    for d in range(value.shape[3]):
-        value[b, h, n, d] = values[at + d]
+    _unpack(keys, b * kb + h * kh + i * kt, key[b, h, n])
+    _unpack(values, b * vb + h * vh + i * vt, value[b, h, n])
     variances[b, h, n], log_size[b, h, n] = variance[b, h, i], np.log(F(size[b, h, i]))
 
 
@@ -216,6 +221,19 @@ def _runs_of(b, h, begins, sizes, chosen, n, begin, size):
             runs += 1
         end = np.int64(begins[b, h, i]) + sizes[b, h, i]
     return runs
+
+
+@inner
+def _tell(
+    u, H, begins, chosen, counts, lowest, costs, whole, taken, lists, supers, first, super_used, begin, size, runs,
+    answering,
+):  # fmt: skip
+    """Write what is opened of one KV head, and what answers for the rest."""
+    b, h = u // H, u % H
+    runs[b, h] = _runs_of(b, h, begins, lists[8], chosen, counts[b, h], begin, size)
+    answering[4][b, h] = _answer(
+        b, h, costs, whole, taken, lists, supers, first, super_used[b, h], lowest[b], answering
+    )
 
 
 @njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
@@ -261,18 +279,19 @@ def _choose(
         else:
             _cost_some(w - B * H * parts, H, supers, super_used, super_weights, share, whole)
     taken, chosen, counts = np.empty((B, H, n), np.bool_), np.empty((B, H, n), np.int64), np.zeros((B, H), np.int64)
+    lowest = np.empty(B, F)
     for b in range(B):
         for h in range(H):
             for i in range(used[b, h]):
                 per_row[b, h, i] = costs[b, h, i] / F(max(sizes[b, h, i], 1))
         read[0] += choose(per_row, sizes, b, used, rows, taken, chosen, counts)
-        lowest = F(np.inf)
+        lowest[b] = F(np.inf)
         for h in range(H):
             read[1] += counts[b, h]
             for j in range(counts[b, h]):
-                lowest = min(lowest, per_row[b, h, chosen[b, h, j]])
-        for h in range(H):
-            runs[b, h] = _runs_of(b, h, begins, sizes, chosen, counts[b, h], begin, size)
-            answering[4][b, h] = _answer(
-                b, h, costs, whole, taken, lists, supers, first, super_used[b, h], lowest, answering
-            )
+                lowest[b] = min(lowest[b], per_row[b, h, chosen[b, h, j]])
+    for u in prange(B * H):
+        _tell(
+            u, H, begins, chosen, counts, lowest, costs, whole, taken, lists, supers, first, super_used, begin, size,
+            runs, answering,
+        )  # fmt: skip

@@ -14,7 +14,7 @@ from .summaries import Summaries
 LOG_ROWS = math.log(32)
 FREEZES = 2 * LOG_ROWS
 # A block of a prompt chooses lists by what every so many-th position would lose: to ask all of them changes nothing.
-ASKING = 16
+ASKING = 32
 # Weights of lists are taken beside that of the rows read anyway, and no larger than e to this.
 MOST_LOGIT = 60.0
 # Lists answer for themselves where that saves so many times as much for each summary as opened lists do for each row.
