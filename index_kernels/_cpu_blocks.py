@@ -104,7 +104,7 @@ def dense_many(query, keys, values, *, scale, start, softcap):
 
 def _for_heads(runs, heads):
     """What holds of each batch row, ``[B, n]``, for its KV heads: ``[B, Hkv, n]``."""
-    return np.ascontiguousarray(np.broadcast_to(runs[:, None], (len(runs), heads, runs.shape[1])))
+    return np.repeat(runs[:, None], heads, axis=1)
 
 
 @inner

@@ -13,7 +13,7 @@ from dbattn.cost import ModelShape, model_cost
 
 INDEXES = sorted(INDEX_TRAITS)
 SIZES = {
-    "hidden_size": 48,
+    "hidden_size": 64,
     "intermediate_size": 64,
     "vocab_size": 128,
     "num_hidden_layers": 2,

@@ -22,7 +22,7 @@ WIDE = {"hidden_size": 48, "head_dim": 64, "num_attention_heads": 6}
     ("index", "storage"), [("flat", "int8"), ("flat", "bfloat16"), ("flat", "float16"), ("segmented", "int8")]
 )
 def test_a_model_generates_from_rows_of_another_type(index, storage):
-    model = tiny(max_position_embeddings=1024, **(WIDE if storage == "int8" else {}))
+    model = tiny(max_position_embeddings=1024)
     inputs = prompt(length=700, padding=(90, 0))
     kept = RetrievalConfig(index=index, storage=storage, **{**OPTIONS, "k": 10**6})
     with torch.inference_mode():

@@ -148,12 +148,14 @@ CASES = {
 
 
 def dims_of(case, dtype, capability):
-    """Head dims that are compiled: all for sm_90; elsewhere, of what takes long or is alike, the usual ones or none."""
+    """Head dims that are compiled: all for sm_90, the widest for sm_80, which has the least room, else a usual one."""
     dims = CASES[case][1][dtype]
-    if capability == 90 or (capability == 80 and not case.startswith("segmented")):
+    if capability == 90:
         return dims
-    if case == "segmented":
-        return ()  # the same kernels as by code, told otherwise
+    if case in ("segmented", "sizes_of_one"):
+        return ()  # the same kernels as by code, told otherwise; the same path through the compiler
+    if capability == 80:
+        return dims[-1:]
     usual = torch.float32 if case == "merge_states" else torch.bfloat16
     return tuple(dim for dim in dims if dim == 128 and dtype == usual)
 

@@ -36,7 +36,7 @@ from .base import Arrays, Candidates, KeyIndex
 # Upper levels of the clustering are trained on every fourth row.
 CLUSTERING = Clustering(ROWS_PER_SUPER_LIST, ROWS_PER_LIST, iterations=6, training_stride=4)
 # Of the pieces of a prompt, which are sealed again when it has been read.
-OF_PIECES = Clustering(PER_SUPER_LIST, PER_LIST, iterations=3, training_stride=4)
+OF_PIECES = Clustering(PER_SUPER_LIST, PER_LIST, iterations=2, training_stride=4)
 # Rows of a segment, large to small; two of one size merge into one of the next, as in an LSM tree.
 SEGMENT_ROWS = tuple(128 << i for i in range(10, -1, -1))
 
