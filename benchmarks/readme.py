@@ -270,7 +270,13 @@ def _prefill(results: Record) -> list[str]:
     ]  # fmt: skip
     if models:
         head = ["whole model", "tokens", "threads", "SDPA, s", "speedup", "sealing", "logits L2", "KL", "top-1"]
-        lines += ["", "Logits are those of the next 256 tokens, read densely.", "", *_table(head, models)]
+        lines += [
+            "",
+            "One call of the model, unwrapped, and wrapped, where it goes through in chunks of 2,048. Logits are those of the",
+            "next 256 tokens, read densely.",
+            "",
+            *_table(head, models),
+        ]
     for n in results["needles"]:
         found = f"of {n['asked']} needles {n['dense']} are found after dense reading, {n['both']} of them after lists"
         lines += ["", f"{n['model']}, {n['tokens']:,} tokens, asked densely: {found}."]
