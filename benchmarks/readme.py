@@ -272,8 +272,8 @@ def _prefill(results: Record) -> list[str]:
         head = ["whole model", "tokens", "threads", "SDPA, s", "speedup", "sealing", "logits L2", "KL", "top-1"]
         lines += [
             "",
-            "One call of the model, unwrapped, and wrapped, where it goes through in chunks of 2,048. Logits are those of the",
-            "next 256 tokens, read densely.",
+            "One call of the model, unwrapped, and wrapped, where it goes through in chunks of 2,048. Logits are those",
+            "of the next 256 tokens, read densely.",
             "",
             *_table(head, models),
         ]
