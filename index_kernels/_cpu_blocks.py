@@ -25,8 +25,6 @@ from .packed import row_dim
 EMPTY = F(0.5) * NEG
 # Rows of a tile, and queries of a piece: both tiles of rows and what a piece accumulates have to fit the caches.
 TILE, PIECE = 128, 96
-# Rows whose weights are read again and again from the nearest cache.
-ADDED = 64
 
 
 class _Block:
@@ -202,15 +200,14 @@ def _rows_piece(w, query, lanes, how, rows, source, out, lse, own):
         taken = 0
         while taken < filled:
             at = begin[b, h, since] + skipped
-            n = min(min(size[b, h, since] - skipped, late - at), min(filled - taken, ADDED))
+            n = min(min(size[b, h, since] - skipped, late - at), filled - taken)
             if n > 0:
                 add_columns(
                     logits.ravel()[taken * columns :], columns, values, value_at + at * vt, vt, n, state.ravel(), cv,
                     width,
                 )  # fmt: skip
-                taken, skipped = taken + n, skipped + n
-            if skipped >= min(size[b, h, since], late - begin[b, h, since]):
-                since, skipped = since + 1, 0
+                taken += n
+            since, skipped = since + 1, 0
     _end(piece, how, count, out, lse, own, b, h, lo)
 
 

@@ -19,6 +19,8 @@ I32 = ir.IntType(32)
 SIXTEEN = 16
 # Vectors of columns that are multiplied in one go.
 VECTORS = 3
+# Rows that are added in one go: their weights, which every few columns read anew, stay in the nearest cache.
+TOGETHER = 64
 # A number of columns is made a multiple of it.
 COLUMNS = VECTORS * WIDTH
 
@@ -140,11 +142,16 @@ def add_columns(typingctx, weight, columns, rows, rows_at, row_stride, n, acc, c
 
     def gen(context, builder, sig, args):
         wp = pointer(context, builder, sig.args[0], args[0], I64(0))
+        columns, rows, rows_at, row_stride, n = args[1:6]
+        with loop(builder, I64(0), n, TOGETHER) as (first, _):
+            left = builder.sub(n, first)
+            some = builder.select(builder.icmp_signed("<", left, I64(TOGETHER)), left, I64(TOGETHER))
+            part = rows, builder.add(rows_at, builder.mul(first, row_stride)), row_stride, some
 
-        def weight_at(g, i):
-            return builder.gep(wp, [builder.add(builder.mul(args[1], i), g)])
+            def weight_at(g, i, first=first):
+                return builder.gep(wp, [builder.add(builder.mul(columns, builder.add(first, i)), g)])
 
-        add_weighted(context, builder, sig.args[2], args[2:6], args[1], weight_at, sig.args[6], args[6], *sig.args[7:])
+            add_weighted(context, builder, sig.args[2], part, columns, weight_at, sig.args[6], args[6], *sig.args[7:])
         return context.get_dummy_value()
 
     i = types.int64
