@@ -70,14 +70,10 @@ def _may_be_cut(given: dict[str, Any]) -> bool:
 
 
 def _cut(given: dict[str, Any], held: int, first: int, stop: int) -> dict[str, Any]:
-    chunk, at = dict(given), slice(first - held, stop - held)
-    for name in (name for name in _SECOND if given.get(name) is not None):
-        chunk[name] = given[name][:, at]
-    for name in (name for name in _LAST if given.get(name) is not None):
-        chunk[name] = given[name][..., at]
-    if given.get("attention_mask") is not None:
-        chunk["attention_mask"] = given["attention_mask"][:, :stop]
-    return chunk
+    at = slice(first - held, stop - held)
+    cuts = {**dict.fromkeys(_SECOND, (slice(None), at)), **dict.fromkeys(_LAST, (..., at))}
+    cuts["attention_mask"] = slice(None), slice(stop)
+    return {name: value[cuts[name]] if name in cuts and value is not None else value for name, value in given.items()}
 
 
 def joined(output: Any, before: list[Tensor]) -> Any:
