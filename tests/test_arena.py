@@ -31,7 +31,7 @@ from benchmarks.arena.three_stages import ThreeStages, four_bits
 from benchmarks.capture import Rows, rows_of_file
 from dbattn import AttentionDB, dense_attention
 
-ROWS, KV_HEADS, GROUP, DIM, VALUE_DIM = 700, 2, 2, 16, 16
+ROWS, KV_HEADS, GROUP, DIM, VALUE_DIM = 700, 2, 2, 24, 8
 RENAMED = {"key": "keys", "value": "values", "query": "query"}
 ROW_BYTES, HOT = 4 * (DIM + VALUE_DIM), SINKS + WINDOW
 

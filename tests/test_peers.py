@@ -65,7 +65,7 @@ def test_performer_sums_features_as_the_packages_causal_attention_does():
     # Keys grow, so that the sums so far are scaled down at every step.
     length, features = 400, 48
     keys = torch.randn(1, KV_HEADS, length, DIM) * torch.linspace(0.2, 3, length)[:, None]
-    queries, values = torch.randn(1, KV_HEADS * GROUP, length, DIM), torch.randn(1, KV_HEADS, length, DIM)
+    queries, values = torch.randn(1, KV_HEADS * GROUP, length, DIM), torch.randn(1, KV_HEADS, length, 24)
     directions, mean = orthogonal_features(features, DIM, seed=0), keys[:, :, :150].mean(dim=2, keepdim=True)
     phi = favor(queries[:, :, SINKS:], directions, True), favor((keys - mean)[:, :, SINKS:], directions, False)
     theirs = performer.causal_linear_attention_noncuda(
@@ -82,7 +82,7 @@ def test_performer_sums_features_as_the_packages_causal_attention_does():
 def test_performer_weighs_its_estimate_against_exact_rows_by_the_packages_features():
     length, features, root = 200, 48, DIM**-0.25
     query, keys = torch.randn(1, KV_HEADS * GROUP, 1, DIM), torch.randn(1, KV_HEADS, length, DIM) + 1
-    values, directions = torch.randn(1, KV_HEADS, length, DIM), orthogonal_features(features, DIM, seed=0)
+    values, directions = torch.randn(1, KV_HEADS, length, 24), orthogonal_features(features, DIM, seed=0)
     answer = fitted(Performer(), keys, values).answer(query, features)
     q, k, v = query.double(), per_query_head(keys.double()), per_query_head(values.double())
     weights = (q @ k.transpose(2, 3) * root**2).exp()
@@ -140,7 +140,7 @@ def test_linformer_is_the_packages_with_means_as_projection(setting, p):
 def test_a_window_is_the_packages_local_attention_at_every_length(make, outside, count):
     length, rows = 300, WINDOW + count - (outside - SINKS)
     queries, keys = 2 * torch.randn(1, KV_HEADS * GROUP, length, DIM), torch.randn(1, KV_HEADS, length, DIM)
-    values = torch.randn(1, KV_HEADS, length, DIM)
+    values = torch.randn(1, KV_HEADS, length, 24)
     # Rows that only the operator reads get no weight.
     queries[..., 0], keys[:, :, :outside, 0] = 4, -1000
     # The package's window counts the rows before the query's own.
