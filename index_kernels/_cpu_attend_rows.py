@@ -5,10 +5,11 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from ._cpu_common import FAST, NEG, PRANGE, TILE, F, flat_rows, flush, softcapped
+from ._cpu_common import FAST, NEG, TILE, F, flat_rows, flush, inner, softcapped
+from ._cpu_parts import each
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes, score_rows
 from .packed import row_dim
@@ -43,61 +44,74 @@ def attend_rows(
     return out, lse
 
 
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+@inner
+def _attend_query(
+    w, query, keys, kb, kh, kt, values, vb, vh, vt, group, begin, size, log_weight, scale, softcap,
+    heads, ck, cv, width, out, lse,
+):  # fmt: skip
+    _, Hq, m, D = query.shape
+    Dv = out.shape[3]
+    R = begin.shape[3]
+    weighted = log_weight.size > 0
+    lanes_ = (heads, ck, cv, width)
+    b = w // (Hq * m)
+    h = w % (Hq * m) // m
+    i = w % m
+    q = np.empty((1, D), F)
+    for d in range(D):
+        q[0, d] = query[b, h, i, d] * scale
+    logits = np.empty((1, TILE), F)
+    tile_row = np.empty(TILE, np.int64)
+    tile_n = np.empty(TILE, np.int64)
+    a = np.zeros((1, Dv), F)
+    top = np.full(1, NEG, F)
+    total = np.zeros(1, F)
+    key_at = b * kb + h // group * kh
+    value_at = b * vb + h // group * vh
+    ranges = 0
+    filled = 0
+    for r in range(R):
+        row = begin[b, h, i, r]
+        left = size[b, h, i, r]
+        while left > 0:
+            take = min(left, TILE - filled)
+            score_rows(q, 0, keys, key_at + row * kt, kt, take, logits, filled, TILE, heads, ck, width)
+            for t in range(filled, filled + take):
+                if softcap > F(0.0):
+                    logits[0, t] = softcapped(logits[0, t], softcap)
+                if weighted:
+                    logits[0, t] += log_weight[b, h, i, r]
+            tile_row[ranges] = row
+            tile_n[ranges] = take
+            ranges += 1
+            filled += take
+            row += take
+            left -= take
+            if filled == TILE:
+                flush(values, value_at, vt, tile_row, tile_n, ranges, filled, F(0.0), logits, a, top, total, lanes_)
+                ranges = 0
+                filled = 0
+    flush(values, value_at, vt, tile_row, tile_n, ranges, filled, F(0.0), logits, a, top, total, lanes_)
+    if total[0] > F(0.0):
+        for d in range(Dv):
+            out[b, h, i, d] = a[0, d] / total[0]
+        lse[b, h, i] = top[0] + np.log(total[0])
+    else:
+        for d in range(Dv):
+            out[b, h, i, d] = F(0.0)
+        lse[b, h, i] = -np.inf
+
+
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _attend_rows(
     query, keys, kb, kh, kt, values, vb, vh, vt, group, begin, size, log_weight, scale, softcap,
     heads, ck, cv, width, out, lse,
 ):  # fmt: skip
     """query [B, Hq, m, D]; begin, size [B, Hq, m, R] name each query's ranges; log_weight likewise, or empty."""
-    B, Hq, m, D = query.shape
-    Dv = out.shape[3]
-    R = begin.shape[3]
-    weighted = log_weight.size > 0
-    for w in prange(B * Hq * m):
-        lanes_ = (heads, ck, cv, width)
-        b = w // (Hq * m)
-        h = w % (Hq * m) // m
-        i = w % m
-        q = np.empty((1, D), F)
-        for d in range(D):
-            q[0, d] = query[b, h, i, d] * scale
-        logits = np.empty((1, TILE), F)
-        tile_row = np.empty(TILE, np.int64)
-        tile_n = np.empty(TILE, np.int64)
-        a = np.zeros((1, Dv), F)
-        top = np.full(1, NEG, F)
-        total = np.zeros(1, F)
-        key_at = b * kb + h // group * kh
-        value_at = b * vb + h // group * vh
-        ranges = 0
-        filled = 0
-        for r in range(R):
-            row = begin[b, h, i, r]
-            left = size[b, h, i, r]
-            while left > 0:
-                take = min(left, TILE - filled)
-                score_rows(q, 0, keys, key_at + row * kt, kt, take, logits, filled, TILE, heads, ck, width)
-                for t in range(filled, filled + take):
-                    if softcap > F(0.0):
-                        logits[0, t] = softcapped(logits[0, t], softcap)
-                    if weighted:
-                        logits[0, t] += log_weight[b, h, i, r]
-                tile_row[ranges] = row
-                tile_n[ranges] = take
-                ranges += 1
-                filled += take
-                row += take
-                left -= take
-                if filled == TILE:
-                    flush(values, value_at, vt, tile_row, tile_n, ranges, filled, F(0.0), logits, a, top, total, lanes_)
-                    ranges = 0
-                    filled = 0
-        flush(values, value_at, vt, tile_row, tile_n, ranges, filled, F(0.0), logits, a, top, total, lanes_)
-        if total[0] > F(0.0):
-            for d in range(Dv):
-                out[b, h, i, d] = a[0, d] / total[0]
-            lse[b, h, i] = top[0] + np.log(total[0])
-        else:
-            for d in range(Dv):
-                out[b, h, i, d] = F(0.0)
-            lse[b, h, i] = -np.inf
+    each(
+        query.shape[0] * query.shape[1] * query.shape[2], _attend_query,
+        (
+            query, keys, kb, kh, kt, values, vb, vh, vt, group, begin, size, log_weight, scale, softcap,
+            heads, ck, cv, width, out, lse,
+        ),
+    )  # fmt: skip

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from ._cpu_columns import COLUMNS, score_columns
-from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, row_scale, softcapped
+from ._cpu_common import FAST, NEG, F, exp32, flat_rows, inner, row_scale, softcapped
 from ._cpu_list_steps import choose
+from ._cpu_parts import each
 from .lists import APART, ASKING, FREEZES, LOG_ROWS, MOST_LOGIT, MOST_ROWS
 from .packed import row_dim
 from .summaries import Array
@@ -236,7 +237,7 @@ def _tell(
     )
 
 
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _choose(
     query, shape, known, ck, width, lists, supers, used, super_used, begins, first, moment, budget, begin, size, runs,
     answering, read,
@@ -249,21 +250,18 @@ def _choose(
     columns = (asking + COLUMNS - 1) // COLUMNS * COLUMNS
     qs, least = np.zeros((B, H, D, columns), F), np.zeros((B, H, columns), F)
     spread, root = np.zeros((B, H, columns), F), np.zeros((B, H, columns), F)
-    for u in prange(B * H):
-        _ask(u, query, shape, known, ck, width, moment, qs, spread, root, least)
+    each(B * H, _ask, (query, shape, known, ck, width, moment, qs, spread, root, least))
     n, s = sizes.shape[2], super_sizes.shape[2]
     parts, super_parts = (n + SOME - 1) // SOME, (s + SOME - 1) // SOME
     weights, super_weights = np.empty((B, H, n, columns), F), np.empty((B, H, s, columns), F)
     sums = np.empty((B, H, parts + super_parts, columns), F)
-    for w in prange(B * H * (parts + super_parts)):
-        asked = qs, spread, root, least
-        if w < B * H * parts:
-            _weigh_some(w, H, softcap, alpha, ck, width, lists, used, asked, weights, sums[:, :, :parts])
-        else:
-            _weigh_some(
-                w - B * H * parts, H, softcap, alpha, ck, width, supers, super_used, asked, super_weights,
-                sums[:, :, parts:],
-            )  # fmt: skip
+    asked = qs, spread, root, least
+    some, some_supers = sums[:, :, :parts], sums[:, :, parts:]
+    each(B * H * parts, _weigh_some, (H, softcap, alpha, ck, width, lists, used, asked, weights, some))
+    each(
+        B * H * super_parts, _weigh_some,
+        (H, softcap, alpha, ck, width, supers, super_used, asked, super_weights, some_supers),
+    )  # fmt: skip
     share = root
     for u in range(B * H):
         b, h = u // H, u % H
@@ -273,11 +271,8 @@ def _choose(
                 total += sums[b, h, part, g]
             share[b, h, g] /= total
     costs, whole, per_row = np.zeros((B, H, n), F), np.zeros((B, H, s), F), np.zeros((B, H, n), F)
-    for w in prange(B * H * (parts + super_parts)):
-        if w < B * H * parts:
-            _cost_some(w, H, lists, used, weights, share, costs)
-        else:
-            _cost_some(w - B * H * parts, H, supers, super_used, super_weights, share, whole)
+    each(B * H * parts, _cost_some, (H, lists, used, weights, share, costs))
+    each(B * H * super_parts, _cost_some, (H, supers, super_used, super_weights, share, whole))
     taken, chosen, counts = np.empty((B, H, n), np.bool_), np.empty((B, H, n), np.int64), np.zeros((B, H), np.int64)
     lowest = np.empty(B, F)
     for b in range(B):
@@ -290,8 +285,10 @@ def _choose(
             read[1] += counts[b, h]
             for j in range(counts[b, h]):
                 lowest[b] = min(lowest[b], per_row[b, h, chosen[b, h, j]])
-    for u in prange(B * H):
-        _tell(
-            u, H, begins, chosen, counts, lowest, costs, whole, taken, lists, supers, first, super_used, begin, size,
-            runs, answering,
-        )  # fmt: skip
+    each(
+        B * H, _tell,
+        (
+            H, begins, chosen, counts, lowest, costs, whole, taken, lists, supers, first, super_used, begin, size, runs,
+            answering,
+        ),
+    )  # fmt: skip

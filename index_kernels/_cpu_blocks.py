@@ -12,11 +12,12 @@ import time
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from ._cpu_block_lists import choose_lists, raise_logits, spread_of
 from ._cpu_columns import COLUMNS, add_columns, score_columns, weigh_columns
-from ._cpu_common import FAST, NEG, PRANGE, F, exp32, flat_rows, inner, softcapped
+from ._cpu_common import FAST, NEG, F, exp32, flat_rows, inner, softcapped
+from ._cpu_parts import each
 from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import tile_lanes
 from .packed import row_dim
@@ -211,10 +212,9 @@ def _rows_piece(w, query, lanes, how, rows, source, out, lse, own):
     _end(piece, how, count, out, lse, own, b, h, lo)
 
 
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _rows(query, ck, cv, width, how, rows, source, out, lse, own):
-    for w in prange(_pieces(how, out)):
-        _rows_piece(w, query, (ck, cv, width), how, rows, source, out, lse, own)
+    each(_pieces(how, out), _rows_piece, (query, (ck, cv, width), how, rows, source, out, lse, own))
 
 
 @inner
@@ -256,7 +256,6 @@ def _summaries_piece(w, query, lanes, how, source, moments, out, lse, own):
     _end(piece, how, count, out, lse, own, b, h, lo)
 
 
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _summaries(query, ck, cv, width, how, source, moments, out, lse, own):
-    for w in prange(_pieces(how, out)):
-        _summaries_piece(w, query, (ck, cv, width), how, source, moments, out, lse, own)
+    each(_pieces(how, out), _summaries_piece, (query, (ck, cv, width), how, source, moments, out, lse, own))

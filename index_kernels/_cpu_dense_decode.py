@@ -8,17 +8,17 @@ Several positions have kernels that share what is read among them: few ``_cpu_de
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from ._cpu_blocks import dense_many
 from ._cpu_common import (
     FAST,
     NEG,
-    PRANGE,
     TILE,
     F,
     flat_rows,
+    inner,
     load_query,
     merge_parts,
     numpy_queries,
@@ -26,6 +26,7 @@ from ._cpu_common import (
     store_state,
 )
 from ._cpu_dense_few import dense_few
+from ._cpu_parts import each
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import lanes
 from .ops import FEW_QUERIES
@@ -58,7 +59,33 @@ def dense_decode(
     return out, lse
 
 
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+@inner
+def _attend_part(
+    w, query, keys, kb, kh, kt, values, vb, vh, vt, H, start, length, scale, softcap, parts, lanes, top, total, acc
+):
+    """Add a part of the rows of one KV head to its own state. Parts come first, so that 3 heads balance on 2 cores."""
+    B, Hq, D = query.shape
+    G, Dv = Hq // H, acc.shape[3]
+    part = w // (B * H)
+    b = (w % (B * H)) // H
+    h = w % H
+    n = max(length - start[b], 0)
+    lo = start[b] + n * part // parts
+    hi = start[b] + n * (part + 1) // parts
+    q = np.empty((G, D), F)
+    logits = np.empty((G, TILE), F)
+    a = np.zeros((G, Dv), F)
+    m = np.full(G, NEG, F)
+    s = np.zeros(G, F)
+    load_query(query, b, h, scale, q)
+    scan_range(
+        q, keys, values, b * kb + h * kh + lo * kt, b * vb + h * vh + lo * vt, kt, vt, hi - lo, softcap, logits,
+        a, m, s, lanes,
+    )  # fmt: skip
+    store_state(part, b, h, a, m, s, top, total, acc)
+
+
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _dense_decode(
     query, keys, kb, kh, kt, values, vb, vh, vt, H, start, length, scale, softcap, parts, heads, ck, cv, width, out, lse
 ):  # fmt: skip
@@ -67,30 +94,13 @@ def _dense_decode(
     keys, values: flat memory of the rows, with the strides of batch row, KV head and row in elements. The lanes are
     _cpu_vectors.lanes(Hq // Hkv, D, Dv).
     """
-    B, Hq, D = query.shape
-    G = Hq // H
-    Dv = out.shape[2]
+    B, Hq, _ = query.shape
     top = np.empty((parts, B, Hq), F)
     total = np.empty((parts, B, Hq), F)
-    acc = np.empty((parts, B, Hq, Dv), F)
-    # part-major order: prange hands each thread the same part of every KV head, so 3 heads balance on 2 cores
-    for w in prange(parts * B * H):
-        lanes = (heads, ck, cv, width)
-        part = w // (B * H)
-        b = (w % (B * H)) // H
-        h = w % H
-        n = max(length - start[b], 0)
-        lo = start[b] + n * part // parts
-        hi = start[b] + n * (part + 1) // parts
-        q = np.empty((G, D), F)
-        logits = np.empty((G, TILE), F)
-        a = np.zeros((G, Dv), F)
-        m = np.full(G, NEG, F)
-        s = np.zeros(G, F)
-        load_query(query, b, h, scale, q)
-        scan_range(
-            q, keys, values, b * kb + h * kh + lo * kt, b * vb + h * vh + lo * vt, kt, vt, hi - lo, softcap, logits,
-            a, m, s, lanes,
-        )  # fmt: skip
-        store_state(part, b, h, a, m, s, top, total, acc)
+    acc = np.empty((parts, B, Hq, out.shape[2]), F)
+    lanes = (heads, ck, cv, width)
+    each(
+        parts * B * H, _attend_part,
+        (query, keys, kb, kh, kt, values, vb, vh, vt, H, start, length, scale, softcap, parts, lanes, top, total, acc),
+    )  # fmt: skip
     merge_parts(top, total, acc, parts, out, lse)

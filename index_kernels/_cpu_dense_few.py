@@ -5,10 +5,11 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
-from ._cpu_common import FAST, NEG, PRANGE, F, flat_rows, merge_parts, soften, store_state
+from ._cpu_common import FAST, NEG, F, flat_rows, inner, merge_parts, soften, store_state
+from ._cpu_parts import each
 from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import BLOCK, add_tile, score_tile, tile_lanes
 from .packed import row_dim
@@ -42,7 +43,52 @@ def dense_few(
     return tuple(by_head(x, m).contiguous() for x in found)
 
 
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+@inner
+def _attend_part(
+    w, query, keys, kb, kh, kt, values, vb, vh, vt, H, m, start, length, newest, softcap, parts, ck, cv, width,
+    top, total, acc,
+):  # fmt: skip
+    """Add a part of the rows of one KV head to its own state."""
+    B, asking, D = query.shape
+    Dv = acc.shape[3]
+    Q = asking // H
+    G = Q // m
+    common = length - newest  # rows that all positions see
+    part = w // (B * H)
+    b = (w % (B * H)) // H
+    h = w % H
+    n = max(common - start[b], 0)
+    lo = start[b] + n * part // parts
+    hi = start[b] + n * (part + 1) // parts
+    ka, va = b * kb + h * kh, b * vb + h * vh
+    # Blocks may reach beyond the last head, and begin anywhere.
+    q = np.zeros((Q + BLOCK, D), F)
+    logits = np.zeros((Q + BLOCK, TILE), F)
+    a = np.zeros((Q + BLOCK, Dv), F)
+    peak = np.full(Q, NEG, F)
+    s = np.zeros(Q, F)
+    for g in range(Q):
+        for d in range(D):
+            q[g, d] = query[b, h * Q + g, d]
+    blocks = (Q + BLOCK - 1) // BLOCK * BLOCK
+    while lo < hi:
+        n = min(TILE, hi - lo)
+        score_tile(q, keys, ka + lo * kt, kt, n, blocks, logits, TILE, ck, width)
+        soften(logits, n, softcap, a[:Q], peak, s)
+        add_tile(logits, TILE, values, va + lo * vt, vt, n, blocks, a, cv, width)
+        lo += n
+    if part == parts - 1:
+        # Each of the newest rows is seen by the positions from its own on.
+        for row in range(max(common, start[b]), length):
+            g = (row - common + 1) * G
+            blocks = (Q - g + BLOCK - 1) // BLOCK * BLOCK
+            score_tile(q[g:], keys, ka + row * kt, kt, 1, blocks, logits[g:], TILE, ck, width)
+            soften(logits[g:], 1, softcap, a[g:Q], peak[g:], s[g:])
+            add_tile(logits[g:], TILE, values, va + row * vt, vt, 1, blocks, a[g:], cv, width)
+    store_state(part, b, h, a[:Q], peak, s, top, total, acc)
+
+
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _dense_few(
     query, keys, kb, kh, kt, values, vb, vh, vt, H, m, start, length, newest, softcap, parts, ck, cv, width, out, lse
 ):  # fmt: skip
@@ -51,45 +97,15 @@ def _dense_few(
     query [B, H * m * G, D] is scaled; out [B, H * m * G, Dv], lse [B, H * m * G] likewise. keys, values: see
     _cpu_dense_decode.
     """
-    B, asking, D = query.shape
-    Dv = out.shape[2]
-    Q = asking // H
-    G = Q // m
-    common = length - newest  # rows that all positions see
+    B, asking, _ = query.shape
     top = np.empty((parts, B, asking), F)
     total = np.empty((parts, B, asking), F)
-    acc = np.empty((parts, B, asking, Dv), F)
-    for w in prange(parts * B * H):
-        part = w // (B * H)
-        b = (w % (B * H)) // H
-        h = w % H
-        n = max(common - start[b], 0)
-        lo = start[b] + n * part // parts
-        hi = start[b] + n * (part + 1) // parts
-        ka, va = b * kb + h * kh, b * vb + h * vh
-        # Blocks may reach beyond the last head, and begin anywhere.
-        q = np.zeros((Q + BLOCK, D), F)
-        logits = np.zeros((Q + BLOCK, TILE), F)
-        a = np.zeros((Q + BLOCK, Dv), F)
-        peak = np.full(Q, NEG, F)
-        s = np.zeros(Q, F)
-        for g in range(Q):
-            for d in range(D):
-                q[g, d] = query[b, h * Q + g, d]
-        blocks = (Q + BLOCK - 1) // BLOCK * BLOCK
-        while lo < hi:
-            n = min(TILE, hi - lo)
-            score_tile(q, keys, ka + lo * kt, kt, n, blocks, logits, TILE, ck, width)
-            soften(logits, n, softcap, a[:Q], peak, s)
-            add_tile(logits, TILE, values, va + lo * vt, vt, n, blocks, a, cv, width)
-            lo += n
-        if part == parts - 1:
-            # Each of the newest rows is seen by the positions from its own on.
-            for row in range(max(common, start[b]), length):
-                g = (row - common + 1) * G
-                blocks = (Q - g + BLOCK - 1) // BLOCK * BLOCK
-                score_tile(q[g:], keys, ka + row * kt, kt, 1, blocks, logits[g:], TILE, ck, width)
-                soften(logits[g:], 1, softcap, a[g:Q], peak[g:], s[g:])
-                add_tile(logits[g:], TILE, values, va + row * vt, vt, 1, blocks, a[g:], cv, width)
-        store_state(part, b, h, a[:Q], peak, s, top, total, acc)
+    acc = np.empty((parts, B, asking, out.shape[2]), F)
+    each(
+        parts * B * H, _attend_part,
+        (
+            query, keys, kb, kh, kt, values, vb, vh, vt, H, m, start, length, newest, softcap, parts, ck, cv, width,
+            top, total, acc,
+        ),
+    )  # fmt: skip
     merge_parts(top, total, acc, parts, out, lse)

@@ -5,12 +5,13 @@
 
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ._cpu_common import FAST, PRANGE
+from ._cpu_common import FAST, inner
+from ._cpu_parts import each
 from ._cpu_start import use_torchs_threads
 from ._cpu_vectors import F32, I64, fma, load_numbers, load_scale, loop, pointer, splat, sum_lanes
 from .packed import SCALE_BYTES, row_dim
@@ -57,13 +58,14 @@ def _dot(typingctx, x, x_at, weight, weight_at, groups, chunks):
     return types.float32(x, i, weight, i, i, chunks), gen
 
 
-@njit(fastmath=FAST, inline="always")
-def _rows(x, weight, chunks, begin, end, out):
+@inner
+def _part(part, x, weight, chunks, parts, out):
     group = len(chunks) * WIDTH
     groups = x.shape[1] // group
     stride = groups * (group + SCALE_BYTES)
     flat = x.reshape(-1)
-    for i in range(begin, end):
+    n = out.shape[1]
+    for i in range(n * part // parts, n * (part + 1) // parts):
         for r in range(x.shape[0]):
             out[r, i] = _dot(flat, r * x.shape[1], weight, i * stride, groups, chunks)
 
@@ -71,12 +73,10 @@ def _rows(x, weight, chunks, begin, end, out):
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _at_once(x, weight, chunks, parts, out):
     """As _in_parts, on the calling thread."""
-    _rows(x, weight, chunks, 0, out.shape[1], out)
+    _part(0, x, weight, chunks, parts, out)
 
 
-@njit(fastmath=FAST, parallel=PRANGE, cache=True, nogil=True)
+@njit(fastmath=FAST, cache=True, nogil=True)
 def _in_parts(x, weight, chunks, parts, out):
     """out [n, N] = x [n, K] times the transpose of N rows of packed weights, in parts of these rows."""
-    n = out.shape[1]
-    for part in prange(parts):
-        _rows(x, weight, chunks, n * part // parts, n * (part + 1) // parts, out)
+    each(parts, _part, (x, weight, chunks, parts, out))

@@ -6,10 +6,11 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from ._cpu_common import FAST, F, inner, inner_parallel
+from ._cpu_common import FAST, F, inner
 from ._cpu_kmeans import cluster, copy_row
+from ._cpu_parts import each
 from ._cpu_seal_lists import write_lists, write_supers
 from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
@@ -168,32 +169,17 @@ def _dealt(bounds, heads, threads):
 
 @inner
 def _my_heads(
-    phase, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
+    t, phase, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
 ):
     """A phase for the segments and KV heads dealt to one thread."""
-    for i in range(dealt.size):
-        w = dealt[i]
+    for i in range(dealt.shape[1]):
+        w = dealt[t, i]
         if w < 0:
             break
         if phase == CLUSTER:
             _cluster_head(w, rows, start, bounds, how, found)
         else:
             _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments)
-
-
-@inner_parallel
-def _each_head(
-    phase, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
-):
-    """A phase for every segment, batch row and KV head. One loop for both: each takes Numba ten seconds to compile.
-
-    It calls a function: what a loop writes itself into an array in a NamedTuple, Numba takes for dead code.
-    """
-    for t in prange(dealt.shape[0]):
-        _my_heads(
-            phase, dealt[t], rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers,
-            segments,
-        )  # fmt: skip
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -213,10 +199,7 @@ def seal(
     heads = keys.shape[0] * keys.shape[1]
     order, list_end, super_end, n, n_super = _room(bounds, heads, rows_per_super)
     found, dealt = Clusters(order, list_end, super_end, n, n_super), _dealt(bounds, heads, threads)
-    _each_head(
-        CLUSTER, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
-    )
+    what = (rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments)
+    each(threads, _my_heads, (CLUSTER, dealt, *what))
     _count(found, first_segment, lists, supers, segments)
-    _each_head(
-        WRITE, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
-    )
+    each(threads, _my_heads, (WRITE, dealt, *what))

@@ -4,15 +4,21 @@
 # (Numba compiles these functions and infers their types itself.)
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
-from ._cpu_common import PRANGE
+from ._cpu_common import inner
 from ._cpu_kmeans import copy_row
+from ._cpu_parts import each
 
 
-@njit
-def _unseal_head(keys, values, positions, lo, n):
-    """Put rows lo..lo + n of one KV head back in position order."""
+@inner
+def _unseal_head(w, all_keys, all_values, all_positions, start, bounds):
+    """Put the rows of one segment and KV head back in position order."""
+    B, H = all_keys.shape[:2]
+    s, b, h = w // (B * H), w % (B * H) // H, w % H
+    keys, values, positions = all_keys[b, h], all_values[b, h], all_positions[b, h]
+    lo = max(bounds[s], start[b])
+    n = max(0, bounds[s + 1] - lo)
     key_rows = np.empty((n, keys.shape[1]), keys.dtype)
     value_rows = np.empty((n, values.shape[1]), values.dtype)
     at = np.empty(n, np.int64)
@@ -26,13 +32,7 @@ def _unseal_head(keys, values, positions, lo, n):
         positions[at[i]] = at[i]
 
 
-@njit(parallel=PRANGE, cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def unseal(keys, values, positions, start, bounds):
     """Put the rows of each bounds[s]..bounds[s + 1] back in position order, in place."""
-    B, H = keys.shape[:2]
-    for w in prange((bounds.size - 1) * B * H):
-        s = w // (B * H)
-        b = (w % (B * H)) // H
-        h = w % H
-        lo = max(bounds[s], start[b])
-        _unseal_head(keys[b, h], values[b, h], positions[b, h], lo, max(0, bounds[s + 1] - lo))
+    each((bounds.size - 1) * keys.shape[0] * keys.shape[1], _unseal_head, (keys, values, positions, start, bounds))
