@@ -14,9 +14,6 @@ from ._cpu_parts import each
 from ._cpu_seal_lists import write_lists, write_supers
 from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
-# Not Python's integers: Numba compiles a function once for each literal it gets.
-CLUSTER, WRITE = np.arange(2)
-
 
 class Rows(NamedTuple):
     """The rows to seal, ``[B, Hkv, ...]``: as they are kept, in words, so that a kernel is compiled once for all types;
@@ -59,8 +56,11 @@ def _room(bounds, heads, rows_per_super):
 
 
 @inner
-def _cluster_head(w, rows, start, bounds, how, found):
-    """Cluster the rows of one segment and KV head, in the metric."""
+def _cluster_head(t, dealt, rows, start, bounds, how, found):
+    """Cluster the rows of the segment and KV head dealt to place t, in the metric."""
+    w = dealt[t]
+    if w < 0:
+        return
     B, H = rows.keys.shape[:2]
     s = w // (B * H)
     bh = w % (B * H)
@@ -114,8 +114,11 @@ def _ordered(rows, first, order):
 
 
 @inner
-def _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments):
-    """Permute the rows of one segment and KV head, and write what is known of their lists."""
+def _write_head(t, dealt, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments):
+    """Permute the rows of the segment and KV head dealt to place t, and write what is known of their lists."""
+    w = dealt[t]
+    if w < 0:
+        return
     B, H = rows.keys.shape[:2]
     s = w // (B * H)
     bh = w % (B * H)
@@ -152,8 +155,8 @@ def _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, 
 
 @inner
 def _dealt(bounds, heads, threads):
-    """The segments of all KV heads dealt to threads: [threads, .], -1 for none. The next one, and earlier segments are
-    the larger ones, goes to the thread with the fewest rows."""
+    """The segments of all KV heads dealt to threads: an equal share of places each, -1 for none. The next one, and
+    earlier segments are the larger ones, goes to the thread with the fewest rows."""
     dealt = np.full((threads, (bounds.size - 1) * heads), np.int64(-1))
     count, rows = np.zeros(threads, np.int64), np.zeros(threads, np.int64)
     for w in range(dealt.shape[1]):
@@ -164,22 +167,7 @@ def _dealt(bounds, heads, threads):
         dealt[least, count[least]] = w
         count[least] += 1
         rows[least] += bounds[w // heads + 1] - bounds[w // heads]
-    return dealt
-
-
-@inner
-def _my_heads(
-    t, phase, dealt, rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments
-):
-    """A phase for the segments and KV heads dealt to one thread."""
-    for i in range(dealt.shape[1]):
-        w = dealt[t, i]
-        if w < 0:
-            break
-        if phase == CLUSTER:
-            _cluster_head(w, rows, start, bounds, how, found)
-        else:
-            _write_head(w, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments)
+    return dealt.ravel()
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
@@ -199,7 +187,9 @@ def seal(
     heads = keys.shape[0] * keys.shape[1]
     order, list_end, super_end, n, n_super = _room(bounds, heads, rows_per_super)
     found, dealt = Clusters(order, list_end, super_end, n, n_super), _dealt(bounds, heads, threads)
-    what = (rows, positions, codes, start, bounds, first_segment, how, coded, found, lists, supers, segments)
-    each(threads, _my_heads, (CLUSTER, dealt, *what))
+    each(dealt.size, _cluster_head, (dealt, rows, start, bounds, how, found))
     _count(found, first_segment, lists, supers, segments)
-    each(threads, _my_heads, (WRITE, dealt, *what))
+    each(
+        dealt.size, _write_head,
+        (dealt, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments),
+    )  # fmt: skip
