@@ -21,10 +21,11 @@ Parts and sizes may be measured one at a time: with --json, what the file has of
   python -m benchmarks.bench_prefill --parts layer --sizes 8K --threads 1
   python -m benchmarks.bench_prefill --parts model --lengths 16K --model qwen.gguf --name Qwen2.5-Coder-0.5B --text code
 
-JSON: results.threads; results.sizes[] = {rows, s, sealing_s, sealing_share, sdpa_s, speedup, rows_read, error, p95,
-quiet}; results.exponent, of s in rows (None for one size); results.models[] = {model, text, threads, tokens, runs,
-dense_s, s, settle_s, speedup, sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1};
-results.needles[] = {model, tokens, asked, dense, lists, both}.
+JSON: results.threads; results.call, positions of a call of one layer; results.chunk, of those of a wrapped model;
+results.sizes[] = {rows, s, sealing_s, sealing_share, sdpa_s, speedup, rows_read, error, p95, quiet}; results.exponent,
+of s in rows (None for one size); results.models[] = {model, text, threads, tokens, runs, dense_s, s, settle_s, speedup,
+sealing_share, positions_by_lists, rows_read, error, logits_l2, kl, top1}; results.needles[] = {model, tokens, asked,
+dense, lists, both}.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from transformers import DynamicCache
 
 from dbattn import AttentionDB, RetrievalConfig, dense_attention
 from dbattn.hf import load_model, wrap
+from dbattn.hf.chunks import CHUNK
 from dbattn.index.segmented import SegmentedIndex
 from dbattn.metrics import relative_error
 from dbattn.text.haystack import hide, make_needles
@@ -319,7 +321,9 @@ def bench_sizes(names: Sequence[str], *, quick: bool) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The parts asked for; prints and returns the results."""
-    results: dict[str, Any] = {"threads": torch.get_num_threads(), "sizes": [], "models": [], "needles": []}
+    results: dict[str, Any] = {
+        "threads": torch.get_num_threads(), "call": CALL, "chunk": CHUNK, "sizes": [], "models": [], "needles": [],
+    }  # fmt: skip
     with torch.inference_mode():
         if "layer" in args.parts:
             results["sizes"] = bench_sizes(args.sizes, quick=args.quick)

@@ -258,7 +258,7 @@ def _prefill(results: Record) -> list[str]:
         power = "" if results["exponent"] is None else f"; time grows as rows to the power of {results['exponent']:.2f}"
         head = ["rows", "through lists, s", "SDPA, s", "speedup", "sealing", "rows read", "error"]
         lines = [
-            f"One layer, asked in calls of 2,048 positions, on {results['threads']} threads{power}.",
+            f"One layer, asked in calls of {results['call']:,} positions, on {results['threads']} threads{power}.",
             "Sealing is part of the time.",
             "",
             *_table(head, rows),
@@ -272,8 +272,8 @@ def _prefill(results: Record) -> list[str]:
         head = ["whole model", "tokens", "threads", "SDPA, s", "speedup", "sealing", "logits L2", "KL", "top-1"]
         lines += [
             "",
-            "One call of the model, unwrapped, and wrapped, where it goes through in chunks of 2,048. Logits are those",
-            "of the next 256 tokens, read densely.",
+            f"One call of the model, unwrapped, and wrapped, where it goes through in chunks of {results['chunk']:,}.",
+            "Logits are those of the next 256 tokens, read densely.",
             "",
             *_table(head, models),
         ]

@@ -306,7 +306,7 @@ def test_a_prompt_through_lists_is_measured_and_stands_on_the_page():
     assert size["speedup"] == size["sdpa_s"] / size["s"]
     assert 0 < size["sealing_share"] < 1
     assert 256 < size["rows_read"] < 3072
-    results = {"threads": 1, "sizes": [size], "models": [], "needles": []}
+    results = {"threads": 1, "call": 2048, "chunk": 2048, "sizes": [size], "models": [], "needles": []}
     other = bench_prefill.merged(None, {**results, "sizes": [{**size, "rows": 6144, "s": 4 * size["s"]}]})
     results = bench_prefill.merged(other, results)
     assert results["exponent"] == pytest.approx(2)

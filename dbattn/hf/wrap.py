@@ -454,14 +454,7 @@ class Handle:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo need not look into databases
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if module is not self._decoder:
-            raise RuntimeError(
-                f"this {type(self.model).__name__} is a copy of a wrapped model; copy it before wrap, or after unwrap"
-            )
-        if module.training:
-            raise RuntimeError(
-                f"{type(self.model).__name__} is in training mode; dbattn serves inference: call model.eval()"
-            )
+        self._check_serves(module)
         self._signature.bind_partial(*args, **kwargs)  # raises what the call itself would
         given = dict(zip(self._signature.parameters, args, strict=False)) | kwargs
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
@@ -484,21 +477,45 @@ class Handle:
             forward_pass.set(ForwardPass(self._session, cache, served))
             return (), given | {"position_ids": positions}
         self._session.note_missing_context(cache, given.get("input_ids"))
+        if not isinstance(cache, DynamicCache):
+            forward_pass.set(ForwardPass(self._session, cache, served))
+            return args, kwargs
+        self._session.adopt(cache)
+        given, until, before = self._read_chunks(module, cache, given, served)
         sharpening = 1.0
-        until, before = self._session.switches.until, list[Tensor]()
-        if isinstance(cache, DynamicCache):
-            self._session.adopt(cache)
-            if until is None and served and (found := chunks_of(self._session, cache, given)) is not None:
-                chunks, until = found
-                with self._session.switched(until=until):
-                    before = [module(**chunk).last_hidden_state for chunk in chunks[:-1]]
-                args, kwargs, given = (), chunks[-1], chunks[-1]
-            if (reading := self._session.choose_windows(cache, given.get("input_ids"))) is not None:
-                args, kwargs = (), given | {"position_ids": _positions(given, cache, reading.windows)}
-                sharpening = reading.windows.sharpening_over(reading.read)
-            self._session.note_call(cache, given.get("input_ids"))
+        if (reading := self._session.choose_windows(cache, given.get("input_ids"))) is not None:
+            given = given | {"position_ids": _positions(given, cache, reading.windows)}
+            sharpening = reading.windows.sharpening_over(reading.read)
+        self._session.note_call(cache, given.get("input_ids"))
         forward_pass.set(ForwardPass(self._session, cache, served, sharpening, until=until, before=before))
-        return args, kwargs
+        return (), given
+
+    def _check_serves(self, decoder: nn.Module) -> None:
+        if decoder is not self._decoder:
+            raise RuntimeError(
+                f"this {type(self.model).__name__} is a copy of a wrapped model; copy it before wrap, or after unwrap"
+            )
+        if decoder.training:
+            raise RuntimeError(
+                f"{type(self.model).__name__} is in training mode; dbattn serves inference: call model.eval()"
+            )
+
+    def _read_chunks(
+        self, decoder: nn.Module, cache: DynamicCache, given: dict[str, Any], served: bool
+    ) -> tuple[dict[str, Any], int | None, list[Tensor]]:
+        """Let the decoder read all chunks of a long prompt but the last.
+
+        Returns:
+            What is left of the call; the rows there are after all of it, None where it is not one of chunks; and the
+            hidden states of what was read.
+        """
+        until = self._session.switches.until
+        if until is not None or not served or (found := chunks_of(self._session, cache, given)) is None:
+            return given, until, []
+        chunks, until = found
+        with self._session.switched(until=until):
+            read = [decoder(**chunk).last_hidden_state for chunk in chunks[:-1]]
+        return chunks[-1], until, read
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
