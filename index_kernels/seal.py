@@ -116,10 +116,13 @@ def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Ten
     for first, stop, metric, holds in zip(bounds, bounds[1:], *learnt, strict=False):
         rows, part = floats(keys[:, :, first:stop]).float(), found[:, :, first - bounds[0] : stop - bounds[0]]
         counted = (torch.arange(first, stop) >= start[:, None]).float()[:, None, None]
-        torch.sub(rows, (counted @ rows) / counted.sum(dim=3, keepdim=True).clamp(min=1), out=part)
+        centred = rows - (counted @ rows) / counted.sum(dim=3, keepdim=True).clamp(min=1)
+        if holds.all():
+            torch.matmul(centred, torch.from_numpy(metric), out=part)
+            continue
+        part.copy_(centred)
         if holds.any():
-            known = torch.from_numpy(holds)[:, None, None, None]
-            turned = part @ torch.from_numpy(metric)
-            part.copy_(turned if holds.all() else torch.where(known, turned, part))
+            known = torch.from_numpy(holds)
+            part[known] = centred[known] @ torch.from_numpy(metric)[known]
     in_metric: Array = found.numpy()
     return in_metric

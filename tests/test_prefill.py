@@ -7,8 +7,9 @@ import torch
 from conftest import random_rows
 
 import dbattn
-from dbattn import dense_attention
+from dbattn import RetrievalConfig, dense_attention
 from dbattn.metrics import relative_error
+from dbattn.query.prompt import PromptLog
 from index_kernels import BlockReading, attend_block, dense_decode
 
 OPTIONS = {"audit_rate": 0.0, "prefill": "lists"}
@@ -205,7 +206,18 @@ def test_a_layer_reads_more_rows_where_audits_find_errors_and_fewer_where_they_d
     assert (wanted > rows, less < error) == (more, more)
     assert "for the errors of audits" in audited.explain(query).reason
     assert "for the errors of audits" not in fixed.explain(query).reason
-    assert "times 6 for the end of a prompt" in fixed.explain(query).reason
+    assert "times 4 for the end of a prompt" in fixed.explain(query).reason
+
+
+def test_rows_grow_with_the_error_that_they_would_have_left_by_size():
+    efforts = []
+    for by_size in (0.01, 0.03, 0.06):
+        log = PromptLog()
+        for _ in range(40):
+            log.add(by_size * log.effort**-0.5, RetrievalConfig(prefill="lists", target_error=0.02))
+        efforts.append(log.effort)
+    # Blocks aim at half the target, 0.01; one audit more, that counts as 1, is among nine.
+    assert efforts == pytest.approx([1.0, (8 * 3 + 1) / 9, (8 * 6 + 1) / 9])
 
 
 def test_auto_reads_short_prompts_few_positions_and_bounded_answers_densely(monkeypatch):

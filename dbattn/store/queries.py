@@ -133,18 +133,18 @@ class QuerySample:
 
     def tells(self, stop: int, start: Tensor) -> Tensor:
         """In which batch rows there are enough queries of rows up to ``stop`` for a metric, bool ``[B]``."""
-        return self._enough(self._end_for(stop), start.cpu())
+        end = self._end_for(stop)
+        return self._enough(end, self._window(end, start.cpu())[1])
 
     def _end_for(self, stop: int) -> int:
         return self.given_rows if stop <= self.given_rows else max(stop - stop % STEP, min(stop, STEP))
 
-    def _enough(self, end: int, start: Tensor) -> Tensor:
-        known = self._window(end, start)[1]
+    def _enough(self, end: int, known: Tensor) -> Tensor:
         return known.sum(dim=1) >= (1 if end == self.given_rows else LEAST_KNOWN)
 
     def _made(self, end: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
         packed, known = self._window(end, start)
-        enough = self._enough(end, start)
+        enough = self._enough(end, known)
         batch, heads, m, _ = packed.shape
         asked = floats(packed.cpu())
         queries = (rotated(asked) if self._rotated else asked) * known[:, None, :, None]
