@@ -12,7 +12,6 @@ from ._cpu_common import FAST, F, inner
 from ._cpu_kmeans import cluster, copy_row
 from ._cpu_parts import each
 from ._cpu_seal_lists import write_lists, write_supers
-from .summaries import Clustering, ListArrays, SegmentArrays, SuperListArrays
 
 
 class Rows(NamedTuple):
@@ -46,7 +45,7 @@ def _room(bounds, heads, rows_per_super):
     for s in range(N):
         longest = max(longest, bounds[s + 1] - bounds[s])
     most = longest // rows_per_super + longest // (32 * rows_per_super) + 2
-    return (
+    return Clusters(
         np.empty((N, heads, longest), np.int32),
         np.empty((N, heads, longest), np.int32),
         np.empty((N, heads, most), np.int32),
@@ -171,22 +170,10 @@ def _dealt(bounds, heads, threads):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def seal(
-    keys, values, key_floats, value_floats, floats_from, in_metric, positions, codes, start, bounds, first_segment,
-    rows_per_super, rows_per_list, iterations, stride, coded, threads,
-    begin, size, variance, key, value, count,
-    first, super_size, super_variance, super_key, super_value, n_supers,
-    segment_lists, segment_supers, shape, cross, trace,
-):  # fmt: skip
-    """The door: flat arguments, which the phases get as the NamedTuples they came from; see seal.seal_rows."""
-    rows = Rows(keys, values, key_floats, value_floats, floats_from, in_metric)
-    lists = ListArrays(begin, size, variance, key, value, count)
-    supers = SuperListArrays(first, super_size, super_variance, super_key, super_value, n_supers)
-    segments = SegmentArrays(segment_lists, segment_supers, shape, cross, trace)
-    how = Clustering(rows_per_super, rows_per_list, iterations, stride)
-    heads = keys.shape[0] * keys.shape[1]
-    order, list_end, super_end, n, n_super = _room(bounds, heads, rows_per_super)
-    found, dealt = Clusters(order, list_end, super_end, n, n_super), _dealt(bounds, heads, threads)
+def seal(rows, positions, codes, start, bounds, first_segment, how, coded, threads, lists, supers, segments):
+    """See seal.seal_rows; how is a Clustering."""
+    heads = positions.shape[0] * positions.shape[1]
+    found, dealt = _room(bounds, heads, how.rows_per_super_list), _dealt(bounds, heads, threads)
     each(dealt.size, _cluster_head, (dealt, rows, start, bounds, how, found))
     _count(found, first_segment, lists, supers, segments)
     each(

@@ -80,10 +80,13 @@ def _seal(
     # In float32 they are read where they are kept; a slice would be of another type to Numba.
     kept = keys.dtype == values.dtype == torch.float32
     as_floats = [rows if kept else floats(rows[:, :, bounds[0] : bounds[-1]]) for rows in (keys, values)]
-    kernels.seal(
+    rows = kernels.Rows(
         _words(keys), _words(values), *(rows.contiguous().numpy() for rows in as_floats), 0 if kept else bounds[0],
-        _in_metric(keys, bounds, learnt, start), positions, codes, start.numpy(), np.asarray(bounds, np.int64),
-        first_segment, *how, coded, threads.use_torchs_threads(), *lists, *supers, *sums,
+        _in_metric(keys, bounds, learnt, start),
+    )  # fmt: skip
+    kernels.seal(
+        rows, positions, codes, start.numpy(), np.asarray(bounds, np.int64), first_segment, how, coded,
+        threads.use_torchs_threads(), lists, supers, sums,
     )  # fmt: skip
 
 
@@ -115,8 +118,12 @@ def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Ten
     found = torch.empty(*keys.shape[:2], bounds[-1] - bounds[0], row_dim(keys))
     for first, stop, metric, holds in zip(bounds, bounds[1:], *learnt, strict=False):
         rows, part = floats(keys[:, :, first:stop]).float(), found[:, :, first - bounds[0] : stop - bounds[0]]
-        counted = (torch.arange(first, stop) >= start[:, None]).float()[:, None, None]
-        centred = rows - (counted @ rows) / counted.sum(dim=3, keepdim=True).clamp(min=1)
+        if int(start.max()) <= first:
+            mean = rows.mean(dim=2, keepdim=True)
+        else:
+            counted = (torch.arange(first, stop) >= start[:, None]).float()[:, None, None]
+            mean = (counted @ rows) / counted.sum(dim=3, keepdim=True).clamp(min=1)
+        centred = rows - mean
         if holds.all():
             torch.matmul(centred, torch.from_numpy(metric), out=part)
             continue

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from index_kernels import floats, pack_rows
-from index_kernels.packed import SCALE_BYTES, rotated
+from index_kernels.packed import SCALE_BYTES, rotated, scales
 
 from .drift import Drift
 from .pages import Shared, Spread
@@ -145,13 +145,15 @@ class QuerySample:
     def _made(self, end: int, start: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
         packed, known = self._window(end, start)
         enough = self._enough(end, known)
-        batch, heads, m, _ = packed.shape
-        asked = floats(packed.cpu())
-        queries = (rotated(asked) if self._rotated else asked) * known[:, None, :, None]
-        grouped = queries.reshape(batch, kv_heads, heads // kv_heads * m, queries.shape[3])
-        # As parts of the largest, whose squares fit float32: its eigenvectors take half the time of float64's.
-        grouped = grouped / grouped.abs().amax(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        moment = grouped.transpose(2, 3) @ grouped
+        packed = packed.cpu()
+        # In units of the largest scale, so that squares fit float32, whose eigenvectors take less time than float64's.
+        scale = (scales(packed) * known[:, None]).reshape(len(packed), kv_heads, -1, 1)
+        scale = scale / scale.amax(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        numbers = packed[..., :-SCALE_BYTES]
+        queries = numbers.reshape(*scale.shape[:3], numbers.shape[3]) * scale
+        if self._rotated:
+            queries = rotated(queries)
+        moment = queries.transpose(2, 3) @ queries
         eye = torch.eye(moment.shape[2])
         # On the scale of a mean of 1 over the dimensions; the identity where all queries are 0.
         trace = moment.diagonal(dim1=2, dim2=3).sum(dim=-1)[..., None, None]
