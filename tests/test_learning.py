@@ -254,6 +254,12 @@ def test_a_metric_is_symmetric_and_on_the_scale_of_the_identity():
     assert torch.allclose(metric(64 * queries), found, atol=1e-5)
 
 
+def test_a_sample_that_no_query_came_to_tells_nothing():
+    metric, enough = QuerySample(1, 4, 16, torch.device("cpu")).metric(768, torch.zeros(1, dtype=torch.int64), 2)
+    assert not enough.any()
+    assert metric.isfinite().all()
+
+
 def test_the_queries_before_a_segment_ends_are_those_it_learns_from():
     keys, values, queries = rows_and_queries(4200)
     old = queries.clone()

@@ -146,9 +146,10 @@ class QuerySample:
         packed, known = self._window(end, start)
         enough = self._enough(end, known)
         packed = packed.cpu()
-        # In units of the largest scale, so that squares fit float32, whose eigenvectors take less time than float64's.
+        # In units of all scales, so that squares fit float32, whose eigenvectors take less time than float64's.
+        tiny = torch.finfo(torch.float32).tiny
         scale = (scales(packed) * known[:, None]).reshape(len(packed), kv_heads, -1, 1)
-        scale = scale / scale.amax(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = scale / scale.sum(dim=2, keepdim=True).clamp(min=tiny)
         numbers = packed[..., :-SCALE_BYTES]
         queries = numbers.reshape(*scale.shape[:3], numbers.shape[3]) * scale
         if self._rotated:
@@ -157,7 +158,7 @@ class QuerySample:
         eye = torch.eye(moment.shape[2])
         # On the scale of a mean of 1 over the dimensions; the identity where all queries are 0.
         trace = moment.diagonal(dim1=2, dim2=3).sum(dim=-1)[..., None, None]
-        moment = torch.where(trace > 0, moment * (len(eye) / trace.clamp(min=1.0)), eye)
+        moment = torch.where(trace > 0, moment * (len(eye) / trace.clamp(min=tiny)), eye)
         size, direction = torch.linalg.eigh(moment + RIDGE * eye)
         power = size.clamp(min=RIDGE).pow(POWER / 2)
         return ((direction * power[..., None, :]) @ direction.transpose(2, 3)).contiguous(), enough
