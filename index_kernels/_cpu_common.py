@@ -179,6 +179,18 @@ def scan_range(q, keys, values, key_at, value_at, key_step, value_step, n, softc
 
 
 @inner
+def part_of_rows(w, H, start, stop, parts):
+    """Part w of a scan of the rows ``start[b] .. stop`` of all KV heads: which it is, of which b and h, and its rows.
+
+    Part by part, not head by head: threads get as many rows each where heads are no multiple of them.
+    """
+    units = start.size * H
+    part, b, h = w // units, w % units // H, w % H
+    n = max(stop - start[b], 0)
+    return part, b, h, start[b] + n * part // parts, start[b] + n * (part + 1) // parts
+
+
+@inner
 def load_query(query, b, h, scale, q):
     G, D = q.shape
     for g in range(G):

@@ -22,6 +22,7 @@ from ._cpu_common import (
     load_query,
     merge_parts,
     numpy_queries,
+    part_of_rows,
     scan_range,
     store_state,
 )
@@ -63,15 +64,10 @@ def dense_decode(
 def _attend_part(
     w, query, keys, kb, kh, kt, values, vb, vh, vt, H, start, length, scale, softcap, parts, lanes, top, total, acc
 ):
-    """Add a part of the rows of one KV head to its own state. Parts come first, so that 3 heads balance on 2 cores."""
-    B, Hq, D = query.shape
+    """Add a part of the rows of one KV head to its own state."""
+    _, Hq, D = query.shape
     G, Dv = Hq // H, acc.shape[3]
-    part = w // (B * H)
-    b = (w % (B * H)) // H
-    h = w % H
-    n = max(length - start[b], 0)
-    lo = start[b] + n * part // parts
-    hi = start[b] + n * (part + 1) // parts
+    part, b, h, lo, hi = part_of_rows(w, H, start, length, parts)
     q = np.empty((G, D), F)
     logits = np.empty((G, TILE), F)
     a = np.zeros((G, Dv), F)

@@ -8,7 +8,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ._cpu_common import FAST, NEG, F, flat_rows, inner, merge_parts, soften, store_state
+from ._cpu_common import FAST, NEG, F, flat_rows, inner, merge_parts, part_of_rows, soften, store_state
 from ._cpu_parts import each
 from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import BLOCK, add_tile, score_tile, tile_lanes
@@ -49,17 +49,12 @@ def _attend_part(
     top, total, acc,
 ):  # fmt: skip
     """Add a part of the rows of one KV head to its own state."""
-    B, asking, D = query.shape
+    _, asking, D = query.shape
     Dv = acc.shape[3]
     Q = asking // H
     G = Q // m
     common = length - newest  # rows that all positions see
-    part = w // (B * H)
-    b = (w % (B * H)) // H
-    h = w % H
-    n = max(common - start[b], 0)
-    lo = start[b] + n * part // parts
-    hi = start[b] + n * (part + 1) // parts
+    part, b, h, lo, hi = part_of_rows(w, H, start, common, parts)
     ka, va = b * kb + h * kh, b * vb + h * vh
     # Blocks may reach beyond the last head, and begin anywhere.
     q = np.zeros((Q + BLOCK, D), F)
