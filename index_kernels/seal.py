@@ -57,11 +57,11 @@ def seal_rows(
         keys, values, positions, codes, bounds, first_segment, how, learnt, lists, supers, sums, start, coded, backend
     )
     made = slice(first_segment, first_segment + count)
-    trace = np.maximum(segments.trace[:, :, made], SMALLEST_TRACE)[..., None, None]
+    trace = torch.from_numpy(np.maximum(segments.trace[:, :, made], SMALLEST_TRACE))[..., None, None]
     for to, of in zip(moments, (shape, cross), strict=True):
         # Of rows that are alike, rounding may leave sums that are many times the trace. By torch: it turns numbers into
         # half ones many times as fast as NumPy.
-        torch.from_numpy(to)[:, :, made] = torch.from_numpy(of / trace).clamp_(-LARGEST_HALF, LARGEST_HALF)
+        torch.from_numpy(to)[:, :, made] = torch.from_numpy(of).div_(trace).clamp_(-LARGEST_HALF, LARGEST_HALF)
 
 
 def _seal(
@@ -82,7 +82,7 @@ def _seal(
     as_floats = [rows if kept else floats(rows[:, :, bounds[0] : bounds[-1]]) for rows in (keys, values)]
     rows = kernels.Rows(
         _words(keys), _words(values), *(rows.contiguous().numpy() for rows in as_floats), 0 if kept else bounds[0],
-        _in_metric(keys, bounds, learnt, start),
+        _in_metric(keys, bounds, learnt),
     )  # fmt: skip
     kernels.seal(
         rows, positions, codes, start.numpy(), np.asarray(bounds, np.int64), first_segment, how, coded,
@@ -110,26 +110,21 @@ def _words(rows: Tensor) -> Array:
     return rows.view(torch.int32 if whole else torch.uint8).numpy()
 
 
-def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric, start: Tensor) -> Array:
-    """Rows ``bounds[0] .. bounds[-1]`` of the keys around their segment's mean, in its metric: ``[B, Hkv, n, D]``.
+def _in_metric(keys: Tensor, bounds: list[int], learnt: LearntMetric) -> Array:
+    """Rows ``bounds[0] .. bounds[-1]`` of the keys less their segment's last, in its metric: ``[B, Hkv, n, D]``.
 
-    Softmax ignores a shift of all keys; around the mean fewer bits are lost.
+    Clusters do not change by a shift of all keys; near 0 fewer bits are lost. The last row is no padding.
     """
     found = torch.empty(*keys.shape[:2], bounds[-1] - bounds[0], row_dim(keys))
     for first, stop, metric, holds in zip(bounds, bounds[1:], *learnt, strict=False):
         rows, part = floats(keys[:, :, first:stop]).float(), found[:, :, first - bounds[0] : stop - bounds[0]]
-        if int(start.max()) <= first:
-            mean = rows.mean(dim=2, keepdim=True)
-        else:
-            counted = (torch.arange(first, stop) >= start[:, None]).float()[:, None, None]
-            mean = (counted @ rows) / counted.sum(dim=3, keepdim=True).clamp(min=1)
-        centred = rows - mean
+        shifted = rows - rows[:, :, -1:]
         if holds.all():
-            torch.matmul(centred, torch.from_numpy(metric), out=part)
+            torch.matmul(shifted, torch.from_numpy(metric), out=part)
             continue
-        part.copy_(centred)
+        part.copy_(shifted)
         if holds.any():
             known = torch.from_numpy(holds)
-            part[known] = centred[known] @ torch.from_numpy(metric)[known]
+            part[known] = shifted[known] @ torch.from_numpy(metric)[known]
     in_metric: Array = found.numpy()
     return in_metric

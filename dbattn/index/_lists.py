@@ -27,7 +27,7 @@ def vector_bytes(dim: int) -> int:
 
 
 class _Sums(NamedTuple):
-    """Sums over the leading segments of a store, float64: of their traces ``[B, Hkv, 1, 1]``, and of their moments
+    """Sums over the leading segments of a store, float32: of their traces ``[B, Hkv, 1, 1]``, and of their moments
     times these."""
 
     segments: int
@@ -39,11 +39,12 @@ class _Sums(NamedTuple):
     def none(cls, batch: int, heads: int, dim: int, value_dim: int) -> "_Sums":
         """Of no segments."""
         sizes = (1, 1), (dim, dim), (dim, value_dim)
-        return cls(0, *(torch.zeros(batch, heads, *size, dtype=torch.float64) for size in sizes))
+        return cls(0, *(torch.zeros(batch, heads, *size) for size in sizes))
 
     def plus(self, trace: Tensor, shape: Tensor, cross: Tensor) -> "_Sums":
         """With those of one more."""
-        return _Sums(self.segments + 1, self.trace + trace, self.shape + trace * shape, self.cross + trace * cross)
+        shape, cross = (torch.addcmul(sums, trace, part) for sums, part in ((self.shape, shape), (self.cross, cross)))
+        return _Sums(self.segments + 1, self.trace + trace, shape, cross)
 
     def moments(self) -> tuple[Array, Array]:
         """Residual covariance (trace 1) and key-value cross-covariance of each head, as ListTable has them."""
@@ -110,9 +111,12 @@ class Lists:
     def reserve(
         self, bounds: list[int], rows: int, *, per_super: int = ROWS_PER_SUPER_LIST, per_list: int = ROWS_PER_LIST
     ) -> None:
-        """Make room for segments at these bounds in a store with room for ``rows`` rows; their lists may be shorter."""
+        """Make room for segments at these bounds in a store with room for ``rows`` rows; their lists may be shorter.
+
+        And for lists of all these rows, so that arrays grow as seldom as the store does.
+        """
         segments = len(bounds) - 1
-        lists, supers = most_lists(bounds[-1], segments, per_super, per_list)
+        lists, supers = most_lists(max(bounds[-1], rows), segments, per_super, per_list)
         if rows > (before := self.positions.shape[2]):
             self.positions, self.codes = _grown(self.positions, rows), _grown(self.codes, rows)
             self.positions[:, :, before:] = np.arange(before, rows, dtype=np.int32)
@@ -133,8 +137,8 @@ class Lists:
         if sums is None or sums.segments > segments:
             sums = _Sums.none(*self.segments.trace.shape[:2], *self.segments.cross.shape[3:])
         for i in range(sums.segments, segments):
-            parts = self.segments.trace[:, :, i, None, None], self.segments.shape[:, :, i], self.segments.cross[:, :, i]
-            sums = sums.plus(*(torch.from_numpy(part).double() for part in parts))
+            shape, cross, trace = (torch.from_numpy(part[:, :, i]) for part in self.segments[2:])
+            sums = sums.plus(trace[..., None, None], shape.float(), cross.float())
         return sums
 
     def keep_segments(self, segments: int) -> None:
@@ -231,7 +235,7 @@ def _room(arrays: ListArrays | SuperListArrays | SegmentArrays, needed: int) -> 
     if needed <= capacity:
         return {}
     return {
-        name: _grown(array, needed + needed // 4 + 8 + array.shape[2] - capacity)
+        name: _grown(array, needed + needed // 8 + 8 + array.shape[2] - capacity)
         for name, array in arrays._asdict().items()
         if name != "used"
     }

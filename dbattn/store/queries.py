@@ -147,21 +147,22 @@ class QuerySample:
         enough = self._enough(end, known)
         packed = packed.cpu()
         # In units of all scales, so that squares fit float32, whose eigenvectors take less time than float64's.
-        tiny = torch.finfo(torch.float32).tiny
-        scale = (scales(packed) * known[:, None]).reshape(len(packed), kv_heads, -1, 1)
-        scale = scale / scale.sum(dim=2, keepdim=True).clamp(min=tiny)
-        numbers = packed[..., :-SCALE_BYTES]
-        queries = numbers.reshape(*scale.shape[:3], numbers.shape[3]) * scale
+        tiny, dim = torch.finfo(torch.float32).tiny, packed.shape[3] - SCALE_BYTES
+        scale = scales(packed) * known[:, None]
+        of_group = scale.view(len(packed), kv_heads, -1)
+        of_group /= of_group.sum(dim=2, keepdim=True).clamp(min=tiny)
+        queries = (packed[..., :-SCALE_BYTES] * scale[..., None]).view(len(packed), kv_heads, -1, dim)
         if self._rotated:
             queries = rotated(queries)
-        moment = queries.transpose(2, 3) @ queries
-        eye = torch.eye(moment.shape[2])
+        moment = queries.mT @ queries
         # On the scale of a mean of 1 over the dimensions; the identity where all queries are 0.
-        trace = moment.diagonal(dim1=2, dim2=3).sum(dim=-1)[..., None, None]
-        moment = torch.where(trace > 0, moment * (len(eye) / trace.clamp(min=tiny)), eye)
-        size, direction = torch.linalg.eigh(moment + RIDGE * eye)
+        diagonal = moment.diagonal(dim1=2, dim2=3)
+        diagonal += tiny
+        moment *= (dim / diagonal.sum(dim=-1))[..., None, None]
+        diagonal += RIDGE
+        size, direction = torch.linalg.eigh(moment)
         power = size.clamp(min=RIDGE).pow(POWER / 2)
-        return ((direction * power[..., None, :]) @ direction.transpose(2, 3)).contiguous(), enough
+        return (direction * power[..., None, :]) @ direction.mT, enough
 
     def _window(self, end: int, start: Tensor) -> tuple[Tensor, Tensor]:
         """Packed queries ``[B, Hq, m, D + 4]`` that tell of rows up to ``end``; which are known, bool ``[B, m]``."""
