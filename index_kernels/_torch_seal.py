@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .kmeans import kmeans, nearest
 from .packed import code_rows, floats, pack_rows
 from .summaries import Array, Clustering, LearntMetric, ListArrays, SegmentArrays, SuperListArrays
 
@@ -200,33 +201,10 @@ def _split(rows: Tensor, order: Tensor, runs: Runs, parts: Array, iterations: in
         )
         # Shorter runs are filled up with their last row, which does not count, and goes where it went.
         place = first + torch.arange(int(size[those].max()), device=device).minimum(length - 1)
-        found = _kmeans(rows[order[place]], length, count, int(parts[those].max()), iterations, stride)
-        owner[place] = number + found
+        x, most = rows[order[place]], int(parts[those].max())
+        means = kmeans(x, length, count, most, iterations, stride)
+        owner[place] = number + nearest(x, means, torch.arange(most, device=device) >= count)
     order = order[owner.argsort(stable=True)]
     sizes = torch.bincount(owner, minlength=int(parts.sum())).cpu().numpy()
     held = sizes > 0
     return order, Runs(sizes[held], np.repeat(np.arange(len(parts)), parts)[held])
-
-
-def _kmeans(x: Tensor, length: Tensor, count: Tensor, most: int, iterations: int, stride: int) -> Tensor:
-    """Lloyd's k-means of the first ``length`` rows of each x ``[R, n, D]`` into ``count`` clusters: which, ``[R, n]``.
-
-    Starts from rows at a uniform stride; an emptied cluster keeps its centroid.
-    """
-    train, clusters = x[:, ::stride], torch.arange(most, device=x.device)
-    trained = (length + stride - 1) // stride
-    at = ((2 * clusters + 1) * trained // (2 * count)).minimum(trained - 1)
-    means = torch.take_along_dim(train, at[..., None], dim=1)
-    ignored = torch.arange(train.shape[1], device=x.device) >= trained
-    for _ in range(iterations):
-        owner = _nearest(train, means, clusters >= count).masked_fill_(ignored, most)
-        members = (owner[:, None] == clusters[:, None]).to(x.dtype)
-        held = members.sum(dim=2, keepdim=True)
-        means = torch.where(held > 0, members @ train / held.clamp(min=1), means)
-    return _nearest(x, means, clusters >= count)
-
-
-def _nearest(x: Tensor, means: Tensor, unused: Tensor) -> Tensor:
-    """Which of the means ``[R, C, D]`` each row of x ``[R, n, D]`` is nearest to: the largest x.c - |c|^2 / 2."""
-    half = (0.5 * means.square().sum(dim=2)).masked_fill(unused, float("inf"))
-    return torch.baddbmm(-half[:, None], x, means.mT).argmax(dim=2)

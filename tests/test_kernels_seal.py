@@ -8,6 +8,7 @@ import torch
 
 from dbattn.index._lists import Lists
 from index_kernels import LearntMetric, floats, pack_rows, seal_rows, unseal_rows
+from index_kernels.kmeans import kmeans, nearest
 from index_kernels.packed import SCALE_BYTES, decoded, scales, turned_for_codes
 from index_kernels.summaries import Clustering
 
@@ -147,3 +148,17 @@ def test_rows_sealed_on_a_device_go_back_to_where_they_came(device):
     assert torch.equal(keys.cpu(), came[0])
     assert torch.equal(values.cpu(), came[1])
     assert (lists.positions == np.arange(ROWS)).all()
+
+
+@pytest.mark.parametrize("distances", [1 << 27, 1000, 1])
+def test_k_means_finds_clusters_however_few_distances_are_held_at_once(distances, monkeypatch):
+    monkeypatch.setattr("index_kernels.kmeans.DISTANCES", distances)
+    owner = torch.arange(300) // 15
+    x = 100 * torch.randn(2, 20, 8)[:, owner] + torch.randn(2, 300, 8)
+    length, count = torch.tensor([[300], [105]]), torch.tensor([[20], [7]])
+    means = kmeans(x, length, count, 20, 3, 1)
+    found = nearest(x, means, torch.arange(20) >= count)
+    assert torch.equal(found[0], owner)
+    assert torch.equal(found[1, :105], owner[:105])
+    assert (found < count).all()
+    torch.testing.assert_close(means[0], x[0].view(20, 15, 8).mean(dim=1))
