@@ -71,7 +71,7 @@ class RetrievalConfig:
             error comes on top. Default: as they come.
         audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1; the first eight are
             where there is a ``target_error`` or ``max_error`` to keep, unless it is 0.
-        nprobe: lists probed per query ("ivf" only, default 128).
+        nprobe: lists probed per query, at least on a GPU ("ivf" only, default 128).
         ef_search: candidates kept while walking the graph ("hnsw" only, default 256).
         neighbors: links per node of the graph ("hnsw" only, default 32).
         prefill: how prompts are read: "dense" (default), by "lists" ("segmented" only), chosen for blocks of 512

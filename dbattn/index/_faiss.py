@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -20,29 +20,33 @@ from .base import BLOCK, Arrays, Candidates, expect_no_more, require_faiss
 
 Rows = np.ndarray[Any, np.dtype[np.float32]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
+# ``keys(first, stop)``: those rows of a unit as they are indexed, ``[n, D]``, or ``[Hkv, n, D]`` of all heads.
+Keys = Callable[[int, int], Tensor]
 
 
 class Unit:
-    """The FAISS index of one batch row and KV head; row ids are local, counted from the unit's first row."""
+    """The index of one batch row and KV head; row ids are local, counted from the unit's first row.
+
+    Attributes:
+        of_all_heads: whether it is that of all KV heads of a batch row, in tensors where the rows lie.
+    """
+
+    of_all_heads: ClassVar[bool] = False
 
     @abstractmethod
-    def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
-        """Bring the unit to the rows ``keys[:stops[-1]]``, of which it may hold some; queries will come on device.
+    def build(self, keys: Keys, stops: list[int]) -> None:
+        """Bring the unit to the rows before ``stops[-1]``, of which it may hold some.
 
         ``stops`` are where blocks end. Rows go in block by block, always the same ones together, so that what is
         built does not depend on the chunks they came in.
         """
 
     @abstractmethod
-    def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
-        """Ids ``[n, k]`` (-1 = none) below ``stop`` for queries ``[n, D]``, and how many keys were scored."""
-
-    @abstractmethod
     def state(self) -> Arrays:
         """What ``restore`` cannot find again cheaply from the rows."""
 
     @abstractmethod
-    def restore(self, keys: Rows, stops: list[int], device: torch.device, state: Arrays) -> None:
+    def restore(self, keys: Keys, stops: list[int], state: Arrays) -> None:
         """What ``build`` does for an empty unit, with the slow part taken out of ``state``, which is checked."""
 
     @abstractmethod
@@ -59,8 +63,19 @@ class Unit:
         """What was built."""
 
 
+class FaissUnit(Unit):
+    """A unit that is searched by FAISS."""
+
+    @abstractmethod
+    def search(self, query: Rows, k: int, stop: int | None) -> tuple[Ids, int]:
+        """Ids ``[n, k]`` (-1 = none) below ``stop`` for queries ``[n, D]``, and how many keys were scored."""
+
+
 class FaissIndex(SearchIndex):
-    """Units on a ``[B][Hkv]`` grid. Copies share units until one of them is about to change."""
+    """Units on a ``[B][Hkv]`` grid, ``[B][1]`` of those of all heads.
+
+    Copies share units until one of them is about to change.
+    """
 
     # Rows below which nothing is built.
     min_rows = BLOCK
@@ -85,8 +100,12 @@ class FaissIndex(SearchIndex):
         return whole if whole >= cls.min_rows else 0
 
     @abstractmethod
-    def _new_unit(self) -> Unit:
+    def _new_unit(self) -> FaissUnit:
         """An empty unit."""
+
+    def _new_units(self, store: KVStore) -> list[Unit]:
+        """Empty units for a batch row."""
+        return [self._new_unit() for _ in range(store.num_kv_heads)]
 
     def __len__(self) -> int:
         return self._length
@@ -99,10 +118,10 @@ class FaissIndex(SearchIndex):
         if not self._units or (store.sample is not None and _doubled(length) != _doubled(self._length)):
             self._make_units(store, length)
 
-        def build(b: int, h: int, keys: Rows, stops: list[int]) -> None:
-            if not self._owned[b][h]:
-                self._units[b][h], self._owned[b][h] = self._units[b][h].clone(), True
-            self._units[b][h].build(keys, stops, store.start.device)
+        def build(b: int, u: int, keys: Keys, stops: list[int]) -> None:
+            if not self._owned[b][u]:
+                self._units[b][u], self._owned[b][u] = self._units[b][u].clone(), True
+            self._units[b][u].build(keys, stops)
 
         self._for_each_unit(store, lo, length, build)
         self._length = length
@@ -110,9 +129,9 @@ class FaissIndex(SearchIndex):
     def state(self, first: int, stop: int) -> Arrays:
         """See KeyIndex; arrays are named ``batch row.KV head.name``."""
         return {
-            f"{b}.{h}.{name}": array
+            f"{self._name(b, u)}.{name}": array
             for b, units in enumerate(self._units)
-            for h, unit in enumerate(units)
+            for u, unit in enumerate(units)
             for name, array in unit.state().items()
         }
 
@@ -121,20 +140,23 @@ class FaissIndex(SearchIndex):
         if stop % BLOCK or not self.min_rows <= stop <= len(store) - self._window:
             raise ValueError(f"{stop} indexed rows are not whole blocks of {BLOCK} within {len(store)} rows")
         self._make_units(store, stop)
-        batch, heads = len(self._units), store.num_kv_heads
-        by_unit: dict[str, Arrays] = {f"{b}.{h}": {} for b in range(batch) for h in range(heads)}
+        by_unit: dict[str, Arrays] = {
+            self._name(b, u): {} for b, units in enumerate(self._units) for u in range(len(units))
+        }
         for key, array in state.items():
-            unit, _, name = key.rpartition(".")
-            if unit not in by_unit:
-                raise ValueError(f"{key} is not part of {batch} batch rows and {heads} KV heads")
-            by_unit[unit][name] = array
+            unit = next((unit for unit in by_unit if key.startswith(f"{unit}.")), None)
+            if unit is None:
+                raise ValueError(
+                    f"{key} is not part of {len(self._units)} batch rows and {store.num_kv_heads} KV heads"
+                )
+            by_unit[unit][key.removeprefix(f"{unit}.")] = array
 
-        def restore(b: int, h: int, keys: Rows, stops: list[int]) -> None:
-            arrays = by_unit[f"{b}.{h}"]
+        def restore(b: int, u: int, keys: Keys, stops: list[int]) -> None:
+            unit = self._name(b, u)
             try:
-                self._units[b][h].restore(keys, stops, store.start.device, arrays)
+                self._units[b][u].restore(keys, stops, by_unit[unit])
             except ValueError as error:
-                raise ValueError(f"{b}.{h}: {error}") from None
+                raise ValueError(f"{unit}: {error}") from None
 
         self._for_each_unit(store, lo, stop, restore)
         for arrays in by_unit.values():
@@ -148,54 +170,76 @@ class FaissIndex(SearchIndex):
         if store.sample is not None:
             metric, enough = store.sample.metric(_doubled(length), store.start, heads)
             if bool(enough.all()):
-                self._metric, self.learnt = (metric, torch.linalg.inv(metric)), True
-        self._units = [[self._new_unit() for _ in range(heads)] for _ in range(batch)]
-        self._owned = [[True] * heads for _ in range(batch)]
+                device = store.start.device
+                self._metric, self.learnt = (metric.to(device), torch.linalg.inv(metric).to(device)), True
+        self._units = [self._new_units(store) for _ in range(batch)]
+        self._owned = [[True] * len(units) for units in self._units]
+
+    def _name(self, b: int, u: int) -> str:
+        """What the names of a unit's arrays begin with; one of all heads goes on with the head."""
+        return f"{b}" if self._units[b][u].of_all_heads else f"{b}.{u}"
 
     def _for_each_unit(
-        self, store: KVStore, lo: Tensor, length: int, run: Callable[[int, int, Rows, list[int]], None]
+        self, store: KVStore, lo: Tensor, length: int, run: Callable[[int, int, Keys, list[int]], None]
     ) -> None:
-        """``run(b, h, keys, stops)`` once per unit that has rows below ``length``; see Unit.build."""
-        keys, first = store.rows[0], lo.tolist()
-        batch, heads = keys.shape[:2]
+        """``run(b, u, keys, stops)`` once per unit that has rows below ``length``; see Unit.build."""
+        stored, first = store.rows[0], lo.tolist()
+        units = [(b, u) for b, of_row in enumerate(self._units) for u in range(len(of_row))]
 
-        def run_one(b: int, h: int) -> None:
+        def run_one(b: int, u: int) -> None:
+            heads = slice(None) if self._units[b][u].of_all_heads else u
+            stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
+
+            def keys(begin: int, stop: int) -> Tensor:
+                rows = floats(stored[b, heads, first[b] + begin : first[b] + stop])
+                if self._metric is not None:
+                    rows = rows @ self._metric[0][b, heads]
+                if self._sample:
+                    noise = exponential_noise(stored.shape[1], first[b] + begin, first[b] + stop, stored.device)
+                    rows = torch.cat([rows, noise[heads, :, None]], dim=-1)
+                return rows
+
+            if stops:
+                run(b, u, keys, stops)
+
+        def run_faiss(b: int, u: int) -> None:
             # One thread per unit keeps the graph that HNSW builds the same from run to run.
             with _one_faiss_thread():
-                stops = [stop - first[b] for stop in range(BLOCK, length + 1, BLOCK) if stop > first[b]]
-                if stops:
-                    rows = floats(keys[b, h, first[b] : length])
-                    if self._metric is not None:
-                        rows = rows.float() @ self._metric[0][b, h].to(rows.device)
-                    if self._sample:
-                        noise = exponential_noise(heads, first[b], length, keys.device)[h]
-                        rows = torch.cat([rows, noise[:, None]], dim=-1)
-                    run(b, h, _to_numpy(rows), stops)
+                run_one(b, u)
 
+        if self._units[0][0].of_all_heads:
+            for b, u in units:
+                run_one(b, u)  # here: other threads have a current stream of their own
+            return
         # As many threads as torch uses; FAISS releases the GIL.
         with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-            for done in [pool.submit(run_one, b, h) for b in range(batch) for h in range(heads)]:
+            for done in [pool.submit(run_faiss, b, u) for b, u in units]:
                 done.result()
+
+    def _asked(self, query: Tensor, kv_heads: int, lift: float | None) -> Tensor:
+        """Queries ``[B, Hq, m, D]`` as they ask for keys in the metric, with noise: ``[B, Hkv, group * m, D]``."""
+        batch, _, _, dim = query.shape
+        asked = query.float().reshape(batch, kv_heads, -1, dim)
+        if self._metric is not None:
+            asked = asked @ self._metric[1]
+        return pad(asked, (0, 1), value=lift or 0.0) if self._sample else asked
 
     def search(
         self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
     ) -> Candidates:
         """See KeyIndex."""
-        batch, heads, m, dim = query.shape
+        batch, heads, m, _ = query.shape
         kv_heads = store.num_kv_heads
-        asked = query.float().reshape(batch, kv_heads, -1, dim)
-        if self._metric is not None:
-            asked = asked @ self._metric[1].to(asked.device)
-        if self._sample:
-            asked = pad(asked, (0, 1), value=lift or 0.0)
-        grouped = _to_numpy(asked)
+        asked = self._asked(query, kv_heads, lift)
+        grouped = to_numpy(asked)
         found = np.full((batch, kv_heads, grouped.shape[2], k), -1, dtype=np.int64)
         scored = 0
         with _one_faiss_thread():
             for b, first in enumerate(lo.tolist()):
                 limit = None if stop >= self._length else max(0, stop - first)
-                for h in range(kv_heads):
-                    ids, count = self._units[b][h].search(grouped[b, h], k, limit)
+                for h, unit in enumerate(self._units[b]):
+                    assert isinstance(unit, FaissUnit)
+                    ids, count = unit.search(grouped[b, h], k, limit)
                     found[b, h] = np.where(ids >= 0, ids + first, -1)
                     scored += count
         return Candidates(
@@ -212,7 +256,8 @@ class FaissIndex(SearchIndex):
         self._units = [list(self._units[b]) for b in batch.tolist()] if self._units else []
         if self._metric is not None:
             metric, inverse = self._metric
-            self._metric = metric[batch.cpu()], inverse[batch.cpu()]
+            batch = batch.to(metric.device)
+            self._metric = metric[batch], inverse[batch]
         self._disown()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -244,15 +289,8 @@ def _doubled(rows: int) -> int:
     return 1 << rows.bit_length() >> 1
 
 
-def on_gpu(index: Any, device: torch.device) -> Any:
-    """A copy of a CPU index on the rows' GPU; None where rows are on the CPU or faiss-gpu is not installed."""
-    faiss = require_faiss()
-    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
-        return None
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
-
-
-def _to_numpy(rows: Tensor) -> Rows:
+def to_numpy(rows: Tensor) -> Rows:
+    """A copy or view on the host, float32."""
     return np.ascontiguousarray(rows.detach().float().cpu().numpy())
 
 

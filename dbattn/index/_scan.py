@@ -128,14 +128,18 @@ def _priority_sample(query: Tensor, store: KVStore, ids: Tensor, k: int, scale: 
     ``max(1, t / exp(logit))``, which makes the sums over the sample unbiased for the sums over all rows.
     """
     logits = store.scores(query, ids, scale)
-    kv_heads = store.num_kv_heads
-    noise = exponential_noise(kv_heads, 0, len(store), query.device)
-    noise = noise.repeat_interleave(query.shape[1] // kv_heads, dim=0)[None, :, None, :]
-    lifts = noise.expand(*ids.shape[:1], -1, ids.shape[2], -1).gather(-1, ids.clamp(min=0))
     # A Gumbel-like priority: ln(exp(logit) / u) = logit - ln u.
-    order = (logits + lifts).sort(dim=-1, descending=True)
+    order = (logits + noise_of(store, ids)).sort(dim=-1, descending=True)
     slots = ids.gather(-1, order.indices)[..., :k]
     if ids.shape[-1] <= k:
         return slots, torch.zeros_like(logits[..., :k])
     threshold = order.values[..., k : k + 1]
     return slots, (threshold - logits.gather(-1, order.indices)[..., :k]).clamp(min=0).nan_to_num(posinf=0.0)
+
+
+def noise_of(store: KVStore, ids: Tensor) -> Tensor:
+    """The noise of rows ``ids [B, Hq, m, n]``, see exponential_noise; where an id is -1, row 0's."""
+    kv_heads = store.num_kv_heads
+    noise = exponential_noise(kv_heads, 0, len(store), ids.device)
+    noise = noise.repeat_interleave(ids.shape[1] // kv_heads, dim=0)[None, :, None, :]
+    return noise.expand(len(ids), -1, ids.shape[2], -1).gather(-1, ids.clamp(min=0))

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from ..config import RetrievalConfig
 from ..query.usage import Rates, Work, Workload
-from ._faiss import FaissIndex, Ids, Rows, Unit
+from ._faiss import FaissIndex, FaissUnit, Ids, Keys, Rows, to_numpy
 from .base import Arrays, expect, require_faiss
 
 # Head room of M above the longest key seen, so that a slightly longer key does not open another graph.
@@ -54,7 +53,7 @@ class HnswIndex(FaissIndex):
         super().__init__(window, sample)
         self._ef_search, self._neighbors = ef_search, neighbors
 
-    def _new_unit(self) -> Unit:
+    def _new_unit(self) -> FaissUnit:
         return _HnswUnit(self._ef_search, self._neighbors)
 
 
@@ -67,16 +66,16 @@ class _Graph:
     rows: Ids
 
 
-class _HnswUnit(Unit):
+class _HnswUnit(FaissUnit):
     def __init__(self, ef_search: int, neighbors: int) -> None:
         self.ef_search, self.neighbors = ef_search, neighbors
         self.rows = self.dim = 0
         self.mean: Rows = np.zeros(0, dtype=np.float32)
         self.graphs: list[_Graph] = []  # by rising radius
 
-    def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
+    def build(self, keys: Keys, stops: list[int]) -> None:
         # FAISS has no HNSW for GPUs: the graph lives and is walked on the CPU, whatever the device.
-        self._take(keys, stops, lambda graph, vectors: graph.index.add(vectors))
+        self._take(to_numpy(keys(0, stops[-1])), stops, lambda graph, vectors: graph.index.add(vectors))
 
     def state(self) -> Arrays:
         arrays: Arrays = {}
@@ -87,9 +86,9 @@ class _HnswUnit(Unit):
             arrays[f"entry{number}"] = np.array([hnsw.entry_point], np.int32)
         return arrays
 
-    def restore(self, keys: Rows, stops: list[int], device: torch.device, state: Arrays) -> None:
+    def restore(self, keys: Keys, stops: list[int], state: Arrays) -> None:
         # The vectors and each node's levels follow from the rows; only the links are slow to find.
-        self._take(keys, stops, lambda graph, vectors: graph.index.storage.add(vectors))
+        self._take(to_numpy(keys(0, stops[-1])), stops, lambda graph, vectors: graph.index.storage.add(vectors))
         for number, graph in enumerate(self.graphs):
             _link(graph, expect(state, f"links{number}", np.int32, None), expect(state, f"entry{number}", np.int32, 1))
 

@@ -1,20 +1,23 @@
-"""IvfIndex: FAISS inverted lists over centred keys, trained again each time the rows have doubled."""
+"""IvfIndex: inverted lists over centred keys, trained again each time the rows have doubled."""
 
 import math
 from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from ..config import RetrievalConfig
 from ..query.usage import Rates, Work, Workload
-from ._faiss import FaissIndex, Ids, Rows, Unit, on_gpu
-from .base import Arrays, expect, require_faiss
+from ..store import KVStore, on_device
+from ._cells import ITERATIONS, LISTS_PER_ROOT, MIN_ROWS, Cells, expect_cells, lists_for, rows_to_train
+from ._faiss import FaissIndex, FaissUnit, Ids, Keys, Rows, Unit, to_numpy
+from ._scan import noise_of
+from .base import Arrays, Candidates, require_faiss
 
-# Rows below which nothing is trained: an exact scan of so few costs less than probing.
-MIN_ROWS = 1024
-# Lists for each root of the rows trained on.
-LISTS_PER_ROOT = 8
+# Rows whose keys are gathered at once.
+GATHERED = 1 << 18
 
 
 class IvfIndex(FaissIndex):
@@ -24,6 +27,9 @@ class IvfIndex(FaissIndex):
     between two trainings join the lists of the latest. Cells are found by distance and ranked by ``q.mean`` of the
     rows they hold now: on real keys, which drift, this recalls far more than FAISS's own training for inner products,
     which normalises the centroids and keeps them as trained.
+
+    Where rows are on the CPU, FAISS holds the lists, with a copy of the keys. On a device ``Cells`` does, of ids alone:
+    rows are scored where they lie, and ``search`` waits for nothing.
     """
 
     name = "ivf"
@@ -45,37 +51,61 @@ class IvfIndex(FaissIndex):
 
     @classmethod
     def bytes_for(cls, config: RetrievalConfig, rows: int, dim: int) -> int:
-        """See KeyIndex."""
-        lists, augmented = _lists_for(_rows_to_train(rows)), dim + config.samples
+        """See KeyIndex; where rows are on the CPU, and more than on a device."""
+        lists, augmented = lists_for(rows_to_train(rows)), dim + config.samples
         return (rows + 2 * lists) * 4 * augmented + 8 * rows + 8 * lists * augmented if rows else 0
 
     def __init__(self, window: int, nprobe: int, *, sample: bool = False) -> None:
         super().__init__(window, sample)
         self._nprobe = nprobe
 
-    def _new_unit(self) -> Unit:
+    def _new_unit(self) -> FaissUnit:
         return _IvfUnit(self._nprobe)
 
+    def _new_units(self, store: KVStore) -> list[Unit]:
+        return [Cells(self._nprobe)] if on_device(store.start) else super()._new_units(store)
 
-class _IvfUnit(Unit):
+    def search(
+        self, query: Tensor, store: KVStore, k: int, lo: Tensor, stop: int, lift: float | None = None
+    ) -> Candidates:
+        """See KeyIndex."""
+        by_row = [unit for units in self._units for unit in units if isinstance(unit, Cells)]
+        if not by_row:
+            return super().search(query, store, k, lo, stop, lift)
+        asked = self._asked(query, store.num_kv_heads, lift)
+        found = [cells.candidates(each, k) for cells, each in zip(by_row, asked, strict=True)]
+        width = max(k, *(ids.shape[2] for ids in found))
+        ids = torch.stack([pad(ids, (0, width - ids.shape[2]), value=-1) for ids in found])
+        ids = ids.view(*query.shape[:3], width)
+        ids = torch.where(ids < 0, ids, ids + lo[:, None, None, None])
+        ids = ids.masked_fill(ids >= stop, -1)
+        parts = ids.split(max(1, GATHERED // query.shape[:3].numel()), dim=3)
+        scores = torch.cat([store.scores(query, part, 1.0) for part in parts], dim=3)
+        if lift is not None:
+            scores += lift * noise_of(store, ids)
+        ids = ids.gather(3, scores.topk(k, dim=3).indices)
+        keys = store.rows[0]
+        means = sum(cells.means.nbytes for cells in by_row) * asked.shape[2]
+        return Candidates(ids, means + scores.numel() * keys.shape[3] * keys.element_size())
+
+
+class _IvfUnit(FaissUnit):
     def __init__(self, nprobe: int) -> None:
         self.nprobe = nprobe
         self.rows = self.trained_rows = self.lists = 0
         self.index: Any = None
-        self.gpu_index: Any = None
         self.cells: Any = None
         self.mean: Rows = np.zeros(0, dtype=np.float32)
         self.sums: np.ndarray[Any, Any] = np.zeros((0, 0))
         self.sizes: np.ndarray[Any, Any] = np.zeros(0)
 
-    def build(self, keys: Rows, stops: list[int], device: torch.device) -> None:
-        training = _rows_to_train(stops[-1])
+    def build(self, keys: Keys, stops: list[int]) -> None:
+        rows, training = to_numpy(keys(0, stops[-1])), rows_to_train(stops[-1])
         if training != self.trained_rows:
-            self._train(keys[:training])
+            self._train(rows[:training])
         for stop in stops:
             if stop > self.rows:
-                self._add(keys[self.rows : stop])
-        self.gpu_index = on_gpu(self.index, device)
+                self._add(rows[self.rows : stop])
 
     def state(self) -> Arrays:
         if self.index is None:
@@ -89,22 +119,16 @@ class _IvfUnit(Unit):
                 nearest[faiss.rev_swig_ptr(self.index.invlists.get_ids(cell), size)] = cell
         return {"centroids": cells.reshape(self.lists, -1).copy(), "nearest": nearest, "sums": self.sums.copy()}
 
-    def restore(self, keys: Rows, stops: list[int], device: torch.device, state: Arrays) -> None:
-        rows = stops[-1]
-        training = _rows_to_train(rows)
-        lists, dim = _lists_for(training), keys.shape[1]
-        centroids, sums = expect(state, "centroids", np.float32, lists, dim), expect(state, "sums", float, lists, dim)
-        nearest = expect(state, "nearest", np.int32, rows)
-        if rows and (nearest.min() < 0 or nearest.max() >= lists):
-            raise ValueError(f"nearest has cells from {nearest.min()} to {nearest.max()}, expected 0 to {lists - 1}")
-        self._start(keys[:training], centroids)
+    def restore(self, keys: Keys, stops: list[int], state: Arrays) -> None:
+        rows = to_numpy(keys(0, stops[-1]))
+        centroids, nearest, sums = expect_cells(state, "", *rows.shape)
+        self._start(rows[: rows_to_train(len(rows))], centroids)
         self.sums = sums.copy()
-        self._join(keys[:rows] - self.mean, nearest.astype(np.int64))
-        self.gpu_index = on_gpu(self.index, device)
+        self._join(rows - self.mean, nearest.astype(np.int64))
 
     def _train(self, keys: Rows) -> None:
         kmeans = require_faiss().Kmeans(
-            keys.shape[1], _lists_for(len(keys)), niter=10, seed=1, min_points_per_centroid=1
+            keys.shape[1], lists_for(len(keys)), niter=ITERATIONS, seed=1, min_points_per_centroid=1
         )
         kmeans.train(keys - keys.mean(axis=0, dtype=np.float32))
         self._start(keys, kmeans.centroids)
@@ -152,9 +176,6 @@ class _IvfUnit(Unit):
         everything = self.rows < MIN_ROWS or k >= self.rows
         probed = self.lists if everything else min(self.nprobe, self.lists)
         params = faiss.SearchParametersIVF(nprobe=probed, **options)
-        if self.gpu_index is not None and stop is None:
-            _, ids = self.gpu_index.search(query, k, params=params)
-            return ids, len(query) * (self.lists + probed * self.rows // self.lists)
         faiss.cvar.indexIVF_stats.reset()
         _, ids = self.index.search(query, k, params=params)
         return ids, int(faiss.cvar.indexIVF_stats.ndis) + len(query) * self.lists
@@ -173,15 +194,3 @@ class _IvfUnit(Unit):
 
     def describe(self) -> dict[str, Any]:
         return {"lists": self.lists, "nprobe": min(self.nprobe, self.lists), "trained on rows": self.trained_rows}
-
-
-def _rows_to_train(length: int) -> int:
-    """How many rows the latest training covers: a function of the length alone, not of the calls that led to it."""
-    training = MIN_ROWS
-    while 2 * training <= length:
-        training *= 2
-    return min(training, length)
-
-
-def _lists_for(rows: int) -> int:
-    return min(rows, round(LISTS_PER_ROOT * math.sqrt(rows)))
