@@ -1,10 +1,11 @@
 """A GPU's decode steps, against torch's flash attention in the same process; sealing; rows in host memory; the default.
 
-  python -m benchmarks.gpu                                    checked, then timed: two minutes
+  python -m benchmarks.gpu                                    checked, then timed
   python -m benchmarks.gpu --stages decode --batches 1 8      a stage alone, other sizes
   python -m benchmarks.gpu --captured FILE                    errors on rows of a model, too
 
-Heads of Llama-3-8B (32 query heads over 8 KV heads, D=128) in bfloat16. Each step is replayed from a CUDA graph that
+Checked are the tests that a GPU runs, and small steps under compute-sanitizer (memcheck, racecheck); figures are of
+heads of Llama-3-8B (32 query heads over 8 KV heads, D=128) in bfloat16. Each step is replayed from a CUDA graph that
 goes through several stores, so that their rows are in no cache; the median of replays. Rows are random, in clusters of
 clusters, in lists of 20 to 44 rows; captured files hold rows of a model, which are sealed here. The default config is
 timed outside graphs, as a call takes it. Stages are written to gpu.json as they end. What fails its check is not timed.
@@ -28,6 +29,7 @@ from index_kernels import ListReading, attend_segmented
 from index_kernels.segmented import rows_opened
 
 from ._common import OUT_HELP, results_folder, write_json
+from ._gpu_checks import checks
 from ._gpu_model import model_speed
 from ._gpu_stages import captured_errors, default, flash, graph_seconds, offload, rates_here, sealing
 from ._gpu_stores import DIM, HEADS, KV_HEADS, Store, exact, made_store, relative_error
@@ -36,7 +38,7 @@ SIZES = (8192, 32768, 131072, 1048576)
 # Bytes that a graph goes through at least: several times the second-level caches of an H100 and an H200.
 ROTATED = 400 << 20
 MOST_STORES = 12
-STAGES = ("decode", "sealing", "offload", "default", "model")
+STAGES = ("checks", "decode", "sealing", "offload", "default", "model")
 MODEL_ROWS = 32768
 # Sinks and hot rows are not among the rows that stand in lists.
 N_SINK, HOT = 4, 128
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = (args.out or results_folder(False)) / "gpu.json"
     results: dict[str, Any] = {
         "card": torch.cuda.get_device_name(), "torch": torch.__version__, "heads": HEADS, "kv_heads": KV_HEADS,
-        "errors": [], "steps": [], "sealing": [], "offload": [], "rates": [], "default": [],
+        "checks": [], "errors": [], "steps": [], "sealing": [], "offload": [], "rates": [], "default": [],
         "model": [],
     }  # fmt: skip
 
@@ -125,6 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in lines:
             print(name, {key: value for key, value in line.items() if key != "plan"}, flush=True)
 
+    if "checks" in args.stages:
+        stage("checks", checks)
     for file in args.captured:
         stage("errors", partial(captured_errors, file), file=file.name)
     if "decode" in args.stages:
@@ -159,6 +163,7 @@ def table(results: dict[str, Any]) -> str:
             f"| {line['rows']:,} | {line['batch']} | {line['rows_read']:,.0f} | {micro} | {line['times']:.2f} | "
             f"{line['error']:.4f} |"
         )
+    lines += [f"\n{line['check']}: {line.get('says') or 'FAILED, see gpu.json'}" for line in results["checks"]]
     lines += [
         f"\nSealing {line['rows']:,} rows of {KV_HEADS} heads: {1e3 * line['seconds']:.1f} ms a layer."
         for line in results["sealing"]

@@ -15,6 +15,7 @@ pytest.importorskip("numba")
 
 from benchmarks import __main__ as everything
 from benchmarks import (
+    _gpu_checks,
     _stores,
     bench_decode,
     bench_frontier,
@@ -362,3 +363,35 @@ def test_the_page_leaves_rough_records_out_and_names_what_was_not_measured(tmp_p
     shown = readme.page(readme.records_in(tmp_path))
     assert "| logits, relative L2: m, code, 100 tokens | 0.02 | 0.01 | 0.03 | **missed** |  |" in shown
     assert "Not measured: `make bench` has left no record." in shown
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "passes"),
+    [
+        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
+        ("ERROR SUMMARY: 0 errors", 0, True),
+        ("ERROR SUMMARY: 0 errors", 1, False),
+        ("RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", 0, False),
+        ("no GPU", 0, False),
+    ],
+)
+def test_a_check_of_kernels_passes_only_where_its_tool_says_so(says, code, passes, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(_gpu_checks, "TESTS", tmp_path / "none")
+    assert all("failed" in line for line in _gpu_checks.checks()), "there are no tests, and no such tool"
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========= {says}'\nexit {code}\n")
+    tool.chmod(0o755)
+    for line in _gpu_checks.checks()[1:]:
+        assert says.endswith(line["says"]) if passes else says in line["failed"]
+
+
+@pytest.mark.parametrize(("body", "passes"), [("assert cuda", True), ("assert not cuda", False)])
+def test_the_tests_of_a_gpu_count_as_passed_only_where_none_failed(body, passes, tmp_path, monkeypatch):
+    (tmp_path / "test_it.py").write_text(
+        f"def test_cuda():\n    cuda = 1\n    {body}\n\n\ndef test_cpu():\n    1 / 0\n"
+    )
+    monkeypatch.setattr(_gpu_checks, "TESTS", tmp_path)
+    found = _gpu_checks.checks()[0]
+    assert found.get("says", "").startswith("1 passed") == passes
+    assert ("1 failed" in found.get("failed", "")) != passes
