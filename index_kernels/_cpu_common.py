@@ -191,6 +191,15 @@ def part_of_rows(w, H, start, stop, parts):
 
 
 @inner
+def segment_part(w, H, bounds, start):
+    """Part w of a call over segments that end at ``bounds``: segment, b and h, its first row and how many it has."""
+    units = start.size * H
+    s, b, h = w // units, w % units // H, w % H
+    lo = max(bounds[s], start[b])
+    return s, b, h, lo, max(bounds[s + 1] - lo, 0)
+
+
+@inner
 def load_query(query, b, h, scale, q):
     G, D = q.shape
     for g in range(G):

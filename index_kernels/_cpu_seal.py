@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from ._cpu_common import FAST, F, inner
+from ._cpu_common import FAST, F, inner, segment_part
 from ._cpu_kmeans import cluster, copy_row
 from ._cpu_parts import each
 from ._cpu_seal_lists import write_lists, write_supers
@@ -57,16 +57,10 @@ def _room(bounds, heads, rows_per_super):
 @inner
 def _cluster_head(t, dealt, rows, start, bounds, how, found):
     """Cluster the rows of the segment and KV head dealt to place t, in the metric."""
-    w = dealt[t]
-    if w < 0:
+    if dealt[t] < 0:
         return
-    B, H = rows.keys.shape[:2]
-    s = w // (B * H)
-    bh = w % (B * H)
-    b = bh // H
-    h = bh % H
-    lo = max(bounds[s], start[b])
-    n = bounds[s + 1] - lo
+    s, b, h, lo, n = segment_part(dealt[t], rows.keys.shape[1], bounds, start)
+    bh = b * rows.keys.shape[1] + h
     if n > 0:
         x = rows.in_metric[b, h, lo - bounds[0] : bounds[s + 1] - bounds[0]]
         found.lists[s, bh], found.supers[s, bh] = cluster(
@@ -115,17 +109,10 @@ def _ordered(rows, first, order):
 @inner
 def _write_head(t, dealt, rows, positions, codes, start, bounds, first_segment, coded, found, lists, supers, segments):
     """Permute the rows of the segment and KV head dealt to place t, and write what is known of their lists."""
-    w = dealt[t]
-    if w < 0:
+    if dealt[t] < 0:
         return
-    B, H = rows.keys.shape[:2]
-    s = w // (B * H)
-    bh = w % (B * H)
-    b = bh // H
-    h = bh % H
-    segment = first_segment + s
-    lo = max(bounds[s], start[b])
-    n = max(bounds[s + 1] - lo, 0)
+    s, b, h, lo, n = segment_part(dealt[t], rows.keys.shape[1], bounds, start)
+    bh, segment = b * rows.keys.shape[1] + h, first_segment + s
     order, at = found.order[s, bh, :n], positions[b, h]
     came = np.empty(n, np.int32)
     for i in range(n):

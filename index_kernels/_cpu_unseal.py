@@ -6,7 +6,7 @@
 import numpy as np
 from numba import njit
 
-from ._cpu_common import inner
+from ._cpu_common import inner, segment_part
 from ._cpu_kmeans import copy_row
 from ._cpu_parts import each
 
@@ -14,11 +14,8 @@ from ._cpu_parts import each
 @inner
 def _unseal_head(w, all_keys, all_values, all_positions, start, bounds):
     """Put the rows of one segment and KV head back in position order."""
-    B, H = all_keys.shape[:2]
-    s, b, h = w // (B * H), w % (B * H) // H, w % H
+    _, b, h, lo, n = segment_part(w, all_keys.shape[1], bounds, start)
     keys, values, positions = all_keys[b, h], all_values[b, h], all_positions[b, h]
-    lo = max(bounds[s], start[b])
-    n = max(0, bounds[s + 1] - lo)
     key_rows = np.empty((n, keys.shape[1]), keys.dtype)
     value_rows = np.empty((n, values.shape[1]), values.dtype)
     at = np.empty(n, np.int64)

@@ -3,13 +3,16 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (Triton compiles the kernels' source itself; their arguments have no Python types to declare.)
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # What a tile of rows times dimensions may hold: 64 float32 registers per thread of four warps.
 TILE_ELEMENTS = 8192
 
@@ -36,6 +39,13 @@ def finish(peak, mass, total):
 def softcapped(logits, softcap):
     """``softcap * tanh(logits / softcap)``; Triton's own tanh is a vendor library call."""
     return softcap * (2 * tl.sigmoid(2 * (logits / softcap)) - 1)
+
+
+def dot_type(*tensors: Tensor) -> Any:
+    """In which type rows are multiplied: their own where it is one, on a device; Triton's interpreter knows float32."""
+    kinds = {tensor.dtype for tensor in tensors}
+    narrow = len(kinds) == 1 and os.environ.get("TRITON_INTERPRET") != "1"
+    return DOT_TYPES[kinds.pop()] if narrow else tl.float32
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:

@@ -7,7 +7,7 @@ likewise. Of many rows super-lists are ranked first, and only the lists of the b
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_coded_kernels import attend_coded_kernel, choose_kernel
-from ._triton_common import device_of
+from ._triton_common import device_of, dot_type
 from ._triton_segmented_kernels import (
     BINS,
     HELD_BITS,
@@ -36,7 +36,17 @@ from ._triton_segmented_kernels import (
 )
 from .lists import weights_by_place
 from .packed import SCALE_BYTES, scales, turned_for_codes
-from .summaries import MANY_ROWS, Array, ListArrays, ListReading, ListTable, SegmentedAnswer, SuperListArrays
+from .summaries import (
+    CODES,
+    LEVELS,
+    MANY_ROWS,
+    Array,
+    ListArrays,
+    ListReading,
+    ListTable,
+    SegmentedAnswer,
+    SuperListArrays,
+)
 
 # Programs per multiprocessor: of those that score summaries; that read opened lists and summaries; that choose rows by
 # code. What was fastest on an H100.
@@ -47,7 +57,6 @@ SUMMARY_COST = 0.7
 # a unit at most; numbers that a program merges.
 BLOCK_LISTS, BLOCK_RANKED, BLOCK_LAID, MOST_PROGRAMS, MERGED = 64, 512, 256, 16, 32
 LISTS_PER_SUPER_LIST, ROWS_PER_LIST = 16, 32
-DOT_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True)
@@ -74,15 +83,20 @@ class Level:
         return self.size.shape[2]
 
     @classmethod
-    def of(cls, arrays: ListArrays | SuperListArrays, device: torch.device) -> "Level":
-        """Copied once for each table."""
+    def of(
+        cls, arrays: ListArrays | SuperListArrays, device: torch.device, before: "Level | None" = None, first: int = 0
+    ) -> "Level":
+        """Entries from ``first`` on are copied to the device; those before are ``before``'s, which is used up."""
         most = int(arrays.used.max())
         room = max(BLOCK_LISTS, most + -most % BLOCK_LISTS)
-        used = torch.arange(room) < torch.from_numpy(arrays.used)[..., None]
+        if before is not None:
+            # Where it grows, more is to come.
+            room = before.room if room <= before.room <= room + BLOCK_LISTS else room + BLOCK_LISTS
+        used = torch.arange(first, room) < torch.from_numpy(arrays.used)[..., None]
 
         def plane(array: Array) -> Tensor:
-            rows = torch.from_numpy(array[:, :, :room])
-            padded = rows.new_zeros((*rows.shape[:2], room, *rows.shape[3:]))
+            rows = torch.from_numpy(array[:, :, first:room])
+            padded = rows.new_zeros((*rows.shape[:2], room - first, *rows.shape[3:]))
             padded[:, :, : rows.shape[2]] = rows
             return padded
 
@@ -96,7 +110,11 @@ class Level:
             begin, held, size, plane(arrays.variance), key[..., :-SCALE_BYTES], scales(key),
             value[..., :-SCALE_BYTES], scales(value),
         )  # fmt: skip
-        return cls(int(arrays.used.sum()), *(part.contiguous().to(device) for part in parts))
+        total = int(arrays.used.sum())
+        if before is None:
+            return cls(total, *(part.contiguous().to(device) for part in parts))
+        kept = [getattr(before, plane.name) for plane in fields(cls)[1:]]
+        return cls(total, *(_changed(*each, first, room) for each in zip(kept, parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -110,9 +128,13 @@ class Planes:
 
     @classmethod
     def of(cls, table: ListTable, device: torch.device) -> "Planes":
-        """Copied once for each table."""
+        """Copied for each table, but for what the table before it had copied."""
         shape, cross = (torch.from_numpy(bits).view(torch.float16).to(device) for bits in (table.shape, table.cross))
-        return cls(Level.of(table.lists, device), Level.of(table.supers, device), shape, cross)
+        kept: Planes | None = table.taken_over(device, LEVELS)
+        if kept is None or table.before is None:
+            return cls(Level.of(table.lists, device), Level.of(table.supers, device), shape, cross)
+        lists = Level.of(table.lists, device, kept.lists, int(table.before.lists.min()))
+        return cls(lists, Level.of(table.supers, device, kept.supers, int(table.before.supers.min())), shape, cross)
 
 
 @dataclass(frozen=True)
@@ -124,9 +146,33 @@ class CodePlanes:
 
     @classmethod
     def of(cls, table: ListTable, device: torch.device) -> "CodePlanes":
-        """Copied once for each table."""
-        codes = torch.from_numpy(table.codes).to(device)
-        return cls(codes[..., :-SCALE_BYTES].contiguous(), scales(codes))
+        """Copied for each table, but for what the table before it had copied."""
+        kept: CodePlanes | None = table.taken_over(device, CODES)
+        if kept is None or table.before is None:
+            codes = torch.from_numpy(table.codes).to(device)
+            return cls(codes[..., :-SCALE_BYTES].contiguous(), scales(codes))
+        first = int(_row_after(table.lists, table.before.lists).min())
+        stop = int(_row_after(table.lists, table.lists.used).max())
+        codes, room = torch.from_numpy(table.codes[:, :, first:stop]).to(device), table.codes.shape[2]
+        numbers = _changed(kept.numbers, codes[..., :-SCALE_BYTES], first, room)
+        return cls(numbers, _changed(kept.steps, scales(codes), first, room))
+
+
+def _changed(kept: Tensor, part: Tensor, first: int, room: int) -> Tensor:
+    """``kept [B, Hkv, n, ...]`` with ``part`` from ``first`` on: itself where it has the room, else a copy."""
+    if kept.shape[2] != room:
+        kept, before = kept.new_zeros(*kept.shape[:2], room, *kept.shape[3:]), kept
+        kept[:, :, :first] = before[:, :, :first]
+    kept[:, :, first : first + part.shape[2]] = part
+    return kept
+
+
+def _row_after(lists: ListArrays, count: Array) -> Array:
+    """The row after the first ``count [B, Hkv]`` lists; 0 where there are none."""
+    last = np.maximum(count - 1, 0)[..., None]
+    begin, size = (np.take_along_axis(part, last, axis=2)[..., 0] for part in (lists.begin, lists.size))
+    after: Array = np.where(count > 0, begin + size, 0)
+    return after
 
 
 @cache
@@ -222,7 +268,7 @@ def attend_segmented(
         raise ValueError("packed int8 rows are read on the CPU only: use float16 rows on a GPU")
     batch, heads, _, dim = query.shape
     kv_heads, stored, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
-    planes = table.on(query.device, "planes", Planes.of)
+    planes = table.on(query.device, LEVELS, Planes.of)
     lists, supers = planes.lists, planes.supers
     two_level = how.sealed >= MANY_ROWS and max(budget, how.rows_opened) < kv_heads * how.sealed
     call = Shape(
@@ -232,7 +278,7 @@ def attend_segmented(
     least = 0 if budget >= kv_heads * how.sealed else 1
     hot = how.n_sink + how.length - how.sealed
     group, room, units = heads // kv_heads, lists.room, batch * kv_heads
-    dot = _dot_type(query, keys, values)
+    dot = dot_type(query, keys, values)
     shapes, scoring, attending = _shapes(dim, value_dim, group, wide=dot == tl.float32)
     hot_parts = max(1, min(MOST_HOT_PARTS, triton.cdiv(hot, scoring["BLOCK"])))
     # States of rows, then of codes, of summaries of lists and of super-lists, of sinks and hot rows.
@@ -293,7 +339,7 @@ def attend_segmented(
             **laying,
         )  # fmt: skip
         if by_code:
-            codes: CodePlanes = table.on(query.device, "code planes", CodePlanes.of)
+            codes: CodePlanes = table.on(query.device, CODES, CodePlanes.of)
             turned = asked.view(-1, dim).float() @ _turning(dim, float(how.scale), query.device)
             if details:
                 row_logits = torch.full((batch * heads, limit), float("-inf"), device=query.device)
@@ -442,10 +488,3 @@ def _coded_shapes(shapes: dict[str, int], *, wide: bool) -> tuple[dict[str, int]
     usual = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}
     choosing = usual if width > 128 else usual | {"BLOCK": 64}
     return choosing, usual if width <= (64 if wide else 128) else usual | {"BLOCK": 16, "num_warps": 8}
-
-
-def _dot_type(*tensors: Tensor) -> Any:
-    """In which type rows are multiplied: their own where it is one, on a device; Triton's interpreter knows float32."""
-    kinds = {tensor.dtype for tensor in tensors}
-    narrow = len(kinds) == 1 and os.environ.get("TRITON_INTERPRET") != "1"
-    return DOT_TYPES[kinds.pop()] if narrow else tl.float32

@@ -1,6 +1,7 @@
 """attend_block: a block of a prompt's positions over a store of lists, which all positions of the block share.
 
-The torch code is the specification, and what serves GPUs; on the CPU kernels read the rows where they stand.
+The torch code is the specification, and with a kernel that reads the rows where they stand it serves GPUs; on the CPU
+kernels do all of it.
 """
 
 import time
@@ -109,7 +110,7 @@ def attend_block(
         table: the lists of rows ``0 .. how.sealed``.
         how: see BlockReading.
         start: int64 ``[B]``, first valid row of each batch row; all before the block.
-        backend: "auto", "reference" or "numba"; GPUs are served by the reference.
+        backend: "auto", "reference", "numba" or "triton".
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or rows of the block in lists; states what was received.
@@ -122,13 +123,16 @@ def attend_block(
             f"a block at rows {first} to {first + m} with {how.sealed} rows in lists, valid from {start.tolist()} on: "
             "expected all of them before the block"
         )
-    if resolve_backend(query, backend) == "numba":
+    chosen = resolve_backend(query, backend)
+    if chosen == "numba":
         return BlockAnswer(*_fused().attend(query, keys, values, table, how, start))
-    return _attend(_Rows(keys, values, heads // kv_heads, how), query, table, start)
+    source = _RowsOnDevice if chosen == "triton" else _Rows
+    return _attend(source(query, keys, values, heads // kv_heads, how), table, start)
 
 
-def _attend(source: "_Rows", query: Tensor, table: ListTable, start: Tensor) -> BlockAnswer:
-    how, group, m = source.how, source.group, query.shape[2]
+def _attend(source: "_Rows", table: ListTable, start: Tensor) -> BlockAnswer:
+    query, how, group = source.query, source.how, source.group
+    m = query.shape[2]
     began, first = time.perf_counter(), source.keys.shape[2] - m
     levels = table.levels(query.device)
     lists = levels.lists
@@ -212,8 +216,8 @@ def _log(size: Tensor) -> Tensor:
 class _Rows:
     """The sources of a block in torch: all logits as they stand."""
 
-    def __init__(self, keys: Tensor, values: Tensor, group: int, how: BlockReading) -> None:
-        self.keys, self.values, self.group, self.how = keys, values, group, how
+    def __init__(self, query: Tensor, keys: Tensor, values: Tensor, group: int, how: BlockReading) -> None:
+        self.query, self.keys, self.values, self.group, self.how = query, keys, values, group, how
 
     def exact(self, asking: _Asking, start: Tensor, first: int) -> _State:
         """Sinks and newest rows, causal."""
@@ -221,17 +225,14 @@ class _Rows:
         sinks = start[:, None] + torch.arange(self.how.n_sink, device=device)
         newest = torch.arange(self.how.sealed, length, device=device).expand(len(start), -1)
         kept = torch.cat([sinks < first, newest >= (start + self.how.n_sink).clamp(max=first)[:, None]], dim=1)
-        places = torch.cat([sinks.clamp(max=length - 1), newest], dim=1)[:, None]
-        at = torch.arange(first, length, device=device).repeat_interleave(self.group)
-        seen = kept[:, None, None] & (places[:, :, None] <= at[:, None])
-        return self._rows(asking, places.expand(-1, self.keys.shape[1], -1), seen)
+        places = torch.cat([sinks, newest], dim=1).masked_fill(~kept, -1)[:, None].expand(-1, self.keys.shape[1], -1)
+        return self._rows(asking, places, torch.arange(first, length, device=device).repeat_interleave(self.group))
 
     def with_lists(self, asking: _Asking, state: _State, opened: Summaries) -> tuple[_State, Tensor]:
         """The state with the rows of the lists opened, and their log-sum-exp."""
         runs = [row_places(*run) for run in zip(opened.begin.flatten(0, 1), opened.size.flatten(0, 1), strict=True)]
         places = torch.nn.utils.rnn.pad_sequence(runs, batch_first=True, padding_value=-1)
-        places = places.view(*opened.size.shape[:2], -1)
-        own = self._rows(asking, places.clamp(min=0), (places >= 0)[:, :, None])
+        own = self._rows(asking, places.view(*opened.size.shape[:2], -1), None)
         return _merged(state, own), own[1]
 
     def with_summaries(self, asking: _Asking, state: _State, lists: Summaries) -> tuple[_State, Tensor]:
@@ -243,15 +244,29 @@ class _Rows:
         out = weights @ lists.value + self.how.beta * tilt * (asking.q @ lists.cross)
         return _merged(state, (out, lse)), lse
 
-    def _rows(self, asking: _Asking, places: Tensor, seen: Tensor) -> _State:
-        """The rows at ``places [B, Hkv, n]``, as far as they are ``seen``: bool, ``[B, Hkv or 1, m * G or 1, n]``."""
+    def _rows(self, asking: _Asking, places: Tensor, at: Tensor | None) -> _State:
+        """The rows at ``places [B, Hkv, n]``, -1 for none, up to the queries' positions ``at``; None: all before."""
         keys, values = (
-            floats(rows.gather(2, places[..., None].expand(-1, -1, -1, rows.shape[3]))).float()
+            floats(rows.gather(2, places.clamp(min=0)[..., None].expand(-1, -1, -1, rows.shape[3]))).float()
             for rows in (self.keys, self.values)
         )
+        seen = (places >= 0)[:, :, None]
+        if at is not None:
+            seen = seen & (places[:, :, None] <= at[:, None])
         logits = softcapped(asking.q @ keys.transpose(2, 3), self.how.softcap).masked_fill(~seen, float("-inf"))
         lse = torch.logsumexp(logits, dim=-1)
         return torch.exp(logits - lse[..., None]).nan_to_num() @ values, lse
+
+
+class _RowsOnDevice(_Rows):
+    """Rows are read by a Triton kernel; what is one product for a summary stays in torch."""
+
+    def _rows(self, asking: _Asking, places: Tensor, at: Tensor | None) -> _State:
+        how, kernels = self.how, import_module("index_kernels._triton_blocks")
+        found: _State = kernels.attend_places(
+            self.query, self.keys, self.values, places, scale=how.scale, softcap=how.softcap
+        )
+        return found
 
 
 @cache

@@ -21,6 +21,8 @@ Array = np.ndarray[Any, Any]
 # What a trace of residuals is taken for where all rows are alike.
 SMALLEST_TRACE = 1e-20
 LARGEST_HALF = float(np.finfo(np.float16).max)
+# What kernels of a GPU keep of lists there, by name, and bring up to date when some change.
+ON_DEVICES = LEVELS, CODES = "levels on a device", "codes on a device"
 # Rows from which on a GPU ranks super-lists first, where not all are to be opened.
 MANY_ROWS = 1 << 18
 
@@ -129,12 +131,21 @@ class Levels:
         return replace(self.lists, **parts)
 
 
+class Before(NamedTuple):
+    """What a device was given of lists before some of them changed, and how many ``[B, Hkv]`` are what they were."""
+
+    made: dict[Any, Any]
+    lists: Array
+    supers: Array
+
+
 @dataclass(frozen=True)
 class ListTable:
     """The lists of all segments of a store: arrays as the CPU kernels read them. Made anew when a list changes.
 
     shape ``[B, Hkv, D, D]`` and cross ``[B, Hkv, D, Dv]`` are float16, as uint16 bits. codes ``[B, Hkv, T, ...]`` int8
     are of each row's key less the mean key of its list, see packed.py; T at least the rows that stand in lists.
+    ``before``: what is left of the table before this one, to be brought up to date.
     """
 
     lists: ListArrays
@@ -142,6 +153,7 @@ class ListTable:
     shape: Array
     cross: Array
     codes: Array
+    before: Before | None = field(default=None, compare=False, repr=False)
     _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def levels(self, device: torch.device) -> Levels:
@@ -158,6 +170,14 @@ class ListTable:
         if place not in self._cache:
             self._cache[place] = made(self, device)
         return self._cache[place]
+
+    def taken_over(self, device: torch.device, what: Hashable) -> Any:
+        """What the table before this one had made, for this one to change; None where there is none."""
+        return None if self.before is None else self.before.made.pop((what, device), None)
+
+    def made(self, *whats: Hashable) -> dict[Any, Any]:
+        """What was made of these, by name and device."""
+        return {place: part for place, part in self._cache.items() if place[0] in whats}
 
     def codes_on(self, device: torch.device) -> Tensor:
         """The codes on a device; copied once."""
@@ -178,7 +198,7 @@ class ListTable:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy must look at its own arrays.
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "before": None, "_cache": {}}
 
     def _to(self, device: torch.device) -> Levels:
         most, most_supers = int(self.lists.used.max()), int(self.supers.used.max())

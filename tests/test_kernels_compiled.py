@@ -88,6 +88,13 @@ def launch_merge_states(dtype, dim):
     launch("merge_states", torch.zeros(20, 1, 8, 1, dim, dtype=dtype), torch.zeros(20, 1, 8, 1, dtype=dtype))
 
 
+def launch_places(dtype, dim):
+    query, rows = torch.zeros(1, 8, 512, dim, dtype=dtype), torch.zeros(1, 2, ROWS, dim, dtype=dtype)
+    places = torch.zeros(1, 2, 1000, dtype=torch.int64)
+    for softcap in (None, 30.0):
+        launch("attend_places", query, rows, rows, places, scale=0.1, softcap=softcap, file="blocks")
+
+
 def launch_sizes_of_one(dtype, dim):
     """Triton turns every size of one into a constant, which takes other paths through its compiler."""
     row, one = torch.zeros(1, 1, 1, dim, dtype=dtype), torch.zeros(1, dtype=torch.int64)
@@ -139,6 +146,7 @@ CASES = {
         LIST_KERNELS | {"choose_kernel", "attend_coded_kernel"},
     ),
     "segmented": (partial(launch_segmented, WHOLE), {torch.bfloat16: (128, 256)}, LIST_KERNELS),
+    "places": (launch_places, {torch.float32: (64,), torch.bfloat16: (80, 128, 256)}, {"attend_places_kernel"}),
     "sizes_of_one": (
         launch_sizes_of_one,
         {torch.float32: (64,)},
@@ -183,7 +191,7 @@ class Recorder:
 def record(case, dtype, dim):
     launches, patch = [], pytest.MonkeyPatch()
     patch.setattr("index_kernels._triton_segmented.MANY_ROWS", 0)
-    for name in ("attend_rows", "top_k", "merge_states", "segmented"):
+    for name in ("attend_rows", "top_k", "merge_states", "segmented", "blocks"):
         module = import_module(f"index_kernels._triton_{name}")
         for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
             patch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))

@@ -3,9 +3,12 @@
 Under Triton's interpreter, and on a GPU where there is one.
 """
 
+import copy
+
+import numpy as np
 import pytest
 import torch
-from conftest import TRITON
+from conftest import TRITON, database, random_rows
 from test_kernels_segmented import CASES, LENGTH, SEALED, assert_near, sealed_store
 
 from index_kernels import attend_rows, lists, merge_states
@@ -14,7 +17,9 @@ from index_kernels.segmented import _exact_ranges
 
 pytest.importorskip("triton")
 
+from index_kernels import _triton_segmented as kernels
 from index_kernels.segmented import rows_opened
+from index_kernels.summaries import CODES, LEVELS
 
 # Relative error of products in the rows' own type, on tensor cores; the interpreter multiplies in float32.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 5e-3}
@@ -160,3 +165,61 @@ def test_the_same_call_gives_the_same_bits(run, backend):
     assert torch.equal(first.out, second.out)
     assert torch.equal(first.lse, second.lse)
     assert LENGTH > SEALED
+
+
+def holds(index, device):
+    """What a device is given of an index's lists and codes, brought up to date where it was given some before."""
+    table, where = index.table, torch.device(device)
+    return table.on(where, LEVELS, kernels.Planes.of), table.on(where, CODES, kernels.CodePlanes.of)
+
+
+def assert_up_to_date(index, device, found):
+    """The same numbers as a copy of everything would have, as far as there are lists; no rows behind them."""
+    table, where = copy.deepcopy(index.table), torch.device(device)
+    planes, codes = kernels.Planes.of(table, where), kernels.CodePlanes.of(table, where)
+    for got, want, used in (
+        (found[0].lists, planes.lists, table.lists.used), (found[0].supers, planes.supers, table.supers.used),
+    ):  # fmt: skip
+        assert got.used == want.used
+        for at in np.ndindex(*used.shape):
+            count = int(used[at])
+            for plane in ("begin", "held", "size", "variance", "key", "key_scale", "value", "value_scale"):
+                assert torch.equal(getattr(got, plane)[at][:count], getattr(want, plane)[at][:count]), plane
+            assert not got.size[at][count:].any()
+    assert torch.equal(found[0].shape, planes.shape)
+    assert torch.equal(found[0].cross, planes.cross)
+    sealed, first = len(index), int(table.lists.begin[..., 0].max())
+    assert torch.equal(found[1].numbers[:, :, first:sealed], codes.numbers[:, :, first:sealed])
+    assert torch.equal(found[1].steps[:, :, first:sealed], codes.steps[:, :, first:sealed])
+
+
+def test_only_lists_that_changed_are_sent_to_a_device_again(device):
+    db = database(*random_rows(1400, batch=2))
+    found, kept_rooms, kept_lists = holds(db.index, device), 0, 0
+    assert_up_to_date(db.index, device, found)
+    for change in (130, 128, 700, 128, 128, -200, 128, 1500, 128, 64, 128):
+        before = found
+        marked = before[0].lists.variance[:, :, 0].clone()
+        before[0].lists.variance[:, :, 0] = -1.0
+        if change > 0:
+            db.insert(*random_rows(change, batch=2))
+            if change == 64:
+                db.insert(*random_rows(100, batch=2))  # two changes, of which the device hears at once
+        else:
+            db.truncate(len(db) + change)
+        found = holds(db.index, device)
+        first = found[0].lists.variance[:, :, 0]
+        if (first == -1.0).all():
+            kept_lists += 1
+            first.copy_(marked)
+        kept_rooms += found[0].lists.key.data_ptr() == before[0].lists.key.data_ptr()
+        assert_up_to_date(db.index, device, found)
+    assert kept_lists >= 5
+    assert kept_rooms >= 3
+    twin = db.fork()
+    twin.insert(*random_rows(300, batch=2))
+    db.insert(*random_rows(300, batch=2))
+    for each in (twin, db):
+        assert_up_to_date(each.index, device, holds(each.index, device))
+    db.select(torch.tensor([1, 1, 0]))
+    assert_up_to_date(db.index, device, holds(db.index, device))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_rows
+from conftest import TRITON, random_rows
 
 import dbattn
 from dbattn import RetrievalConfig, dense_attention
@@ -151,6 +151,30 @@ def test_the_cpus_kernels_answer_as_the_specification(softcap, storage):
     torch.testing.assert_close(fast.out, slow.out, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(fast.lse_by_source, slow.lse_by_source, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(fast.lse, fast.lse_by_source.logsumexp(dim=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "value_dim", "softcap"),
+    [
+        (torch.float32, 16, 16, None), (torch.float32, 80, 24, 5.0), (torch.bfloat16, 64, 64, None),
+        (torch.float16, 128, 128, 30.0), (torch.bfloat16, 256, 256, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", TRITON)
+def test_a_gpu_reads_a_block_as_the_specification_says(run, backend, dtype, dim, value_dim, softcap):
+    if backend == "triton-interpreter" and dtype != torch.float32:
+        pytest.skip("the interpreter multiplies in float32 whatever the type")
+    query, keys, values = topical(2800, batch=2, dim=dim)
+    query, keys, values = (rows.to(dtype) for rows in (query, keys, values[..., :value_dim]))
+    db = reader(keys, values, torch.tensor([0, 700]))
+    db.index.seal_before(db.store, db.store.start + 4, 2560)
+    how = BlockReading(len(db.index), 4, 2 * 256, dim**-0.5, softcap, 0.38, 0.7, True)
+    call = "attend_block", query[:, :, 2560:], *db.store.rows, db.index.table, how
+    got, wanted = (run(name, *call, start=db.store.start) for name in (backend, "reference"))
+    assert got[3:7] == wanted[3:7], "rows, lists and summaries are the same ones"
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative_error(got.out, wanted.out).mean() < tolerance
+    torch.testing.assert_close(got.lse_by_source, wanted.lse_by_source, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])

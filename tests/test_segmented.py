@@ -1,8 +1,11 @@
 """The segmented index: its kernel against plain torch, and the invariants in any order of events."""
 
 import copy
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
+from textwrap import dedent
 
 import conftest
 import numpy as np
@@ -235,3 +238,30 @@ def test_missing_numba_names_the_extra(monkeypatch):
     monkeypatch.setattr("dbattn.index.segmented.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"dbattn\[cpu\]"):
         AttentionDB(2, 16)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    db = AttentionDB(2, 16)
+    with pytest.raises(ImportError, match=r"dbattn\[cpu\]"):
+        db.insert(*conftest.random_rows(400))
+    assert len(db) == 0
+
+
+def test_a_gpu_needs_no_numba():
+    """As if on one: rows are sealed and read in torch."""
+    program = """
+        import sys
+        sys.modules["numba"] = None
+        import pytest, torch, dbattn
+        patch = pytest.MonkeyPatch()
+        patch.setattr("dbattn.index.segmented.find_spec", lambda name: None)
+        patch.setattr("index_kernels.ops._installed", lambda name: False)
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        patch.setattr("dbattn.index.segmented.on_device", lambda tensor: True)
+        db = dbattn.AttentionDB(2, 16, config=dbattn.RetrievalConfig(k=400, dense_below=0))
+        db.insert(*torch.randn(2, 1, 2, 400, 16))
+        query = torch.randn(1, 4, 1, 16)
+        print(len(db.index), float((db.attend(query) - db.attend(query, retrieve=False)).abs().max()))
+    """
+    ended = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True, check=True)
+    sealed, off = ended.stdout.split()
+    assert int(sealed) > 0
+    assert float(off) < 1e-5

@@ -1,7 +1,7 @@
 """Lists: the arrays behind SegmentedIndex, one row of summaries per list and super-list."""
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from index_kernels import ListArrays, ListTable, SegmentArrays, SuperListArrays
 from index_kernels.packed import SCALE_BYTES, code_bytes
-from index_kernels.summaries import SMALLEST_TRACE, Array
+from index_kernels.summaries import ON_DEVICES, SMALLEST_TRACE, Array, Before
 
 from ..store import Pages, Spread
 
@@ -87,6 +87,10 @@ class Lists:
         self.cross = zeros(np.uint16, dim, value_dim)
         self._sums: _Sums | None = None
         self._table: ListTable | None = None
+        # How many segments it is of; and what devices were given of tables before it, with how many leading segments of
+        # these are what they were.
+        self._settled = 0
+        self._before: tuple[dict[Any, Any], int] | None = None
         # What all forks share until one of them writes; None where nothing is, or where ours are others by now.
         self._pages: Pages | None = None
 
@@ -94,8 +98,18 @@ class Lists:
     def table(self) -> ListTable:
         """The lists as attend_segmented takes them."""
         if self._table is None:
-            self._table = ListTable(self.lists, self.supers, self.shape, self.cross, self.codes)
+            before = None
+            if self._before is not None:
+                made, kept = self._before
+                before = Before(made, *(ends[:, :, kept].copy() for ends in self.segments[:2]))
+            self._table = ListTable(self.lists, self.supers, self.shape, self.cross, self.codes, before)
         return self._table
+
+    def _forget_table(self) -> None:
+        """The lists are about to change; what devices were given of them is brought up to date by the next table."""
+        if self._table is not None and (made := self._table.made(*ON_DEVICES)):
+            self._before = made, self._settled
+        self._table = None
 
     def table_of(self, segments: int) -> ListTable:
         """The lists of the first ``segments`` segments, as if there were no others."""
@@ -123,13 +137,15 @@ class Lists:
         self.lists = self.lists._replace(**_room(self.lists, lists))
         self.supers = self.supers._replace(**_room(self.supers, supers))
         self.segments = self.segments._replace(**_room(self.segments, segments))
-        self._table = self._pages = None
+        self._forget_table()
+        self._pages = None
 
     def settle(self, segments: int) -> None:
         """Take in that the first ``segments`` segments have been written: their moments count from now on."""
         self._sums = self._summed(segments)
         self.shape, self.cross = self._sums.moments()
-        self._table = None
+        self._forget_table()
+        self._settled = segments
 
     def _summed(self, segments: int) -> "_Sums":
         """Sums over the first segments, one after the other: new ones are added to what is known of those before."""
@@ -146,6 +162,10 @@ class Lists:
         self.lists.used[:] = self.segments.lists[:, :, segments]
         self.supers.used[:] = self.segments.supers[:, :, segments]
         self._pages = self._sums = None
+        self._forget_table()
+        if self._before is not None:
+            made, kept = self._before
+            self._before = made, min(kept, segments)
         self.settle(segments)
 
     def fork(self, segments: int, sealed: int, rows: int) -> "Lists":
@@ -193,13 +213,15 @@ class Lists:
         self.lists = ListArrays._make([*arrays[:lists], self.lists.used.copy()])
         self.supers = SuperListArrays._make([*arrays[lists : lists + supers], self.supers.used.copy()])
         self.segments = SegmentArrays(*arrays[lists + supers :])
-        self._table, self._pages = None, pages
+        self._table = self._before = None
+        self._pages = pages
 
     def select(self, batch: Array) -> "Lists":
         """The lists of the given batch rows."""
         chosen: Lists = object.__new__(Lists)
         chosen.summary_bytes = self.summary_bytes
-        chosen._table = chosen._pages = chosen._sums = None
+        chosen._table = chosen._before = chosen._pages = chosen._sums = None
+        chosen._settled = self._settled
         for name in ("positions", "codes", "shape", "cross"):
             setattr(chosen, name, getattr(self, name)[batch])
         chosen.lists = ListArrays(*(array[batch] for array in self.lists))
@@ -217,7 +239,7 @@ class Lists:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy must look at its own arrays.
-        return {**self.__dict__, "_table": None}
+        return {**self.__dict__, "_table": None, "_before": None}
 
 
 def most_lists(

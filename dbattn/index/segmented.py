@@ -25,7 +25,7 @@ from ..config import RetrievalConfig
 from ..query.call import Call
 from ..query.plan import Step
 from ..query.usage import Needs, Rates, Work, Workload
-from ..store import KVStore, rows_at
+from ..store import KVStore, on_device, rows_at
 from ._block_scan import ANEW, BLOCK, NEWEST, PER_LIST, PER_SUPER_LIST, PIECE, BlockScan
 from ._calibration import Question, calibrate, question_of
 from ._list_scan import ListScan, budget, list_work, needs_of, rows_scored, rows_wanted
@@ -136,7 +136,8 @@ class SegmentedIndex(KeyIndex):
         return (BlockScan.of(config, work, scan),) if wanted else ()
 
     def __init__(self, window: int) -> None:
-        _require_numba()
+        if not torch.cuda.is_available():  # rows on a GPU are sealed there
+            _require_numba()
         self._window = window
         self._bounds = [0]
         self._lists: Lists | None = None
@@ -189,6 +190,8 @@ class SegmentedIndex(KeyIndex):
         They learn from the queries before their ends, or before row ``asked`` where that is later.
         """
         keys, values = store.buffers
+        if not on_device(store.start):
+            _require_numba()
         if self._lists is None:
             self._lists = Lists(keys.shape[0], store.num_kv_heads, store.head_dim, store.value_dim)
         lists = self._lists
