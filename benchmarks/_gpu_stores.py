@@ -10,7 +10,7 @@ from dbattn.index._lists import Lists
 from index_kernels import ListTable
 from index_kernels._triton_segmented import BLOCK_LISTS, Level, Planes
 from index_kernels.packed import pack_rows, scales
-from index_kernels.summaries import LEVELS
+from index_kernels.summaries import PLANES
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 LEAST, MOST = 20, 44
@@ -75,7 +75,7 @@ def made_store(rows: int, batch: int, n_sink: int, hot: int, seed: int) -> Store
         *(torch.stack(part).view(batch, KV_HEADS, DIM, DIM) for part in zip(*moments, strict=True)),
     )  # fmt: skip
     table = Lists(batch, KV_HEADS, DIM, DIM).table
-    table.on(torch.device("cuda", torch.cuda.current_device()), LEVELS, lambda *_: planes)
+    table.on(torch.device("cuda", torch.cuda.current_device()), PLANES, lambda *_: planes)
     query = asked(keys, n_sink, sealed, noise)
     size_bytes = sum(part.nbytes for part in vars(planes.lists).values() if isinstance(part, Tensor))
     return Store(

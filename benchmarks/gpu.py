@@ -129,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if "checks" in args.stages:
         stage("checks", checks)
+        if any("failed" in line for line in results["checks"]):
+            print(table(results))
+            raise SystemExit("the checks failed, see gpu.json: nothing was timed")
     for file in args.captured:
         stage("errors", partial(captured_errors, file), file=file.name)
     if "decode" in args.stages:

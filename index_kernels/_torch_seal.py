@@ -91,8 +91,8 @@ def _seal_row(
     parts = [slice(first - lo, last - lo) for first, last in pairwise(bounds.tolist())]
     z = floats(came[0]).clone()
     for part, metric in zip(parts, metrics, strict=True):
-        # Clusters do not change by a shift of all keys; near 0 fewer bits are lost.
-        z[:, part] -= z[:, part][:, -1:].clone()
+        # Softmax ignores a shift of all keys; around the mean fewer bits are lost.
+        z[:, part] -= z[:, part].mean(dim=1, keepdim=True)
         if metric is not None:
             z[:, part] = z[:, part] @ metric
     order, by_super, by_list = cluster(z.flatten(0, 1), np.tile(np.diff(bounds), heads), how)

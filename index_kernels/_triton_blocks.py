@@ -1,7 +1,7 @@
 """The rows that a block of a prompt reads, in Triton: all queries of a KV head over the rows at given places.
 
-Places are those of whole lists, or of newest rows, one behind the other: a tile of them is read once for a tile of
-queries, as by flash attention, and multiplied by the tensor cores.
+Places are those of whole lists, or of sinks and newest rows, one behind the other: a tile of them is read once for a
+tile of queries, as by flash attention, and multiplied by the tensor cores.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -66,8 +66,10 @@ def attend_places(
 ) -> tuple[Tensor, Tensor]:
     """Queries ``[B, Hq, m, D]`` of the newest positions over the rows at ``places [B, Hkv, n]``, -1 for none; causal.
 
-    Returns ``(out [B, Hkv, m * group, Dv], lse [B, Hkv, m * group])``, float32, position after position.
+    The numbers of a row stand side by side. Returns ``(out [B, Hkv, m * group, Dv], lse [B, Hkv, m * group])``,
+    float32, position after position.
     """
+    query = query.contiguous()
     batch, heads, m, dim = query.shape
     kv_heads, length, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
     group, dot = heads // kv_heads, dot_type(query, keys, values)

@@ -37,9 +37,9 @@ from ._triton_segmented_kernels import (
 from .lists import weights_by_place
 from .packed import SCALE_BYTES, scales, turned_for_codes
 from .summaries import (
-    CODES,
-    LEVELS,
+    CODE_PLANES,
     MANY_ROWS,
+    PLANES,
     Array,
     ListArrays,
     ListReading,
@@ -90,7 +90,7 @@ class Level:
         most = int(arrays.used.max())
         room = max(BLOCK_LISTS, most + -most % BLOCK_LISTS)
         if before is not None:
-            # Where it grows, more is to come.
+            # More are to come where some came before.
             room = before.room if room <= before.room <= room + BLOCK_LISTS else room + BLOCK_LISTS
         used = torch.arange(first, room) < torch.from_numpy(arrays.used)[..., None]
 
@@ -113,7 +113,7 @@ class Level:
         total = int(arrays.used.sum())
         if before is None:
             return cls(total, *(part.contiguous().to(device) for part in parts))
-        kept = [getattr(before, plane.name) for plane in fields(cls)[1:]]
+        kept = [getattr(before, field.name) for field in fields(cls)[1:]]
         return cls(total, *(_changed(*each, first, room) for each in zip(kept, parts, strict=True)))
 
 
@@ -129,12 +129,15 @@ class Planes:
     @classmethod
     def of(cls, table: ListTable, device: torch.device) -> "Planes":
         """Copied for each table, but for what the table before it had copied."""
-        shape, cross = (torch.from_numpy(bits).view(torch.float16).to(device) for bits in (table.shape, table.cross))
-        kept: Planes | None = table.taken_over(device, LEVELS)
-        if kept is None or table.before is None:
-            return cls(Level.of(table.lists, device), Level.of(table.supers, device), shape, cross)
-        lists = Level.of(table.lists, device, kept.lists, int(table.before.lists.min()))
-        return cls(lists, Level.of(table.supers, device, kept.supers, int(table.before.supers.min())), shape, cross)
+        # Written in place by a later table, in inference mode or not.
+        with torch.inference_mode(False), torch.no_grad():
+            moments = [torch.from_numpy(bits).view(torch.float16).to(device) for bits in (table.shape, table.cross)]
+            found = table.taken_over(device, PLANES)
+            if found is None:
+                return cls(Level.of(table.lists, device), Level.of(table.supers, device), *moments)
+            kept, stands = found
+            lists = Level.of(table.lists, device, kept.lists, int(stands.lists.min()))
+            return cls(lists, Level.of(table.supers, device, kept.supers, int(stands.supers.min())), *moments)
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,17 @@ class CodePlanes:
     @classmethod
     def of(cls, table: ListTable, device: torch.device) -> "CodePlanes":
         """Copied for each table, but for what the table before it had copied."""
-        kept: CodePlanes | None = table.taken_over(device, CODES)
-        if kept is None or table.before is None:
-            codes = torch.from_numpy(table.codes).to(device)
-            return cls(codes[..., :-SCALE_BYTES].contiguous(), scales(codes))
-        first = int(_row_after(table.lists, table.before.lists).min())
-        stop = int(_row_after(table.lists, table.lists.used).max())
-        codes, room = torch.from_numpy(table.codes[:, :, first:stop]).to(device), table.codes.shape[2]
-        numbers = _changed(kept.numbers, codes[..., :-SCALE_BYTES], first, room)
-        return cls(numbers, _changed(kept.steps, scales(codes), first, room))
+        with torch.inference_mode(False), torch.no_grad():
+            found = table.taken_over(device, CODE_PLANES)
+            if found is None:
+                codes = torch.from_numpy(table.codes).to(device)
+                return cls(codes[..., :-SCALE_BYTES].contiguous(), scales(codes))
+            kept, stands = found
+            first = int(_row_after(table.lists, stands.lists).min())
+            stop = int(_row_after(table.lists, table.lists.used).max())
+            codes, room = torch.from_numpy(table.codes[:, :, first:stop]).to(device), table.codes.shape[2]
+            numbers = _changed(kept.numbers, codes[..., :-SCALE_BYTES], first, room)
+            return cls(numbers, _changed(kept.steps, scales(codes), first, room))
 
 
 def _changed(kept: Tensor, part: Tensor, first: int, room: int) -> Tensor:
@@ -268,7 +273,7 @@ def attend_segmented(
         raise ValueError("packed int8 rows are read on the CPU only: use float16 rows on a GPU")
     batch, heads, _, dim = query.shape
     kv_heads, stored, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
-    planes = table.on(query.device, LEVELS, Planes.of)
+    planes = table.on(query.device, PLANES, Planes.of)
     lists, supers = planes.lists, planes.supers
     two_level = how.sealed >= MANY_ROWS and max(budget, how.rows_opened) < kv_heads * how.sealed
     call = Shape(
@@ -339,7 +344,7 @@ def attend_segmented(
             **laying,
         )  # fmt: skip
         if by_code:
-            codes: CodePlanes = table.on(query.device, CODES, CodePlanes.of)
+            codes: CodePlanes = table.on(query.device, CODE_PLANES, CodePlanes.of)
             turned = asked.view(-1, dim).float() @ _turning(dim, float(how.scale), query.device)
             if details:
                 row_logits = torch.full((batch * heads, limit), float("-inf"), device=query.device)

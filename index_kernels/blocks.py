@@ -126,7 +126,8 @@ def attend_block(
     chosen = resolve_backend(query, backend)
     if chosen == "numba":
         return BlockAnswer(*_fused().attend(query, keys, values, table, how, start))
-    source = _RowsOnDevice if chosen == "triton" else _Rows
+    packed = torch.int8 in (keys.dtype, values.dtype)
+    source = _RowsOnDevice if chosen == "triton" and not packed else _Rows
     return _attend(source(query, keys, values, heads // kv_heads, how), table, start)
 
 
@@ -259,7 +260,7 @@ class _Rows:
 
 
 class _RowsOnDevice(_Rows):
-    """Rows are read by a Triton kernel; what is one product for a summary stays in torch."""
+    """Rows are read by a Triton kernel, where they stand and always causal; summaries are answered by in torch."""
 
     def _rows(self, asking: _Asking, places: Tensor, at: Tensor | None) -> _State:
         how, kernels = self.how, import_module("index_kernels._triton_blocks")

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 SMALLEST_TRACE = 1e-20
 LARGEST_HALF = float(np.finfo(np.float16).max)
 # What kernels of a GPU keep of lists there, by name, and bring up to date when some change.
-ON_DEVICES = LEVELS, CODES = "levels on a device", "codes on a device"
+ON_DEVICES = PLANES, CODE_PLANES = "planes", "code planes"
 # Rows from which on a GPU ranks super-lists first, where not all are to be opened.
 MANY_ROWS = 1 << 18
 
@@ -171,9 +171,11 @@ class ListTable:
             self._cache[place] = made(self, device)
         return self._cache[place]
 
-    def taken_over(self, device: torch.device, what: Hashable) -> Any:
-        """What the table before this one had made, for this one to change; None where there is none."""
-        return None if self.before is None else self.before.made.pop((what, device), None)
+    def taken_over(self, device: torch.device, what: Hashable) -> tuple[Any, Before] | None:
+        """What the table before this one had made, for this one to change, and what of it stands; None: nothing."""
+        if self.before is None or (kept := self.before.made.pop((what, device), None)) is None:
+            return None
+        return kept, self.before
 
     def made(self, *whats: Hashable) -> dict[Any, Any]:
         """What was made of these, by name and device."""

@@ -377,21 +377,22 @@ def test_the_page_leaves_rough_records_out_and_names_what_was_not_measured(tmp_p
 )
 def test_a_check_of_kernels_passes_only_where_its_tool_says_so(says, code, passes, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(_gpu_checks, "TESTS", tmp_path / "none")
-    assert all("failed" in line for line in _gpu_checks.checks()), "there are no tests, and no such tool"
+    assert "compute-sanitizer" in _gpu_checks.sanitized("memcheck")["failed"], "there is no such tool"
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho '========= {says}'\nexit {code}\n")
     tool.chmod(0o755)
-    for line in _gpu_checks.checks()[1:]:
-        assert says.endswith(line["says"]) if passes else says in line["failed"]
+    found = _gpu_checks.sanitized("racecheck")
+    assert says.endswith(found["says"]) if passes else says in found["failed"]
 
 
-@pytest.mark.parametrize(("body", "passes"), [("assert cuda", True), ("assert not cuda", False)])
+@pytest.mark.parametrize(
+    ("body", "passes"), [("assert cuda", True), ("assert not cuda", False)], ids=["passing", "failing"]
+)
 def test_the_tests_of_a_gpu_count_as_passed_only_where_none_failed(body, passes, tmp_path, monkeypatch):
     (tmp_path / "test_it.py").write_text(
         f"def test_cuda():\n    cuda = 1\n    {body}\n\n\ndef test_cpu():\n    1 / 0\n"
     )
     monkeypatch.setattr(_gpu_checks, "TESTS", tmp_path)
-    found = _gpu_checks.checks()[0]
+    found = _gpu_checks.tested()
     assert found.get("says", "").startswith("1 passed") == passes
     assert ("1 failed" in found.get("failed", "")) != passes

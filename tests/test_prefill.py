@@ -164,12 +164,14 @@ def test_the_cpus_kernels_answer_as_the_specification(softcap, storage):
 def test_a_gpu_reads_a_block_as_the_specification_says(run, backend, dtype, dim, value_dim, softcap):
     if backend == "triton-interpreter" and dtype != torch.float32:
         pytest.skip("the interpreter multiplies in float32 whatever the type")
-    query, keys, values = topical(2800, batch=2, dim=dim)
+    query, keys, values = topical(2700, heads=1 + (dim == 16), batch=2, dim=dim)
     query, keys, values = (rows.to(dtype) for rows in (query, keys, values[..., :value_dim]))
     db = reader(keys, values, torch.tensor([0, 700]))
     db.index.seal_before(db.store, db.store.start + 4, 2560)
     how = BlockReading(len(db.index), 4, 2 * 256, dim**-0.5, softcap, 0.38, 0.7, True)
-    call = "attend_block", query[:, :, 2560:], *db.store.rows, db.index.table, how
+    # Not contiguous: the numbers of a query stand apart.
+    query = query[:, :, 2560:].mT.contiguous().mT
+    call = "attend_block", query, *db.store.rows, db.index.table, how
     got, wanted = (run(name, *call, start=db.store.start) for name in (backend, "reference"))
     assert got[3:7] == wanted[3:7], "rows, lists and summaries are the same ones"
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
@@ -188,6 +190,21 @@ def test_many_positions_are_scanned_as_the_specification_says(softcap):
     assert (fast[0][1, :, :60] == 0).all()
     for got, wanted in zip(fast, slow, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1050, 1400])
+def test_no_piece_of_a_prompt_stays_where_a_segment_ends_as_it_does(rows):
+    query, keys, values = topical(rows)
+    db, whole = reader(keys, values), reader(keys, values)
+    db.attend(query)
+    assert db.index.in_pieces
+    db.sync()
+    whole.sync()
+    assert [len(index) for index in (db.index, whole.index)] == [len(whole.index)] * 2
+    lists = [index.table.lists.used.ravel().tolist() for index in (db.index, whole.index)]
+    assert lists[0] == pytest.approx(lists[1], rel=0.2), "lists of 32 rows, not of 8"
+    first = 4 + int(db.store.start[0])
+    assert db.index.table.codes[:, :, first : len(db.index)].any(axis=-1).all()
 
 
 def test_a_block_whose_rows_stand_in_lists_is_refused():

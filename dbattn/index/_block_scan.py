@@ -79,7 +79,9 @@ class BlockScan(Step):
         units = call.query.shape[0] * store.num_kv_heads
         read = rows_of_block(sealed, self.k, call.effort) * store.num_kv_heads
         how = BlockReading(sealed, call.config.n_sink, read, call.scale, call.softcap, ALPHA, BETA, self.tail)
-        found = attend_block(call.query, *store.rows, index.table, how, start=store.start)
+        # The kernel reads a row once for every tile of queries: rows in the host's memory are gathered first.
+        backend = "reference" if store.host else "auto"
+        found = attend_block(call.query, *store.rows, index.table, how, start=store.start, backend=backend)
         counts = found.rows_read, found.lists_opened, found.summaries_answering
         rows, opened, answering = (n / units for n in counts)
         hot = call.config.n_sink + len(store) - sealed - (m - 1) / 2

@@ -17,6 +17,8 @@ from .base import Arrays, expect
 MIN_ROWS = 1024
 # Lists for each root of the rows trained on.
 LISTS_PER_ROOT = 8
+# Rows trained on that are added at once.
+ADDED = 1 << 16
 # Of k-means.
 ITERATIONS = 10
 
@@ -50,7 +52,9 @@ class Cells(Unit):
             length, count = (torch.full((len(rows), 1), n, device=rows.device) for n in (training, lists))
             centred = rows - mean
             self._start(mean, kmeans(centred, length, count, lists, ITERATIONS, 1), training)
-            self._add(centred)
+            del rows
+            for part in centred.split(ADDED, dim=1):
+                self._add(part)
         for stop in stops:
             if stop > self.rows:
                 self._add(keys(self.rows, stop) - self.mean)
@@ -95,11 +99,13 @@ class Cells(Unit):
         self.means = (self.sums / self.sizes.clamp(min=1)[..., None]).float()
         self.room = int(self.sizes.topk(min(self.nprobe, self.lists)).values.sum(dim=1).max())
 
+    def most(self, k: int) -> int:
+        """Rows scored for a query; as in _IvfUnit, few rows or a k near all of them probe every cell."""
+        return self.rows if self.rows < MIN_ROWS or k >= self.rows else self.room
+
     def candidates(self, query: Tensor, k: int) -> Tensor:
         """Ids ``[Hkv, n, room]`` of the rows in the cells that queries ``[Hkv, n, D]`` probe; waits for nothing."""
-        # As in _IvfUnit, few rows or a k near all of them probe every cell.
-        everything = self.rows < MIN_ROWS or k >= self.rows
-        places = torch.arange(self.rows if everything else self.room, device=query.device)
+        places = torch.arange(self.most(k), device=query.device)
         if not self.rows:
             return places.expand(*query.shape[:2], -1)
         cells = (query @ self.means.mT).argsort(dim=2, descending=True, stable=True)

@@ -87,8 +87,8 @@ class Lists:
         self.cross = zeros(np.uint16, dim, value_dim)
         self._sums: _Sums | None = None
         self._table: ListTable | None = None
-        # How many segments it is of; and what devices were given of tables before it, with how many leading segments of
-        # these are what they were.
+        # Segments that the table covers. What devices hold of an earlier one, and how many of its leading segments
+        # still stand.
         self._settled = 0
         self._before: tuple[dict[Any, Any], int] | None = None
         # What all forks share until one of them writes; None where nothing is, or where ours are others by now.
@@ -125,9 +125,9 @@ class Lists:
     def reserve(
         self, bounds: list[int], rows: int, *, per_super: int = ROWS_PER_SUPER_LIST, per_list: int = ROWS_PER_LIST
     ) -> None:
-        """Make room for segments at these bounds in a store with room for ``rows`` rows; their lists may be shorter.
+        """Make room for segments at these bounds, in lists of about ``per_list`` rows and super-lists of ``per_super``.
 
-        And for lists of all these rows, so that arrays grow as seldom as the store does.
+        And for those of all ``rows`` that the store has room for: arrays grow as seldom as it does.
         """
         segments = len(bounds) - 1
         lists, supers = most_lists(max(bounds[-1], rows), segments, per_super, per_list)

@@ -16,8 +16,8 @@ from ._faiss import FaissIndex, FaissUnit, Ids, Keys, Rows, Unit, to_numpy
 from ._scan import noise_of
 from .base import Arrays, Candidates, require_faiss
 
-# Rows whose keys are gathered at once.
-GATHERED = 1 << 18
+# Rows whose keys are gathered at once; ids of rows to be scored that are held at once.
+GATHERED, CANDIDATES = 1 << 18, 1 << 26
 
 
 class IvfIndex(FaissIndex):
@@ -72,6 +72,10 @@ class IvfIndex(FaissIndex):
         by_row = [unit for units in self._units for unit in units if isinstance(unit, Cells)]
         if not by_row:
             return super().search(query, store, k, lo, stop, lift)
+        at_once = max(1, CANDIDATES // (query.shape[0] * query.shape[1] * max(cells.most(k) for cells in by_row)))
+        if query.shape[2] > at_once:
+            parts = [self.search(part, store, k, lo, stop, lift) for part in query.split(at_once, dim=2)]
+            return Candidates(torch.cat([part.ids for part in parts], dim=2), sum(part.bytes_read for part in parts))
         asked = self._asked(query, store.num_kv_heads, lift)
         found = [cells.candidates(each, k) for cells, each in zip(by_row, asked, strict=True)]
         width = max(k, *(ids.shape[2] for ids in found))

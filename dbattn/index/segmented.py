@@ -136,10 +136,11 @@ class SegmentedIndex(KeyIndex):
         return (BlockScan.of(config, work, scan),) if wanted else ()
 
     def __init__(self, window: int) -> None:
-        if not torch.cuda.is_available():  # rows on a GPU are sealed there
-            _require_numba()
+        _require_numba(or_a_gpu=True)
         self._window = window
         self._bounds = [0]
+        # Segments before the first piece, while there are pieces.
+        self._before_pieces = 0
         self._lists: Lists | None = None
         self._audited: dict[Question, Needs | None] = {}
         # What was found of the first ``_common`` rows, in lists since before a fork: one finds it for all.
@@ -157,6 +158,8 @@ class SegmentedIndex(KeyIndex):
         """See KeyIndex; seals what is due, merging smaller segments into larger ones."""
         target = segment_bounds(max(len(store) - self._window, 0))
         keep = self._shared_segments(target)
+        if self.in_pieces:
+            keep = min(keep, self._before_pieces)
         if keep + 1 < len(self._bounds):
             self._unseal(store, lo, keep)
         if keep + 1 < len(target):
@@ -175,7 +178,9 @@ class SegmentedIndex(KeyIndex):
         more = range(last + PIECE, self.sealed_before(position, last) + 1, PIECE)
         if more:
             # By the queries just before the block, which is what will be asked: a prompt's first queries mislead.
-            self._seal(store, lo, len(self._bounds) - 1, [*self._bounds, *more], how=OF_PIECES, asked=position)
+            whole = len(self._bounds) - 1
+            self._before_pieces = min(self._before_pieces, whole) if self.in_pieces else whole
+            self._seal(store, lo, whole, [*self._bounds, *more], how=OF_PIECES, asked=position)
             self.in_pieces = True
 
     def unseal_after(self, store: KVStore, lo: Tensor, position: int) -> None:
@@ -256,7 +261,8 @@ class SegmentedIndex(KeyIndex):
 
     def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex; segments that the shorter store would not have become hot again."""
-        self._unseal(store, lo, self._shared_segments(segment_bounds(max(length - self._window, 0))))
+        keep = self._shared_segments(segment_bounds(max(length - self._window, 0)))
+        self._unseal(store, lo, min(keep, self._before_pieces) if self.in_pieces else keep)
         self.in_pieces = False
         if not length:
             self._lists = None  # the next rows may come in another batch size
@@ -362,6 +368,7 @@ def _learnt(store: KVStore, stops: list[int]) -> LearntMetric:
     return LearntMetric(*(torch.stack(parts).numpy() for parts in zip(*found, strict=True)))
 
 
-def _require_numba() -> None:
-    if find_spec("numba") is None:
+def _require_numba(*, or_a_gpu: bool = False) -> None:
+    """Rows on a GPU are sealed there, and need none."""
+    if find_spec("numba") is None and not (or_a_gpu and torch.cuda.is_available()):
         raise ImportError('index="segmented" needs Numba: pip install "dbattn[cpu]"; index="flat" works without it')
