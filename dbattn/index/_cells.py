@@ -40,7 +40,7 @@ class Cells(Unit):
         # The mean ``[Hkv, 1, D]`` of the rows trained on, and around it centroids ``[Hkv, lists, D]``.
         self.mean = self.centroids = torch.empty(0)
         # Cells of rows, int32 ``[Hkv, n]``; sums of the rows of a cell, float64, and their means ``[Hkv, lists, D]``.
-        self.nearest = self.sums = self.means = torch.empty(0)
+        self.cell_of = self.sums = self.means = torch.empty(0)
         # Rows cell by cell ``[Hkv, n]``, rising inside a cell; where each cell ends in them, and its size.
         self.order = self.ends = self.sizes = torch.empty(0)
 
@@ -61,7 +61,7 @@ class Cells(Unit):
         self._order()
 
     def state(self) -> Arrays:
-        parts = {"centroids": self.centroids, "nearest": self.nearest, "sums": self.sums} if self.rows else {}
+        parts = {"centroids": self.centroids, "nearest": self.cell_of, "sums": self.sums} if self.rows else {}
         arrays = {name: part.cpu().numpy() for name, part in parts.items()}
         return {f"{h}.{name}": array[h] for name, array in arrays.items() for h in range(len(array))}
 
@@ -70,18 +70,18 @@ class Cells(Unit):
         rows = keys(0, training)
         heads, _, dim = rows.shape
         by_head = [expect_cells(state, f"{h}.", stops[-1], dim) for h in range(heads)]
-        centroids, nearest, sums = (
+        centroids, cell_of, sums = (
             torch.from_numpy(np.stack(part)).to(rows.device) for part in zip(*by_head, strict=True)
         )
         self._start(rows.mean(dim=1, keepdim=True), centroids, training)
-        self.nearest, self.sums, self.rows = nearest, sums, stops[-1]
+        self.cell_of, self.sums, self.rows = cell_of, sums, stops[-1]
         self._order()
 
     def _start(self, mean: Tensor, centroids: Tensor, training: int) -> None:
         """Empty cells around the centroids of the rows that were trained on."""
         self.mean, self.centroids = mean, centroids
         self.trained_rows, self.rows, self.lists = training, 0, centroids.shape[1]
-        self.nearest = torch.empty((len(centroids), 0), dtype=torch.int32, device=centroids.device)
+        self.cell_of = torch.empty((len(centroids), 0), dtype=torch.int32, device=centroids.device)
         self.sums = torch.zeros_like(centroids, dtype=torch.float64)
 
     def _add(self, centred: Tensor) -> None:
@@ -89,12 +89,12 @@ class Cells(Unit):
         order, ends = _by_cell(found, self.lists)
         rows = torch.take_along_dim(centred, order[..., None], dim=1).double()
         self.sums = self.sums + torch.segment_reduce(rows, "sum", lengths=_sizes(ends), axis=1, unsafe=True)
-        self.nearest = torch.cat([self.nearest, found], dim=1)
+        self.cell_of = torch.cat([self.cell_of, found], dim=1)
         self.rows += centred.shape[1]
 
     def _order(self) -> None:
         """What a search reads, of cells and sums as they are now."""
-        self.order, self.ends = _by_cell(self.nearest, self.lists)
+        self.order, self.ends = _by_cell(self.cell_of, self.lists)
         self.sizes = _sizes(self.ends)
         self.means = (self.sums / self.sizes.clamp(min=1)[..., None]).float()
         self.room = int(self.sizes.topk(min(self.nprobe, self.lists)).values.sum(dim=1).max())

@@ -1,4 +1,6 @@
-"""FaissIndex: what IVF and HNSW share. Each batch row and KV head has a FAISS index of its own, a unit."""
+"""FaissIndex: what IVF and HNSW share. Each batch row and KV head has an index of its own, a unit: one of FAISS, or
+where rows lie on a device one of tensors there, for all KV heads of a batch row.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ Keys = Callable[[int, int], Tensor]
 
 
 class Unit:
-    """The index of one batch row and KV head; row ids are local, counted from the unit's first row.
+    """The index of a batch row's KV head, or of all its heads; row ids are local, counted from the unit's first row.
 
     Attributes:
         of_all_heads: whether it is that of all KV heads of a batch row, in tensors where the rows lie.

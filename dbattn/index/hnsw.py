@@ -79,10 +79,10 @@ class _HnswUnit(FaissUnit):
 
     def state(self) -> Arrays:
         arrays: Arrays = {}
-        to_numpy = require_faiss().vector_to_array
+        array_of = require_faiss().vector_to_array
         for number, graph in enumerate(self.graphs):
             hnsw = graph.index.hnsw
-            arrays[f"links{number}"] = to_numpy(hnsw.neighbors)
+            arrays[f"links{number}"] = array_of(hnsw.neighbors)
             arrays[f"entry{number}"] = np.array([hnsw.entry_point], np.int32)
         return arrays
 
