@@ -36,16 +36,14 @@ def tested() -> dict[str, Any]:
 
 def sanitized(tool: str) -> dict[str, Any]:
     """What a tool of compute-sanitizer finds in the steps of this module."""
-    options = "--tool", tool, "--error-exitcode", "1"
-    return _checked(
-        tool, "SUMMARY: 0 (errors|hazards).*", "compute-sanitizer", *options, sys.executable, "-m", __name__
-    )
-
-
-def _checked(check: str, summary: str, *command: str) -> dict[str, Any]:
-    """What a command ``says`` at its end, as the pattern ``summary`` has it; how it ``failed`` where it does not."""
+    watched = "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", __name__
     # Each tensor in memory of its own, so that a step beyond its end is seen.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return _checked(tool, "SUMMARY: 0 (errors|hazards).*", *watched, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def _checked(check: str, summary: str, *command: str, **environment: str) -> dict[str, Any]:
+    """What a command ``says`` at its end, as the pattern ``summary`` has it; how it ``failed`` where it does not."""
+    environment = os.environ | environment
     with tempfile.TemporaryFile() as log:
         try:
             process = subprocess.Popen(

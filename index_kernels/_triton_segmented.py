@@ -129,15 +129,13 @@ class Planes:
     @classmethod
     def of(cls, table: ListTable, device: torch.device) -> "Planes":
         """Copied for each table, but for what the table before it had copied."""
-        # Written in place by a later table, in inference mode or not.
-        with torch.inference_mode(False), torch.no_grad():
-            moments = [torch.from_numpy(bits).view(torch.float16).to(device) for bits in (table.shape, table.cross)]
-            found = table.taken_over(device, PLANES)
-            if found is None:
-                return cls(Level.of(table.lists, device), Level.of(table.supers, device), *moments)
-            kept, stands = found
-            lists = Level.of(table.lists, device, kept.lists, int(stands.lists.min()))
-            return cls(lists, Level.of(table.supers, device, kept.supers, int(stands.supers.min())), *moments)
+        moments = [torch.from_numpy(bits).view(torch.float16).to(device) for bits in (table.shape, table.cross)]
+        found = table.taken_over(device, PLANES)
+        if found is None:
+            return cls(Level.of(table.lists, device), Level.of(table.supers, device), *moments)
+        kept, stands = found
+        lists = Level.of(table.lists, device, kept.lists, int(stands.lists.min()))
+        return cls(lists, Level.of(table.supers, device, kept.supers, int(stands.supers.min())), *moments)
 
 
 @dataclass(frozen=True)
@@ -150,17 +148,16 @@ class CodePlanes:
     @classmethod
     def of(cls, table: ListTable, device: torch.device) -> "CodePlanes":
         """Copied for each table, but for what the table before it had copied."""
-        with torch.inference_mode(False), torch.no_grad():
-            found = table.taken_over(device, CODE_PLANES)
-            if found is None:
-                codes = torch.from_numpy(table.codes).to(device)
-                return cls(codes[..., :-SCALE_BYTES].contiguous(), scales(codes))
-            kept, stands = found
-            first = int(_row_after(table.lists, stands.lists).min())
-            stop = int(_row_after(table.lists, table.lists.used).max())
-            codes, room = torch.from_numpy(table.codes[:, :, first:stop]).to(device), table.codes.shape[2]
-            numbers = _changed(kept.numbers, codes[..., :-SCALE_BYTES], first, room)
-            return cls(numbers, _changed(kept.steps, scales(codes), first, room))
+        found = table.taken_over(device, CODE_PLANES)
+        if found is None:
+            codes = torch.from_numpy(table.codes).to(device)
+            return cls(codes[..., :-SCALE_BYTES].contiguous(), scales(codes))
+        kept, stands = found
+        first = int(_row_after(table.lists, stands.lists).min())
+        stop = int(_row_after(table.lists, table.lists.used).max())
+        codes, room = torch.from_numpy(table.codes[:, :, first:stop]).to(device), table.codes.shape[2]
+        numbers = _changed(kept.numbers, codes[..., :-SCALE_BYTES], first, room)
+        return cls(numbers, _changed(kept.steps, scales(codes), first, room))
 
 
 def _changed(kept: Tensor, part: Tensor, first: int, room: int) -> Tensor:

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 SMALLEST_TRACE = 1e-20
 LARGEST_HALF = float(np.finfo(np.float16).max)
 # What kernels of a GPU keep of lists there, by name, and bring up to date when some change.
-ON_DEVICES = PLANES, CODE_PLANES = "planes", "code planes"
+PLANES, CODE_PLANES = "planes", "code planes"
 # Rows from which on a GPU ranks super-lists first, where not all are to be opened.
 MANY_ROWS = 1 << 18
 
@@ -168,7 +168,9 @@ class ListTable:
         """What ``made`` makes of the lists for a device; made once."""
         place = what, device
         if place not in self._cache:
-            self._cache[place] = made(self, device)
+            # Written in place by kernels and by a later table, in inference mode or not.
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache[place] = made(self, device)
         return self._cache[place]
 
     def taken_over(self, device: torch.device, what: Hashable) -> tuple[Any, Before] | None:
@@ -177,9 +179,9 @@ class ListTable:
             return None
         return kept, self.before
 
-    def made(self, *whats: Hashable) -> dict[Any, Any]:
-        """What was made of these, by name and device."""
-        return {place: part for place, part in self._cache.items() if place[0] in whats}
+    def left(self) -> dict[Any, Any]:
+        """What the next table may take over, by name and device."""
+        return {place: part for place, part in self._cache.items() if place[0] in (PLANES, CODE_PLANES)}
 
     def codes_on(self, device: torch.device) -> Tensor:
         """The codes on a device; copied once."""

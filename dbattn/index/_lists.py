@@ -9,7 +9,7 @@ from torch import Tensor
 
 from index_kernels import ListArrays, ListTable, SegmentArrays, SuperListArrays
 from index_kernels.packed import SCALE_BYTES, code_bytes
-from index_kernels.summaries import ON_DEVICES, SMALLEST_TRACE, Array, Before
+from index_kernels.summaries import SMALLEST_TRACE, Array, Before
 
 from ..store import Pages, Spread
 
@@ -107,7 +107,7 @@ class Lists:
 
     def _forget_table(self) -> None:
         """The lists are about to change; what devices were given of them is brought up to date by the next table."""
-        if self._table is not None and (made := self._table.made(*ON_DEVICES)):
+        if self._table is not None and (made := self._table.left()):
             self._before = made, self._settled
         self._table = None
 

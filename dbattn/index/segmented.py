@@ -158,8 +158,6 @@ class SegmentedIndex(KeyIndex):
         """See KeyIndex; seals what is due, merging smaller segments into larger ones."""
         target = segment_bounds(max(len(store) - self._window, 0))
         keep = self._shared_segments(target)
-        if self.in_pieces:
-            keep = min(keep, self._before_pieces)
         if keep + 1 < len(self._bounds):
             self._unseal(store, lo, keep)
         if keep + 1 < len(target):
@@ -261,8 +259,7 @@ class SegmentedIndex(KeyIndex):
 
     def truncate(self, store: KVStore, length: int, lo: Tensor) -> None:
         """See KeyIndex; segments that the shorter store would not have become hot again."""
-        keep = self._shared_segments(segment_bounds(max(length - self._window, 0)))
-        self._unseal(store, lo, min(keep, self._before_pieces) if self.in_pieces else keep)
+        self._unseal(store, lo, self._shared_segments(segment_bounds(max(length - self._window, 0))))
         self.in_pieces = False
         if not length:
             self._lists = None  # the next rows may come in another batch size
@@ -332,9 +329,9 @@ class SegmentedIndex(KeyIndex):
         return self._lists.table
 
     def _shared_segments(self, target: list[int]) -> int:
-        """How many leading segments the present and the target bounds share."""
-        shared = 0
-        for ours, theirs in zip(self._bounds[1:], target[1:], strict=False):
+        """How many leading segments the present and the target bounds share; pieces are none."""
+        shared, whole = 0, self._before_pieces if self.in_pieces else len(self._bounds) - 1
+        for ours, theirs in zip(self._bounds[1 : whole + 1], target[1:], strict=False):
             if ours != theirs:
                 break
             shared += 1
