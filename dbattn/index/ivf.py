@@ -72,13 +72,13 @@ class IvfIndex(FaissIndex):
         by_row = [unit for units in self._units for unit in units if isinstance(unit, Cells)]
         if not by_row:
             return super().search(query, store, k, lo, stop, lift)
-        at_once = max(1, CANDIDATES // (query.shape[0] * query.shape[1] * max(cells.most(k) for cells in by_row)))
+        width = max(k, *(cells.most(k) for cells in by_row))
+        at_once = max(1, CANDIDATES // (query.shape[0] * query.shape[1] * width))
         if query.shape[2] > at_once:
             parts = [self.search(part, store, k, lo, stop, lift) for part in query.split(at_once, dim=2)]
             return Candidates(torch.cat([part.ids for part in parts], dim=2), sum(part.bytes_read for part in parts))
         asked = self._asked(query, store.num_kv_heads, lift)
         found = [cells.candidates(each, k) for cells, each in zip(by_row, asked, strict=True)]
-        width = max(k, *(ids.shape[2] for ids in found))
         ids = torch.stack([pad(ids, (0, width - ids.shape[2]), value=-1) for ids in found])
         ids = ids.view(*query.shape[:3], width)
         ids = torch.where(ids < 0, ids, ids + lo[:, None, None, None])
