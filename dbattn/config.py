@@ -60,15 +60,14 @@ class RetrievalConfig:
         window: newest rows that every query reads, its own row included.
         dense_below: a store with fewer rows than this is scanned densely. "auto": wherever a dense scan is estimated to
             be faster on this machine. Default: "auto" for "segmented"; an index asked for by name is a wish, and used
-            from 1024 rows on. On a GPU, where rates are measured for rows of 16 bits, any ``index`` or ``k`` that is
-            given is a wish, used from 1024 rows on ("segmented": 2048); without, other rows are scanned densely.
+            from 1024 rows on. On a GPU, where rates are of rows of 16 bits and packed ones, any ``index`` or ``k`` that
+            is given is a wish, used from 1024 rows on ("segmented": 2048); without, other rows are scanned densely.
         max_queries: a call with more new positions than this reads a prompt, see ``prefill``.
         max_error: bound on the relative error of the output, 0 to 1. Queries whose estimated error breaks it are
             answered with more rows, in the end densely; audits keep the estimates right. Default: no bound.
         storage: what rows are kept as: "float32", "float16", "bfloat16", or "int8", a quarter of float32, each key and
-            each value rotated by Hadamard's matrix and rounded with one scale (on the CPU only: no GPU kernel reads
-            it). Audits compare with a dense scan of the rows as they are kept; what a narrower type itself adds to the
-            error comes on top. Default: as they come.
+            each value rotated by Hadamard's matrix and rounded with one scale. Audits compare with a dense scan of the
+            rows as they are kept; what a narrower type itself adds to the error comes on top. Default: as they come.
         audit_rate: share of retrieving calls that are also answered densely and compared, 0 to 1; the first eight are
             where there is a ``target_error`` or ``max_error`` to keep, unless it is 0.
         nprobe: lists probed per query, at least on a GPU ("ivf" only, default 128).
@@ -131,10 +130,9 @@ class RetrievalConfig:
             raise ValueError(f"storage is {self.storage!r}, expected one of {', '.join(STORAGES)}, or None")
         if self.rows not in ROWS:
             raise ValueError(f"rows is {self.rows!r}, expected one of {', '.join(ROWS)}")
-        if self.rows == "host" and (self.index_name != AUTO_INDEX or self.storage == "int8"):
-            owner = f"index={self.index!r}" if self.index_name != AUTO_INDEX else "storage='int8'"
+        if self.rows == "host" and self.index_name != AUTO_INDEX:
             raise ValueError(
-                f"rows='host' are float rows that a GPU reads by lists of index='segmented': not with {owner}"
+                f"rows='host' are rows that a GPU reads by lists of index='segmented': not with index={self.index!r}"
             )
         if not _is_number(self.audit_rate) or not 0 <= self.audit_rate <= 1:
             raise ValueError(f"audit_rate is {self.audit_rate!r}, expected a number from 0 to 1")

@@ -119,13 +119,16 @@ def _takes_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether torch's flash kernel serves these rows."""
     dim = query.shape[3]
     return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
+        _is_flash_type(query)
         and keys.dtype == values.dtype == query.dtype
         and values.shape[3] == dim <= 256
         and dim % 8 == 0
         and _has_flash(query.device)
     )
+
+
+def _is_flash_type(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 @cache
@@ -147,13 +150,16 @@ def _flash(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> 
 
 def _scan_many(query: Tensor, keys: Tensor, values: Tensor, start: Tensor | None, scale: float | None) -> Tensor:
     if not keys.dtype == values.dtype == query.dtype:
-        # Rows of another type become float32 for one KV head at a time.
-        group = query.shape[1] // keys.shape[1]
-        heads = [
-            _scan_many(asking.float(), floats(keys[:, h : h + 1]), floats(values[:, h : h + 1]), start, scale)
-            for h, asking in enumerate(torch.split(query, group, dim=1))
-        ]
+        # Rows of another type become float32, packed ones what a GPU's flash kernel takes, for one KV head at a time.
+        group, packed = query.shape[1] // keys.shape[1], keys.dtype == values.dtype == torch.int8
+        kind = query.dtype if packed and _is_flash_type(query) else torch.float32
+        heads = []
+        for h, asking in enumerate(torch.split(query, group, dim=1)):
+            head, its_values = (floats(rows[:, h : h + 1]).to(kind) for rows in (keys, values))
+            heads.append(_scan_many(asking.to(kind), head, its_values, start, scale))
         return torch.cat(heads, dim=1).to(query.dtype)
+    if start is None and _takes_flash(query, keys, values):
+        return _flash(query, keys, values, scale)[0]
     m, rows = query.shape[2], keys.shape[2]
     if start is None and m in (1, rows):  # without a mask torch may take its fast kernels
         return F.scaled_dot_product_attention(query, keys, values, is_causal=m > 1, scale=scale, enable_gqa=True)

@@ -72,6 +72,10 @@ class IndexedRows:
         """Add rows after the newest, for callers that say later which queries came, and ``sync``; see ``KVStore``."""
         self.store.append(keys, values)
 
+    def reserve(self, rows: int) -> None:
+        """Say that so many rows are to come in all, where they come in parts; see ``KVStore``."""
+        self.store.reserve(rows)
+
     def note_queries(self, queries: Tensor, first: int) -> None:
         """Sample queries ``[B, Hq, n, D]`` of the rows from ``first`` on, likewise."""
         self.store.note_queries(queries, first)

@@ -8,7 +8,7 @@ from .int8_linear import int8_linear, pack_weight, unpack_weight
 from .lists import attend_lists, probe_lists, summary_logits
 from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
 from .packed import floats, pack_rows
-from .rotation import rotate
+from .rotation import pack_rotated, rotate
 from .seal import seal_rows, unseal_rows
 from .segmented import attend_segmented
 from .summaries import (
@@ -41,6 +41,7 @@ __all__ = [
     "floats",
     "int8_linear",
     "merge_states",
+    "pack_rotated",
     "pack_rows",
     "pack_weight",
     "probe_lists",

@@ -6,6 +6,8 @@ The specification is ``blocks._chosen`` and ``blocks._answering``.
 # mypy: ignore-errors
 # (Numba compiles the kernels and infers their types itself.)
 
+import math
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,8 @@ class Chosen(NamedTuple):
         answering: the summaries that answer for lists not opened: mean keys and values ``[B, Hkv, n, ...]``, float32,
             variances and logs of sizes ``[B, Hkv, n]``, and how many of them count, ``[B, Hkv]``.
         rows_read, lists_opened: in all.
+
+    Arrays are this thread's room: the next block has them.
     """
 
     begin: Array
@@ -41,6 +45,23 @@ class Chosen(NamedTuple):
     answering: tuple
     rows_read: int
     lists_opened: int
+
+
+class _Room(threading.local):
+    """Arrays that blocks use one after the other: to have new ones of the system takes as long as to fill them."""
+
+    def __init__(self):
+        self._held = {}
+
+    def array(self, name, *shape, dtype=F):
+        """An array with anything in it."""
+        size = math.prod(shape)
+        if name not in self._held or self._held[name].size < size:
+            self._held[name] = np.empty(size + size // 2, dtype)
+        return self._held[name][:size].reshape(shape)
+
+
+_room = _Room()
 
 
 def choose_lists(query, shape, known, lanes, table, how):
@@ -53,17 +74,22 @@ def choose_lists(query, shape, known, lanes, table, how):
     most, most_supers = lists[-1].shape[2], supers[-1].shape[2]
     first = np.ascontiguousarray(table.supers.first[:, :, : most_supers + 1])
     begins = np.ascontiguousarray(table.lists.begin[:, :, :most])
-    begin, size = np.empty((2, *used.shape, most), np.int64)
+    begin, size = _room.array("runs", 2, *used.shape, most, dtype=np.int64)
     runs, count = np.zeros((2, *used.shape), np.int64)
     key, value = (
-        np.empty((*used.shape, most + most_supers, row_dim(torch.from_numpy(rows))), F)
-        for rows in (table.lists.key, table.lists.value)
+        _room.array(name, *used.shape, most + most_supers, row_dim(torch.from_numpy(rows)))
+        for name, rows in (("key", table.lists.key), ("value", table.lists.value))
     )
-    variance, log_size = np.empty((2, *used.shape, most + most_supers), F)
+    variance, log_size = _room.array("numbers", 2, *used.shape, most + most_supers)
+    group, m = shape[2], known.shape[2]
+    asking = group * (1 + (m - 1 - min(ASKING // 2, m - 1)) // ASKING)
+    columns = (asking + COLUMNS - 1) // COLUMNS * COLUMNS
+    weights = _room.array("weights", *used.shape, most, columns)
+    super_weights = _room.array("super weights", *used.shape, most_supers, columns)
     answering, read = (key, value, variance, log_size, count), np.zeros(2, np.int64)
     _choose(
         query, shape, known, lanes[0], lanes[2], lists, supers, used, super_used, begins, first, table.shape,
-        (F(how.alpha), how.rows_read), begin, size, runs, answering, read,
+        (F(how.alpha), how.rows_read), weights, super_weights, begin, size, runs, answering, read,
     )  # fmt: skip
     return Chosen(begin, size, runs, answering, int(read[0]), int(read[1]))
 
@@ -239,21 +265,18 @@ def _tell(
 
 @njit(fastmath=FAST, cache=True, nogil=True)
 def _choose(
-    query, shape, known, ck, width, lists, supers, used, super_used, begins, first, moment, budget, begin, size, runs,
-    answering, read,
+    query, shape, known, ck, width, lists, supers, used, super_used, begins, first, moment, budget, weights,
+    super_weights, begin, size, runs, answering, read,
 ):  # fmt: skip
-    D, H, group, _, softcap = shape
+    D, H, _, _, softcap = shape
     alpha, rows = budget
     sizes, super_sizes = lists[8], supers[8]
-    B, m = known.shape[0], known.shape[2]
-    asking = group * (1 + (m - 1 - min(ASKING // 2, m - 1)) // ASKING)
-    columns = (asking + COLUMNS - 1) // COLUMNS * COLUMNS
+    B, columns = known.shape[0], weights.shape[3]
     qs, least = np.zeros((B, H, D, columns), F), np.zeros((B, H, columns), F)
     spread, root = np.zeros((B, H, columns), F), np.zeros((B, H, columns), F)
     each(B * H, _ask, (query, shape, known, ck, width, moment, qs, spread, root, least))
     n, s = sizes.shape[2], super_sizes.shape[2]
     parts, super_parts = (n + SOME - 1) // SOME, (s + SOME - 1) // SOME
-    weights, super_weights = np.empty((B, H, n, columns), F), np.empty((B, H, s, columns), F)
     sums = np.empty((B, H, parts + super_parts, columns), F)
     asked = qs, spread, root, least
     some, some_supers = sums[:, :, :parts], sums[:, :, parts:]

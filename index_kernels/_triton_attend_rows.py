@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_common import TILE_ELEMENTS, add_rows, device_of, finish, softcapped
+from ._triton_common import TILE_ELEMENTS, add_rows, device_of, finish, scaled, softcapped
 from ._triton_merge_states import merge_states
+from .packed import row_dim
 from .reference import empty_state
 
 # Programs to have in flight per multiprocessor; a guess from the register count, not yet measured on a GPU.
@@ -80,7 +81,7 @@ def _attend_kernel(
             row = tl.load(rows + slot.to(tl.int64) * row_n, mask=used, other=0) + (position - before)
         k_at = keys + row[:, None] * key_t + dim[None, :] * key_d
         k = tl.load(k_at, mask=used[:, None] & (dim < DIM)[None, :], other=0.0).to(tl.float32)
-        logits = tl.sum(k * q[None, :], axis=1) * scale
+        logits = scaled(tl.sum(k * q[None, :], axis=1) * scale, keys, row, used, key_t, DIM)
         if softcap is not None:
             logits = softcapped(logits, softcap)
         if log_weights is not None:
@@ -88,6 +89,7 @@ def _attend_kernel(
         logits = tl.where(used, logits, float("-inf"))
         v_at = values + row[:, None] * value_t + value_dim[None, :] * value_d
         v = tl.load(v_at, mask=used[:, None] & (value_dim < VALUE_DIM)[None, :], other=0.0).to(tl.float32)
+        v = scaled(v, values, row, used, value_t, VALUE_DIM, 1)
         peak, mass, total = add_rows(peak, mass, total, logits, v)
     out, lse = finish(peak, mass, total)
     state = split * tl.num_programs(0) + at
@@ -108,7 +110,7 @@ def attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """Attention over ids (-1 = none) or ranges of rows: ``(out [B, Hq, m, Dv], lse [B, Hq, m])``, both float32."""
     batch, heads, m, dim = query.shape
-    value_dim = values.shape[-1]
+    value_dim = row_dim(values)
     ends = None
     if ids is not None:
         rows, length = ids, ids.shape[-1]
@@ -121,7 +123,7 @@ def attend_rows(
     if queries == 0 or slots == 0 or length == 0:
         return empty_state(query, value_dim)
 
-    blocks = tile(dim, value_dim)
+    blocks = tile(dim, value_dim, packed=torch.int8 in (keys.dtype, values.dtype))
     splits = split_count(queries, triton.cdiv(length, blocks["BLOCK_N"]), query.device)
     outs = torch.empty((splits, batch, heads, m, value_dim), dtype=torch.float32, device=query.device)
     lses = torch.empty((splits, batch, heads, m), dtype=torch.float32, device=query.device)
@@ -137,10 +139,10 @@ def attend_rows(
     return (outs[0], lses[0]) if splits == 1 else merge_states(outs, lses)
 
 
-def tile(dim: int, value_dim: int) -> dict[str, int]:
+def tile(dim: int, value_dim: int, *, packed: bool) -> dict[str, int]:
     """Block sizes for rows of these widths: as many rows as keep a tile of keys, and one of values, in registers."""
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
-    block_n = max(1, min(128, TILE_ELEMENTS // max(block_d, block_dv)))
+    block_n = max(1, min(128, TILE_ELEMENTS // (1 + packed) // max(block_d, block_dv)))
     return {"BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "num_warps": 4}
 
 

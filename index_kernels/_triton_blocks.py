@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_common import device_of, dot_type, softcapped
+from ._triton_common import device_of, dot_type, load_rows, rows_of, scaled, softcapped
 from ._triton_segmented_kernels import log_sum, times, weigh
+from .packed import row_dim
 
 _NEG = tl.constexpr(float("-inf"))
 
@@ -37,8 +38,8 @@ def attend_places_kernel(
     live, position = r < M, (r // G).to(tl.int64)
     x_at = query + b * qb + (h * G + r % G)[:, None] * qh + position[:, None] * qt + d[None, :]
     x = tl.load(x_at, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(DOT)
-    keys += b * kb + h * kh
-    values += b * vb + h * vh
+    keys = rows_of(keys, b, h, kb, kh, DIM)
+    values = rows_of(values, b, h, vb, vh, VALUE_DIM)
     peak = tl.full([BLOCK_M], _NEG, tl.float32)
     mass = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -46,15 +47,15 @@ def attend_places_kernel(
         n = begin + tl.arange(0, BLOCK_N)
         row = tl.load(places + unit * count + n, mask=n < count, other=-1).to(tl.int64)
         there = row >= 0
-        k = tl.load(keys + row[:, None] * kt + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
-        v = tl.load(values + row[:, None] * vt + e[None, :], mask=there[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
-        s = times(x, tl.trans(k), DOT) * scale
+        k = load_rows(keys, row, there, kt, DIM, BLOCK_D)
+        v = load_rows(values, row, there, vt, VALUE_DIM, BLOCK_DV)
+        s = scaled(times(x, tl.trans(k), DOT) * scale, keys, row, there, kt, DIM)
         if softcap is not None:
             s = softcapped(s, softcap)
         s = tl.where(there[None, :] & (row[None, :] <= (first + position)[:, None]), s, _NEG)
         peak, decay, w = weigh(peak, s)
         mass = mass * decay + tl.sum(w, axis=1)
-        acc = acc * decay[:, None] + times(w, v, DOT)
+        acc = acc * decay[:, None] + times(scaled(w, values, row, there, vt, VALUE_DIM), v, DOT)
     to = unit * M + r
     answer = acc / tl.where(mass == 0, 1.0, mass)[:, None]
     tl.store(out + to[:, None] * VALUE_DIM + e[None, :], answer, mask=live[:, None] & (e < VALUE_DIM)[None, :])
@@ -66,16 +67,18 @@ def attend_places(
 ) -> tuple[Tensor, Tensor]:
     """Queries ``[B, Hq, m, D]`` of the newest positions over the rows at ``places [B, Hkv, n]``, -1 for none; causal.
 
-    The numbers of a row stand side by side. Returns ``(out [B, Hkv, m * group, Dv], lse [B, Hkv, m * group])``,
-    float32, position after position.
+    The numbers of a row stand side by side; rows may be packed.
+
+    Returns ``(out [B, Hkv, m * group, Dv], lse [B, Hkv, m * group])``, float32, position after position.
     """
     query = query.contiguous()
     batch, heads, m, dim = query.shape
-    kv_heads, length, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    kv_heads, length, value_dim = keys.shape[1], keys.shape[2], row_dim(values)
     group, dot = heads // kv_heads, dot_type(query, keys, values)
     out = torch.empty((batch, kv_heads, m * group, value_dim), dtype=torch.float32, device=query.device)
     lse = torch.empty((batch, kv_heads, m * group), dtype=torch.float32, device=query.device)
-    shapes = _shapes(dim, value_dim, wide=dot == tl.float32)
+    packed = torch.int8 in (keys.dtype, values.dtype)
+    shapes = _shapes(dim, value_dim, wide=dot == tl.float32, packed=packed)
     with device_of(query):
         attend_places_kernel[(batch * kv_heads, triton.cdiv(m * group, shapes["BLOCK_M"]))](
             query, keys, values, *query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], places.contiguous(),
@@ -85,12 +88,15 @@ def attend_places(
     return out, lse
 
 
-def _shapes(dim: int, value_dim: int, *, wide: bool) -> dict[str, Any]:
-    """Block sizes for rows of these widths that spill no registers; ``wide``: they are multiplied as float32."""
+def _shapes(dim: int, value_dim: int, *, wide: bool, packed: bool) -> dict[str, Any]:
+    """Block sizes for rows of these widths that spill no registers.
+
+    ``wide``: they are multiplied as float32, ``packed``: once unpacked.
+    """
     block_d, block_dv = (max(16, triton.next_power_of_2(width)) for width in (dim, value_dim))
     width = max(block_d, block_dv)
     large = wide or width > 128
-    tiles = (16, 16) if wide and width > 128 else (32 if wide else 64, 64 if width <= 64 else 32)
+    tiles = (16, 16) if wide and width > 128 else (32 if wide else 64, 64 if width <= 64 and not packed else 32)
     return {
         "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": tiles[0], "BLOCK_N": tiles[1],
         "num_warps": 8 if large else 4, "num_stages": 1 if large else 2,

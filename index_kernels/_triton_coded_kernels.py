@@ -12,7 +12,7 @@ bytes than codes do.
 import triton
 import triton.language as tl
 
-from ._triton_common import softcapped
+from ._triton_common import rows_of, softcapped
 from ._triton_segmented_kernels import (
     OF_ROWS,
     add_taken,
@@ -134,8 +134,8 @@ def attend_coded_kernel(
     whole = tl.load(wholes + head, mask=live, other=0.0)
     low, high, noise = _turned(turned, head, live, DIM, HALF, BLOCK_H, CODE)
     x = tl.load(query + head[:, None] * DIM + d[None, :], mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(DOT)
-    keys += b * kb + unit % H * kh
-    values += b * vb + unit % H * vh
+    keys = rows_of(keys, b, unit % H, kb, kh, DIM)
+    values = rows_of(values, b, unit % H, vb, vh, VALUE_DIM)
     peak = tl.full([M], _NEG, tl.float32)
     mass = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_DV], tl.float32)

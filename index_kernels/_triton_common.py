@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the running state of a log-sum-exp aggregate, softcap, the device to launch on."""
+"""What the Triton kernels share: the running state of a log-sum-exp aggregate, softcap, packed rows, the device."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (Triton compiles the kernels' source itself; their arguments have no Python types to declare.)
@@ -41,11 +41,56 @@ def softcapped(logits, softcap):
     return softcap * (2 * tl.sigmoid(2 * (logits / softcap)) - 1)
 
 
+@triton.jit
+def rows_of(rows, b, h, row_b, row_h, DIM: tl.constexpr):
+    """Where the rows of a KV head begin, whose numbers stand side by side.
+
+    Packed rows and their heads begin at multiples of four bytes if the numbers do: then four are loaded at once.
+    """
+    offset = b * row_b + h * row_h
+    if rows.dtype.element_ty == tl.int8 and DIM % 4 == 0:
+        offset = tl.multiple_of(offset, 4)
+    return rows + offset
+
+
+@triton.jit
+def load_rows(rows, row, used, row_t, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The numbers ``[N, BLOCK_D]`` of rows ``row [N]``, of packed ones int8; 0 where not ``used``."""
+    d = tl.arange(0, BLOCK_D)
+    offset = row[:, None] * row_t
+    if rows.dtype.element_ty == tl.int8 and DIM % 4 == 0:
+        offset = tl.multiple_of(offset, (4, 4))
+    return tl.load(rows + offset + d[None, :], mask=used[:, None] & (d < DIM)[None, :], other=0)
+
+
+@triton.jit
+def scaled(found, rows, row, used, row_t, dim, ACROSS: tl.constexpr = 0):
+    """What is found of rows ``row [N]``, if they are packed times their scales: the four bytes behind the numbers.
+
+    ``found`` is ``[N]`` or ``[M, N]``; with ACROSS 1 ``[N, M]``.
+    """
+    if rows.dtype.element_ty == tl.int8:
+        byte = tl.arange(0, 4)
+        there = tl.load(rows + row[:, None] * row_t + dim + byte[None, :], mask=used[:, None], other=0)
+        bits = tl.sum((there.to(tl.int32) & 255) << (8 * byte)[None, :], axis=1)
+        scale = bits.to(tl.float32, bitcast=True)
+        if len(found.shape) == 2:
+            scale = tl.expand_dims(scale, ACROSS)
+        found *= scale
+    return found
+
+
 def dot_type(*tensors: Tensor) -> Any:
-    """In which type rows are multiplied: their own where it is one, on a device; Triton's interpreter knows float32."""
+    """In which type rows are multiplied: their own where it is one, on a device; Triton's interpreter knows float32.
+
+    Packed rows are multiplied as bfloat16, in which int8 is exact: what it rounds of a query is less than they were.
+    """
     kinds = {tensor.dtype for tensor in tensors}
-    narrow = len(kinds) == 1 and os.environ.get("TRITON_INTERPRET") != "1"
-    return DOT_TYPES[kinds.pop()] if narrow else tl.float32
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return tl.float32
+    if torch.int8 in kinds:
+        return tl.bfloat16
+    return DOT_TYPES[kinds.pop()] if len(kinds) == 1 else tl.float32
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:

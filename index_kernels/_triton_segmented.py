@@ -35,7 +35,7 @@ from ._triton_segmented_kernels import (
     score_named_kernel,
 )
 from .lists import weights_by_place
-from .packed import SCALE_BYTES, scales, turned_for_codes
+from .packed import SCALE_BYTES, row_dim, scales, turned_for_codes
 from .summaries import (
     CODE_PLANES,
     MANY_ROWS,
@@ -266,10 +266,8 @@ def attend_segmented(
 
     Without ``details`` the rows read are counted on the device alone.
     """
-    if keys.dtype == torch.int8 or values.dtype == torch.int8:
-        raise ValueError("packed int8 rows are read on the CPU only: use float16 rows on a GPU")
     batch, heads, _, dim = query.shape
-    kv_heads, stored, value_dim = keys.shape[1], keys.shape[2], values.shape[3]
+    kv_heads, stored, value_dim = keys.shape[1], keys.shape[2], row_dim(values)
     planes = table.on(query.device, PLANES, Planes.of)
     lists, supers = planes.lists, planes.supers
     two_level = how.sealed >= MANY_ROWS and max(budget, how.rows_opened) < kv_heads * how.sealed
@@ -281,7 +279,8 @@ def attend_segmented(
     hot = how.n_sink + how.length - how.sealed
     group, room, units = heads // kv_heads, lists.room, batch * kv_heads
     dot = dot_type(query, keys, values)
-    shapes, scoring, attending = _shapes(dim, value_dim, group, wide=dot == tl.float32)
+    packed = torch.int8 in (keys.dtype, values.dtype)
+    shapes, scoring, attending = _shapes(dim, value_dim, group, wide=dot == tl.float32, packed=packed)
     hot_parts = max(1, min(MOST_HOT_PARTS, triton.cdiv(hot, scoring["BLOCK"])))
     # States of rows, then of codes, of summaries of lists and of super-lists, of sinks and hot rows.
     first_tail = space.splits * (1 + (by_code and how.tail))
@@ -294,7 +293,7 @@ def attend_segmented(
     row_logits: Tensor | None = None
     row_taken: Tensor | None = None
     # In the type that they are multiplied in: to convert them takes each program longer than to read them.
-    kind = torch.float16 if dot == tl.float32 else query.dtype
+    kind = torch.bfloat16 if dot == tl.bfloat16 else torch.float16
     moments = table.on(query.device, ("moments", kind), lambda *_: (planes.shape.to(kind), planes.cross.to(kind)))
     rows = keys, values, *keys.stride()[:3], *values.stride()[:3]
     first = supers if two_level else lists
@@ -453,10 +452,10 @@ def _now(wanted: bool) -> Any:
     return event
 
 
-def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[str, int], ...]:
+def _shapes(dim: int, value_dim: int, group: int, *, wide: bool, packed: bool) -> tuple[dict[str, int], ...]:
     """Block sizes for rows of these widths: of both kernels that read them, of score_kernel, of attend_kernel.
 
-    What keeps the kernels from spilling registers; ``wide``: rows are multiplied as float32.
+    What keeps the kernels from spilling registers; ``wide``: rows are multiplied as float32, ``packed``: once unpacked.
     """
     block_d, block_dv = (max(16, triton.next_power_of_2(width)) for width in (dim, value_dim))
     heads = max(16, triton.next_power_of_2(group))
@@ -477,7 +476,7 @@ def _shapes(dim: int, value_dim: int, group: int, *, wide: bool) -> tuple[dict[s
     }
     if wide and not narrow:
         attending |= {"num_warps": 8}
-    elif block_d == block_dv == 128 and not wide:
+    elif block_d == block_dv == 128 and not wide and not packed:
         attending |= {"maxnreg": 128}  # so that four programs share a processor
     if wide and large:
         scoring |= {"BLOCK": 16, "num_warps": 8}

@@ -14,7 +14,7 @@ No program waits for another: the cut of a histogram is made by each that lays o
 import triton
 import triton.language as tl
 
-from ._triton_common import softcapped
+from ._triton_common import load_rows, rows_of, scaled, softcapped
 from .lists import FREEZES, LOG_ROWS
 
 # Costs are ranked by the exponent and 5 more bits of their float32: 32 bins an octave, from 2**-26 to 2**6.
@@ -63,14 +63,14 @@ def fold_rows(peak, mass, acc, x, row, used, keys, values, kt, vt, scale, softca
               DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
               DOT: tl.constexpr):  # fmt: skip
     """Fold the rows ``row [N]`` of one KV head into a state of the group's heads."""
-    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    k = tl.load(keys + row[:, None] * kt + d[None, :], mask=used[:, None] & (d < DIM)[None, :], other=0.0)
-    v = tl.load(values + row[:, None] * vt + e[None, :], mask=used[:, None] & (e < VALUE_DIM)[None, :], other=0.0)
-    s = times(x, tl.trans(k), DOT) * scale
+    k = load_rows(keys, row, used, kt, DIM, BLOCK_D)
+    v = load_rows(values, row, used, vt, VALUE_DIM, BLOCK_DV)
+    s = scaled(times(x, tl.trans(k), DOT) * scale, keys, row, used, kt, DIM)
     if softcap is not None:
         s = softcapped(s, softcap)
     peak, decay, w = weigh(peak, tl.where(used[None, :], s, _NEG))
-    return peak, mass * decay + tl.sum(w, axis=1), acc * decay[:, None] + times(w, v, DOT)
+    mass = mass * decay + tl.sum(w, axis=1)
+    return peak, mass, acc * decay[:, None] + times(scaled(w, values, row, used, vt, VALUE_DIM), v, DOT)
 
 
 @triton.jit
@@ -276,8 +276,8 @@ def score_kernel(
         sinks = tl.maximum(tl.minimum(begin + n_sink, length) - begin, 0)
         hot = tl.minimum(tl.maximum(begin + n_sink, sealed), length)
         count = (sinks + length - hot).to(tl.int32)
-        keys += unit // H * kb + unit % H * kh
-        values += unit // H * vb + unit % H * vh
+        keys = rows_of(keys, unit // H, unit % H, kb, kh, DIM)
+        values = rows_of(values, unit // H, unit % H, vb, vh, VALUE_DIM)
         acc = tl.zeros([M, BLOCK_DV], tl.float32)
         for first in range(mine * BLOCK, count, (tl.num_programs(1) - 1 - parts) * BLOCK):
             place = first + tl.arange(0, BLOCK)
@@ -457,8 +457,8 @@ def attend_kernel(
         d = tl.arange(0, BLOCK_D)
         x_at = query + head[:, None] * DIM + d[None, :]
         x = tl.load(x_at, mask=live[:, None] & (d < DIM)[None, :], other=0.0).to(DOT)
-        keys += b * kb + unit % H * kh
-        values += b * vb + unit % H * vh
+        keys = rows_of(keys, b, unit % H, kb, kh, DIM)
+        values = rows_of(values, b, unit % H, vb, vh, VALUE_DIM)
         for first in range(split * BLOCK, total, splits * BLOCK):
             place = first + tl.arange(0, BLOCK)
             row = tl.load(ids + unit * capacity + place, mask=place < total, other=0)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_common import device_of
+from ._triton_common import device_of, scaled
 
 # Rows per program. Half the size would sort faster and leave twice the candidates to merge.
 BLOCK_T = 512
@@ -61,7 +61,8 @@ def _score_kernel(
         k_at = keys + row.to(tl.int64)[:, None] * key_t + dim[None, :] * key_d
         k = tl.load(k_at, mask=visible[:, None] & (dim < dims)[None, :], other=0.0).to(tl.float32)
         scores += tl.sum(k * q[None, :], axis=1)
-    packed = _pack(tl.where(visible, scores * scale, float("-inf")), row)
+    scores = scaled(scores * scale, keys, row.to(tl.int64), visible, key_t, dims)
+    packed = _pack(tl.where(visible, scores, float("-inf")), row)
     if SORT:
         packed = tl.sort(packed, descending=True)
     column = tl.arange(0, BLOCK_T)

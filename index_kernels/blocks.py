@@ -126,8 +126,7 @@ def attend_block(
     chosen = resolve_backend(query, backend)
     if chosen == "numba":
         return BlockAnswer(*_fused().attend(query, keys, values, table, how, start))
-    packed = torch.int8 in (keys.dtype, values.dtype)
-    source = _RowsOnDevice if chosen == "triton" and not packed else _Rows
+    source = _RowsOnDevice if chosen == "triton" else _Rows
     return _attend(source(query, keys, values, heads // kv_heads, how), table, start)
 
 

@@ -58,7 +58,7 @@ def top_k(
         raise ValueError(f"k is {k!r}, expected an integer of at least 1")
     start = _bounds(start, "start", query.shape[0], 0, query)
     stop = _bounds(stop, "stop", query.shape[2], keys.shape[2], query)
-    run = _implementation("top_k", query, backend, keys)
+    run = _implementation("top_k", query, backend)
     return run(query, keys, k, scale=_scale(scale, query), start=start, stop=stop)
 
 
@@ -118,7 +118,7 @@ def attend_rows(
         and (int(rows.max()) > keys.shape[2] - (ids is not None) or int(rows.min()) < -1)
     ):
         raise ValueError(f"{what} reach from {int(rows.min())} to {int(rows.max())}, there are {keys.shape[2]} rows")
-    run = _implementation("attend_rows", query, backend, keys, values)
+    run = _implementation("attend_rows", query, backend)
     scale, softcap = _scale(scale, query), _softcap(softcap)
     return run(query, keys, values, scale=scale, ids=ids, ranges=ranges, log_weights=log_weights, softcap=softcap)
 
@@ -157,7 +157,7 @@ def dense_decode(
             f"query {list(query.shape)} has {query.shape[2]} positions, expected 1 to {keys.shape[2]}: the newest rows"
         )
     start = _bounds(start, "start", query.shape[0], 0, query)
-    run = _implementation("dense_decode", query, backend, keys, values)
+    run = _implementation("dense_decode", query, backend)
     options = {"scale": _scale(scale, query), "softcap": _softcap(softcap)}
     return run(query, keys, values, start=start, causal=causal, **options)
 
@@ -228,10 +228,8 @@ def resolve_backend(tensor: Tensor, backend: str = "auto") -> str:
     return "triton"
 
 
-def _implementation(op: str, tensor: Tensor, backend: str, *rows: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _implementation(op: str, tensor: Tensor, backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     chosen = resolve_backend(tensor, backend)
-    if chosen == "triton" and any(stored.dtype == torch.int8 for stored in rows):
-        raise ValueError("packed int8 rows are read on the CPU only: use float16 rows on a GPU")
     served = op in _SERVED.get(chosen, ())
     if backend not in ("auto", "reference") and not served:
         having = [name for name, ops in _SERVED.items() if op in ops]

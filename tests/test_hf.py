@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ import transformers
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
-from dbattn import RetrievalConfig
+from dbattn import AttentionDB, RetrievalConfig
 from dbattn.hf import UnsupportedModelError, wrap
 from dbattn.hf.function import attention_function
+from dbattn.hf.offload import layer_devices
 
 SIZES = {
     "vocab_size": 128,
@@ -144,12 +146,30 @@ def test_layers_that_are_given_a_copy_of_the_mask_retrieve_and_any_other_mask_is
     assert told not in first.dense
 
 
-def test_a_context_for_a_model_on_several_devices_is_refused(monkeypatch, tmp_path):
+def test_rows_of_a_context_are_opened_where_their_layer_is(monkeypatch, tmp_path):
+    model = tiny()
+    with torch.inference_mode(), wrap(model) as handle:
+        model(**prompt(length=300))
+        handle.save(tmp_path / "context")
+    there, opened, of_snapshot = [torch.device("cpu"), torch.device("cuda:1")], [], AttentionDB.of_snapshot
+
+    def on_cpu(snapshot, number, config, device, group):
+        opened.append((number, device))
+        return of_snapshot(snapshot, number, config, torch.device("cpu"), group)
+
     # The module's name is also that of the function that its package exports.
-    module = importlib.import_module("dbattn.hf.wrap")
-    monkeypatch.setattr(module, "devices_of", lambda model: {torch.device("cuda:1"), torch.device("cuda:0")})
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is on cuda:0, cuda:1: the rows of a context"):
-        wrap(tiny(), context=tmp_path)
+    monkeypatch.setattr(importlib.import_module("dbattn.hf.wrap"), "layer_devices", lambda decoder, layers: there)
+    monkeypatch.setattr(AttentionDB, "of_snapshot", on_cpu)
+    with wrap(model, context=tmp_path / "context") as handle:
+        assert [layer.get_seq_length() for layer in handle.new_cache().layers] == [300, 300]
+    assert opened == list(enumerate(there))
+
+
+def test_a_layer_is_where_its_attention_computes():
+    model = tiny()
+    assert layer_devices(model.model, 2) == [torch.device("cpu")] * 2
+    model.model.layers[1].to("meta").self_attn._hf_hook = SimpleNamespace(offload=True, execution_device="cuda:1")
+    assert layer_devices(model.model, 2) == [torch.device("cpu"), torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize(

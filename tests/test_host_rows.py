@@ -29,12 +29,13 @@ def database(rows, device, **options):
     return db
 
 
-def test_rows_in_host_memory_answer_as_those_on_the_device_do(device):
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_rows_in_host_memory_answer_as_those_on_the_device_do(device, storage):
     query, more = torch.randn(1, 4, 1, 16, device=device), torch.randn(1, 2, 400, 16, device=device)
     answers = []
     for rows in ("device", "host"):
         torch.manual_seed(1)
-        db = database(rows, device)
+        db = database(rows, device, storage=storage)
         assert db.store.host == (rows == "host")
         by_lists = [db.attend(query)]
         exact = [db.attend(query, retrieve=False)]
@@ -58,6 +59,9 @@ def test_rows_in_host_memory_answer_as_those_on_the_device_do(device):
 def test_explain_says_where_rows_are(device):
     assert "rows kept as they come, in host memory" in str(
         database("host", device).explain(torch.randn(1, 4, 1, 16, device=device))
+    )
+    assert "rows kept as int8, rotated, in host memory" in str(
+        database("host", device, storage="int8").explain(torch.randn(1, 4, 1, 16, device=device))
     )
     assert "host memory" not in str(database("device", device).explain(torch.randn(1, 4, 1, 16, device=device)))
 
@@ -95,7 +99,6 @@ def test_a_machine_without_a_gpu_is_told_at_the_door(monkeypatch):
     [
         ({"rows": "disk"}, "rows is 'disk', expected one of device, host"),
         ({"rows": "host", "index": "flat"}, "not with index='flat'"),
-        ({"rows": "host", "storage": "int8"}, "not with storage='int8'"),
     ],
 )
 def test_what_does_not_go_with_rows_in_host_memory_is_refused(options, said):

@@ -8,17 +8,17 @@ import pytest
 import torch
 from conftest import TRITON
 from test_kernels_segmented import CASES, SEALED, assert_near, sealed_store
-from test_kernels_whole_lists import FLOATS, MANY_ROWS, TWO_LEVELS, super_lists_left
+from test_kernels_whole_lists import MANY_ROWS, TWO_LEVELS, as_asked, super_lists_left
 
 from index_kernels import attend_rows, merge_states
 from index_kernels.codes import attend_codes, score_codes
 from index_kernels.lists import attend_summaries, list_costs, summary_logits, whole_mass
 from index_kernels.segmented import _exact_ranges
 
-# As FLOATS; the specification also rounds the query that codes are multiplied with.
+# The specification also rounds the query that codes are multiplied with.
 MORE = {
     f"{dtype}, D {dim}, by code": (dtype, 2, 3, dim, dim, None, 40, SEALED, (0, 150))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8)
     for dim in (64, 80, 128)
 }
 TOLERANCE = 1e-2
@@ -45,7 +45,7 @@ def lists_opened(query, lists, how, got, known):
 def check(run, backend, name, tail=True, everything=False, two_levels=False):
     CASES.setdefault(name, MORE.get(name))  # not before: other tests are made of these cases
     query, keys, values, arrays, how, start, _ = sealed_store(name, "reference")
-    query, how = query.to(keys.dtype), how._replace(tail=tail)
+    query, how = as_asked(query, keys), how._replace(tail=tail)
     if everything:
         how = how._replace(rows_coded=keys.shape[1] * SEALED)
     settings = MANY_ROWS if two_levels else None
@@ -88,7 +88,7 @@ def check(run, backend, name, tail=True, everything=False, two_levels=False):
 
 
 # Logits of large queries are known by code to a few units: what is read of them is anybody's choice.
-@pytest.mark.parametrize("name", sorted(FLOATS.keys() - {"large queries"}))
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"large queries"}))
 @pytest.mark.parametrize("backend", TRITON)
 def test_rows_chosen_by_code_are_read_and_codes_and_summaries_answer_for_the_others(run, backend, name):
     check(run, backend, name, tail=name != "float32")

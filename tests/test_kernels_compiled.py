@@ -28,6 +28,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from dbattn.index._lists import Lists  # noqa: E402
 from index_kernels import ListReading  # noqa: E402
+from index_kernels.packed import SCALE_BYTES  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {
@@ -40,6 +41,7 @@ DTYPES = {
     torch.bool: "i1",
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+STORED = (*FLOATS, torch.int8)
 HEAD_DIMS = (64, 80, 128, 256)
 ROWS = 4096
 # Bytes that ptxas rather spills than to let fewer programs run at once: kernels that wait for rows in the memory of the
@@ -69,8 +71,15 @@ def oversized_kernel(x, K: tl.constexpr):
     tl.store(x + narrow[:, None] * 128 + wide[None, :], tl.dot(a, b).to(a.dtype))
 
 
+def asked(dtype, dim, batch=1, m=1):
+    """A query ``[batch, 8, m, dim]`` and rows ``[batch, 2, ROWS, dim]`` of a type; packed ones are asked in float32."""
+    packed = dtype == torch.int8
+    query = torch.zeros(batch, 8, m, dim, dtype=torch.float32 if packed else dtype)
+    return query, torch.zeros(batch, 2, ROWS, dim + SCALE_BYTES * packed, dtype=dtype)
+
+
 def launch_attend_rows(dtype, dim):
-    query, rows = torch.zeros(1, 8, 1, dim, dtype=dtype), torch.zeros(1, 2, ROWS, dim, dtype=dtype)
+    query, rows = asked(dtype, dim)
     ids, ranges = torch.zeros(1, 8, 1, 512, dtype=torch.int64), torch.zeros(1, 8, 1, 48, 2, dtype=torch.int64)
     launch("attend_rows", query, rows, rows, scale=0.1, ids=ids, ranges=None, log_weights=None, softcap=None)
     weights = torch.zeros(1, 8, 1, 48)
@@ -78,7 +87,7 @@ def launch_attend_rows(dtype, dim):
 
 
 def launch_top_k(dtype, dim):
-    query, rows = torch.zeros(2, 8, 2, dim, dtype=dtype), torch.zeros(2, 2, ROWS, dim, dtype=dtype)
+    query, rows = asked(dtype, dim, batch=2, m=2)
     bounds = torch.zeros(2, dtype=torch.int64)
     for k in (100, ROWS):
         launch("top_k", query, rows, k, scale=0.1, start=bounds, stop=bounds)
@@ -89,10 +98,15 @@ def launch_merge_states(dtype, dim):
 
 
 def launch_places(dtype, dim):
-    query, rows = torch.zeros(1, 8, 512, dim, dtype=dtype), torch.zeros(1, 2, ROWS, dim, dtype=dtype)
+    query, rows = asked(dtype, dim, m=512)
     places = torch.zeros(1, 2, 1000, dtype=torch.int64)
     for softcap in (None, 30.0):
         launch("attend_places", query, rows, rows, places, scale=0.1, softcap=softcap, file="blocks")
+
+
+def launch_rotate(dtype, dim):
+    for op in ("rotated", "packed_rotated"):
+        launch(op, torch.zeros(1, 8, 100, dim, dtype=dtype), file="rotate")
 
 
 def launch_sizes_of_one(dtype, dim):
@@ -111,7 +125,7 @@ WHOLE = ((None, True, False, None, ROWS // 2), (30.0, False, False, tuple(map(fl
 
 
 def launch_segmented(kinds, dtype, dim):
-    query, rows = torch.zeros(1, 8, 1, dim, dtype=dtype), torch.zeros(1, 2, ROWS, dim, dtype=dtype)
+    query, rows = asked(dtype, dim)
     lists = Lists(1, 2, dim, dim)
     lists.reserve([0, ROWS], ROWS)
     lists.lists.used[:] = ROWS // 32
@@ -133,7 +147,7 @@ LIST_KERNELS = {"score_kernel", "rank_kernel", "lay_kernel", "score_named_kernel
 CASES = {
     "attend_rows": (
         launch_attend_rows,
-        {torch.float32: HEAD_DIMS, torch.float16: (128,), torch.bfloat16: HEAD_DIMS},
+        {torch.float32: HEAD_DIMS, torch.float16: (128,), torch.bfloat16: HEAD_DIMS, torch.int8: (128,)},
         {"_attend_kernel", "_merge_kernel"},  # merges what it has split
     ),
     # One kernel for all multiples of 16.
@@ -142,11 +156,16 @@ CASES = {
     # Not in float32, which is seldom kept on a device: compiling takes long, and rows of 256 numbers spill.
     "segmented by code": (
         partial(launch_segmented, BY_CODE),
-        {torch.bfloat16: (128, 256)},
+        {torch.bfloat16: (128, 256), torch.int8: (128,)},
         LIST_KERNELS | {"choose_kernel", "attend_coded_kernel"},
     ),
     "segmented": (partial(launch_segmented, WHOLE), {torch.bfloat16: (128, 256)}, LIST_KERNELS),
-    "places": (launch_places, {torch.float32: (64,), torch.bfloat16: (80, 128, 256)}, {"attend_places_kernel"}),
+    "places": (
+        launch_places,
+        {torch.float32: (64,), torch.bfloat16: (80, 128, 256), torch.int8: (128,)},
+        {"attend_places_kernel"},
+    ),
+    "rotate": (launch_rotate, {torch.float32: (256,), torch.bfloat16: (128,)}, {"rotate_kernel"}),
     "sizes_of_one": (
         launch_sizes_of_one,
         {torch.float32: (64,)},
@@ -162,6 +181,8 @@ def dims_of(case, dtype, capability):
         return dims
     if case in ("segmented", "sizes_of_one"):
         return ()  # the same kernels as by code, told otherwise; the same path through the compiler
+    if dtype == torch.int8:
+        return ()  # read as four bytes at once on all
     if capability == 80:
         return dims[-1:]
     usual = torch.float32 if case == "merge_states" else torch.bfloat16
@@ -191,7 +212,7 @@ class Recorder:
 def record(case, dtype, dim):
     launches, patch = [], pytest.MonkeyPatch()
     patch.setattr("index_kernels._triton_segmented.MANY_ROWS", 0)
-    for name in ("attend_rows", "top_k", "merge_states", "segmented", "blocks"):
+    for name in ("attend_rows", "top_k", "merge_states", "segmented", "blocks", "rotate"):
         module = import_module(f"index_kernels._triton_{name}")
         for attribute in [a for a in vars(module) if a.endswith("_kernel")]:
             patch.setattr(module, attribute, Recorder(getattr(module, attribute), launches))
@@ -252,7 +273,7 @@ def compilers(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("case", "dtype", "capability"),
-    [each for each in product(CASES, FLOATS, SHARED_LIMIT) if each[1] in CASES[each[0]][1] and dims_of(*each)],
+    [each for each in product(CASES, STORED, SHARED_LIMIT) if each[1] in CASES[each[0]][1] and dims_of(*each)],
 )
 def test_kernels_fit_and_do_not_spill(compilers, case, dtype, capability):
     dims = dims_of(case, dtype, capability)

@@ -6,7 +6,7 @@ from functools import partial
 import conftest
 import pytest
 import torch
-from conftest import real_rows
+from conftest import BACKENDS, TRITON, real_rows
 from test_snapshot import forge, sign
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +16,7 @@ from dbattn.config import INDEX_TRAITS, STORAGES
 from dbattn.snapshot import SnapshotError, describe
 from dbattn.store import KVStore
 from dbattn.store.storage import LARGEST, check_finite
-from index_kernels import attend_rows, dense_decode, floats, pack_rows, rotate, top_k
+from index_kernels import floats, pack_rows, rotate, top_k
 from index_kernels.packed import rotated, scales
 
 INDEXES = sorted(INDEX_TRAITS)
@@ -70,10 +70,10 @@ def assert_same_state(got, wanted):
         assert (a - b)[b.isfinite()].norm() <= 1e-5 * b[b.isfinite()].norm()
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_kernels_read_packed_rows_as_the_reference_reads_their_floats(backend, shape, softcap):
+def test_kernels_read_packed_rows_as_the_reference_reads_their_floats(run, backend, shape, softcap):
     n, dim, value_dim, group = shape
     keys, values = packed(n, dim), packed(n, value_dim, seed=1)
     query = torch.randn(2, 2 * group, 1, dim)
@@ -82,20 +82,21 @@ def test_kernels_read_packed_rows_as_the_reference_reads_their_floats(backend, s
     ranges = torch.tensor([[0, n // 3], [n // 2, n]]).expand(2, 2 * group, 1, 2, 2)
     start = torch.tensor([0, n])
     for op, options in (
-        (attend_rows, {"ids": ids, "log_weights": torch.randn(ids.shape)}),
-        (attend_rows, {"ranges": ranges}),
-        (dense_decode, {"start": start}),
-        (dense_decode, {"start": start, "query": torch.randn(2, 2 * group, min(4, n), dim)}),
+        ("attend_rows", {"ids": ids, "log_weights": torch.randn(ids.shape)}),
+        ("attend_rows", {"ranges": ranges}),
+        ("dense_decode", {"start": start}),
+        ("dense_decode", {"start": start, "query": torch.randn(2, 2 * group, min(4, n), dim)}),
     ):
         given = {"query": query, "softcap": softcap, **options}
-        got = op(keys=keys, values=values, **given, backend=backend)
-        assert_same_state(got, op(keys=floats(keys), values=floats(values), **given, backend="reference"))
+        got = run(backend, op, keys=keys, values=values, **given)
+        assert_same_state(got, run("reference", op, keys=floats(keys), values=floats(values), **given))
 
 
-def test_exact_search_in_packed_rows_is_that_in_their_floats(monkeypatch):
+@pytest.mark.parametrize("backend", ["reference", *TRITON])
+def test_exact_search_in_packed_rows_is_that_in_their_floats(run, backend, monkeypatch):
     monkeypatch.setattr("index_kernels.reference.BLOCK", 64)
     keys, query = packed(300, 13), torch.randn(2, 4, 2, 13)
-    ids, scores = top_k(query, keys, 40, start=torch.tensor([3, 100]))
+    ids, scores = run(backend, "top_k", query, keys, 40, start=torch.tensor([3, 100]))
     wanted_ids, wanted = top_k(query, floats(keys), 40, start=torch.tensor([3, 100]))
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(scores, wanted)
@@ -109,15 +110,6 @@ def test_dense_attention_reads_packed_rows(m, softcap):
         out = dense_attention(query, keys, values, start=start, softcap=softcap)
         exact = dense_attention(query, floats(keys), floats(values), start=start, softcap=softcap)
         assert relative_error(out, exact).max() < 1e-5
-
-
-def test_triton_and_other_devices_refuse_packed_rows(monkeypatch):
-    monkeypatch.setattr("index_kernels.ops.resolve_backend", lambda tensor, backend: "triton")
-    with pytest.raises(ValueError, match="read on the CPU only"):
-        dense_decode(torch.randn(2, 4, 1, 16), packed(9, 16), packed(9, 8))
-    store = KVStore(2, 16, 16, "int8")
-    with pytest.raises(ValueError, match="rows are on meta"):
-        store.append(*(x.to("meta") for x in rows(3)))
 
 
 @pytest.mark.parametrize("dim", [1, 6, 64, 81])
@@ -320,6 +312,26 @@ def test_a_rotation_is_hadamards_matrix_in_blocks_and_undoes_itself(dim, dtype):
     assert torch.equal(rotate(given[:, 1:2, 4:5]), turned[:, 1:2, 4:5])
     assert torch.equal(rotated(given), turned)
     assert rotate(given[:, :, :0]).shape == (2, 3, 0, dim)
+
+
+@pytest.mark.parametrize("dim", [6, 64, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", TRITON)
+def test_a_gpu_turns_and_packs_rows_as_the_specification_does(run, backend, dtype, dim):
+    given = torch.randn(2, 7, 3, dim).to(dtype).transpose(1, 2)
+    given[0, 1, 2] = 0
+    turned, there = run(backend, "rotate", given), run(backend, "pack_rotated", given)
+    torch.testing.assert_close(turned, rotated(given), atol=2e-5, rtol=2e-5)
+    wanted = pack_rows(rotated(given))
+    torch.testing.assert_close(scales(there), scales(wanted), atol=0, rtol=1e-4)
+    off = (there - wanted)[..., :dim].abs()
+    assert off.max() <= 1, "a number half way between two may become either"
+    assert off.float().mean() < 0.01
+    assert not there[0, 1, 2, :dim].any()
+    given[1, 2, 5, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"rows hold the scale nan at \[1, 2, 5\]"):
+        check_finite("rows", run(backend, "pack_rotated", given))
+    assert run(backend, "pack_rotated", given[:, :, :0]).shape == (2, 3, 0, dim + 4)
 
 
 @pytest.mark.parametrize("index", INDEXES)

@@ -210,6 +210,8 @@ class DatabaseLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         elif self.db is None:
             self.lazy_initialization(key_states, value_states)
         assert self.db is not None
+        if self.session.switches.until is not None:
+            self.db.reserve(self.session.switches.until)
         self.dtype = self.db.store.widen(torch.promote_types(key_states.dtype, value_states.dtype))
         self.db.append(key_states.to(self.dtype), value_states.to(self.dtype))
         if not self.session.serving:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from index_kernels.integer import is_integer
+
 
 def weight_of(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     """A parameter or buffer of a model's state dict; where that has a placeholder, what its module would load.
@@ -32,17 +34,23 @@ def weight_of(model: nn.Module, name: str, weight: Tensor) -> Tensor:
     )
 
 
-def device_of(model: Any) -> torch.device:
-    """The device that the model's rows are made on."""
-    if model.device.type != "meta":
-        return torch.device(model.device)
+def device_of(model: nn.Module) -> torch.device:
+    """The device that a model, or a part of one, computes on: that of its first weight."""
+    weight = next(model.parameters(), None)
+    if weight is not None and weight.device.type != "meta":
+        return weight.device
     found = (hook.execution_device for part in model.modules() for hook in _hooks(part) if hook.offload)
     return torch.device(next((device for device in found if device is not None), "cpu"))
 
 
-def devices_of(model: nn.Module) -> set[torch.device]:
-    """The devices that a model's weights are on, placeholders apart."""
-    return {weight.device for weight in model.parameters() if weight.device.type != "meta"}
+def layer_devices(decoder: nn.Module, layers: int) -> list[torch.device]:
+    """The device that each of a decoder's layers makes its rows on: that of its attention."""
+    devices = [device_of(decoder)] * layers
+    for part in decoder.modules():
+        number = getattr(part, "layer_idx", None)
+        if is_integer(number, 0, layers - 1) and any(True for _ in part.parameters()):
+            devices[number] = device_of(part)
+    return devices
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

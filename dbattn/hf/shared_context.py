@@ -1,6 +1,7 @@
 """SharedContext: the rows of a snapshot once, for all caches that begin with them."""
 
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -14,21 +15,23 @@ from ..snapshot import LayerState, Parts, Snapshot
 class SharedContext:
     """The layers of a snapshot as databases, read when a cache first asks for them; all caches hold forks of them.
 
-    Rows that were read by windows stay in their files, where caches find those that they read. ``parts``: what the
-    snapshot is one rank's part of.
+    Rows that were read by windows stay in their files, where caches find those that they read. ``of_rows``: the device
+    of each database's rows, ``of_layers``: of what each layer of the model holds beside. ``parts``: what the snapshot
+    is one rank's part of.
     """
 
     def __init__(
         self,
         snapshot: Snapshot,
         config: RetrievalConfig,
-        device: torch.device,
+        of_rows: Sequence[torch.device],
+        of_layers: Sequence[torch.device],
         shards: Shards | None = None,
         parts: Parts | None = None,
     ) -> None:
         self._snapshot: Snapshot | None = snapshot
         self._shards, self._parts = shards, parts
-        self._config, self._device = config, device
+        self._config, self._of_rows, self._of_layers = config, of_rows, of_layers
         self._reading = threading.Lock()
         self._layers: list[AttentionDB] = []
         # What layers hold that are no databases; read with them.
@@ -54,9 +57,9 @@ class SharedContext:
         return self._layers
 
     def _read(self, snapshot: Snapshot) -> list[AttentionDB]:
-        layers, self.states = [], snapshot.states(self._device)
-        for number in range(len(snapshot.info.layers)):
-            db = AttentionDB.of_snapshot(snapshot, number, self._config, self._device, self._shards)
+        layers, self.states = [], snapshot.states(self._of_layers)
+        for number, device in enumerate(self._of_rows):
+            db = AttentionDB.of_snapshot(snapshot, number, self._config, device, self._shards)
             if isinstance(db, ShardedDB) and self._parts is not None:
                 db.begin_with(self._parts.rows, torch.tensor(self._parts.start))
             if snapshot.info.windows is None:

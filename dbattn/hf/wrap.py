@@ -35,7 +35,7 @@ from .exact import ExactGenerate
 from .function import NAME, register, unregister
 from .in_step import InStep, check_shards
 from .layer_states import ContextCache, Mark, refuse_states
-from .offload import device_of, devices_of
+from .offload import device_of, layer_devices
 from .pace import Drafts
 from .report import Report
 from .session import ForwardPass, Session, forward_pass, left_to_transformers
@@ -134,11 +134,6 @@ class Handle:
         layers = DynamicCache(config=model.config).layers
         if exact:
             check_exact(model, layers)
-        if context is not None and len(devices := devices_of(model)) > 1:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is on {', '.join(sorted(map(str, devices)))}: the rows of a context are "
-                "opened on one device"
-            )
         shards, parts = None if group is None else Shards.of(group), None
         if shards is not None:
             check_shards(shards, model, exact=exact)
@@ -157,7 +152,9 @@ class Handle:
             self._session.token_ids, self._session.windows = snapshot.token_ids, snapshot.info.windows
             if shards is not None and snapshot.token_ids is not None:
                 self._session.token_ids = shards.together(snapshot.token_ids)
-            self._session.context = SharedContext(snapshot, self.config, device_of(model), shards, parts)
+            devices = layer_devices(self._decoder, len(layers))
+            of_rows = [device for device, layer in zip(devices, layers, strict=True) if type(layer) in SERVED]
+            self._session.context = SharedContext(snapshot, self.config, of_rows, devices, shards, parts)
         for stats, layer in zip(self._session.stats, layers, strict=True):
             if type(layer) not in SERVED:
                 stats.dense_reasons[left_to_transformers(layer)] = 0

@@ -73,10 +73,11 @@ def rates(engine: type[TimedIndex] | None, processor: int | str) -> Rates | None
 def gpu_of(store: KVStore) -> str | None:
     """The GPU whose rates are those of a store's rows; None where there are none.
 
-    Rates are of rows of 16 bits on the GPU itself, which torch's flash kernel scans. While a CUDA graph is captured
-    none are measured: those that are not known yet are not known then.
+    Rates are of rows of 16 bits on the GPU itself, which torch's flash kernel scans; packed rows are taken to cost as
+    much by the byte. While a CUDA graph is captured none are measured: those that are not known yet are not known then.
     """
-    if store.host or store.row_bytes != 2 * (store.head_dim + store.value_dim):
+    of_16_bits = store.row_bytes == 2 * (store.head_dim + store.value_dim)
+    if store.host or not (of_16_bits or store.storage == "int8"):
         return None
     name = device_rates.name_of(store.start.device)
     return None if torch.cuda.is_current_stream_capturing() and not rates.cache_info().currsize else name

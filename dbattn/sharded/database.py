@@ -84,6 +84,10 @@ class ShardedDB(AttentionDB):
         if empty:
             self._start = torch.zeros(len(keys), dtype=torch.int64, device=keys.device)
 
+    def reserve(self, rows: int) -> None:
+        """See AttentionDB; rows of all ranks together."""
+        self.store.reserve(self.shards.before(rows))
+
     def note_queries(self, queries: Tensor, first: int) -> None:
         """See AttentionDB; each rank samples those of its own rows."""
         self.store.note_queries(self.shards.ours(queries, first), self.shards.before(first))

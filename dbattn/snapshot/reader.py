@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,8 +146,8 @@ class Snapshot:
             )
         store.mark_saved(self.info.digest)
 
-    def states(self, device: torch.device) -> tuple[LayerState, ...]:
-        """What layers of the model held that are no databases, in their order.
+    def states(self, devices: Sequence[torch.device]) -> tuple[LayerState, ...]:
+        """What layers of the model held that are no databases, in their order; ``devices``: where each layer's goes.
 
         Raises:
             SnapshotError: a file is damaged, or holds something else than what the manifest says; names the file.
@@ -165,7 +166,7 @@ class Snapshot:
                 )
             with torch.inference_mode(False):
                 # Copies: the file is let go.
-                tensors = {name: arrays[name].clone().to(device) for name in info.tensors}
+                tensors = {name: arrays[name].clone().to(devices[info.layer]) for name in info.tensors}
             states.append(replace(state, tensors=tensors))
         return tuple(states)
 

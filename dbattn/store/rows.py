@@ -56,7 +56,7 @@ class KVStore:
         self._clear()
 
     def _clear(self) -> None:
-        self._length = self._settled = 0
+        self._length = self._settled = self._wanted = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
         self._mapped: MappedRows | None = None
         self._saved: tuple[str, int] = "", 0
@@ -109,11 +109,16 @@ class KVStore:
         self._check(keys, values)
         self.requires_grad |= torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad)
         keys, values = (
-            stored(name, self.turn(rows), self.storage) for name, rows in (("keys", keys), ("values", values))
+            stored(name, rows, self.storage, rotated=self.rotated)
+            for name, rows in (("keys", keys), ("values", values))
         )
         self._write(keys.detach(), values.detach())
         if keys.shape[2] > 1 or not on_device(keys):
             self._looked_at = self._length
+
+    def reserve(self, rows: int) -> None:
+        """Say that so many rows are to be held: room is made for them at once, and nothing is copied as they come."""
+        self._wanted = rows
 
     def append_kept(self, keys: Tensor, values: Tensor) -> None:
         """Add rows as a store of the same kind keeps them, from ``rows`` or ``between``, after the newest."""
@@ -159,11 +164,9 @@ class KVStore:
 
         ``rows`` fit the store and are finite: who reads them from disk has checked it. More rows will be kept as they
         are, rotated or not.
-
-        Raises:
-            ValueError: packed rows wanted on a device that does not read them.
         """
-        self._check_device(rows.device)
+        if self.host:
+            check_host_rows(rows.device)
         self._clear()
         self._mapped, self._length, self._settled, self.rotated = rows, len(rows), settled, rotated
         self._looked_at = len(rows)
@@ -383,11 +386,8 @@ class KVStore:
     @property
     def kept(self) -> str:
         """What packed rows are kept as, or where other than on their device, in words; "" for other rows."""
-        if self.host:
-            return f"{self.storage or 'they come'}, in host memory"
-        if self.storage != "int8":
-            return ""
-        return "int8, rotated" if self.rotated else "int8"
+        packed = "int8, rotated" if self.rotated else "int8" if self.storage == "int8" else ""
+        return f"{packed or self.storage or 'they come'}, in host memory" if self.host else packed
 
     @property
     def row_bytes(self) -> int:
@@ -475,10 +475,11 @@ class KVStore:
             self._set_start(torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
         elif length > before[0].shape[2]:
             # A row is copied some nine times in all; doubled buffers held twice the rows where memory is short.
-            held = before[0].shape[2]
-            capacity = max(length, held + max(held // 8, 64))
+            capacity = max(length, _with_spare(before[0].shape[2]))
         else:
             return
+        if length <= self._wanted:
+            capacity = max(capacity, _with_spare(self._wanted))
         # Both at once: were memory to run out in between, keys and values would differ in length.
         self._buffers = self._grown(before[0], keys, capacity), self._grown(before[1], values, capacity)
         self._shared = None
@@ -516,7 +517,8 @@ class KVStore:
             raise ValueError(f"keys {list(keys.shape)} and values {list(values.shape)} differ in batch, heads or rows")
         if keys.dtype != values.dtype or keys.device != values.device:
             raise ValueError(f"keys are {keys.dtype} on {keys.device}, values are {values.dtype} on {values.device}")
-        self._check_device(keys.device)
+        if self.host:
+            check_host_rows(keys.device)
         if keys.shape[2] == 1 and on_device(keys):
             if self._length - self._looked_at >= LOOKED_AT and not _is_captured(keys):
                 self.look_at_rows()
@@ -536,11 +538,10 @@ class KVStore:
             for name, rows in zip(("keys", "values"), self.rows, strict=True):
                 check_range(f"{name} stored one by one from row {first} on", rows[:, :, first:])
 
-    def _check_device(self, device: torch.device) -> None:
-        if self.host:
-            check_host_rows(device)
-        if self.storage == "int8" and device.type != "cpu":
-            raise ValueError(f"storage='int8' is read on the CPU only, rows are on {device}: use storage='float16'")
+
+def _with_spare(rows: int) -> int:
+    """Room for an eighth more."""
+    return rows + max(rows // 8, 64)
 
 
 def _is_captured(tensor: Tensor) -> bool:

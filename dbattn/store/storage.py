@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from index_kernels import floats, pack_rows
+from index_kernels import floats, pack_rotated, pack_rows
 from index_kernels.ops import FLOATS
 from index_kernels.packed import row_dim, scales
 
@@ -16,8 +16,8 @@ LARGEST = 1e8
 LOOKED_AT = 512
 
 
-def stored(name: str, rows: Tensor, storage: str | None) -> Tensor:
-    """Float rows ``[B, H, n, D]`` as they are kept under ``storage``; see RetrievalConfig.
+def stored(name: str, rows: Tensor, storage: str | None, *, rotated: bool = False) -> Tensor:
+    """Float rows ``[B, H, n, D]`` as they are kept under ``storage``, see RetrievalConfig; packed ones may be rotated.
 
     Raises:
         ValueError: a number that the type cannot hold; names it.
@@ -25,7 +25,7 @@ def stored(name: str, rows: Tensor, storage: str | None) -> Tensor:
     if storage is None:
         return rows
     if storage == "int8":
-        return pack_rows(rows)
+        return pack_rotated(rows) if rotated else pack_rows(rows)
     kept = rows.to(getattr(torch, storage))
     limit = torch.finfo(kept.dtype).max
     if limit < torch.finfo(rows.dtype).max and bool(kept.isinf().any()):
