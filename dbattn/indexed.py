@@ -73,7 +73,11 @@ class IndexedRows:
         self.store.append(keys, values)
 
     def reserve(self, rows: int) -> None:
-        """Say that so many rows are to come in all, where they come in parts; see ``KVStore``."""
+        """Say how many rows there will be in all, where they come in parts: none is then copied as more come.
+
+        Raises:
+            ValueError: not a number of rows.
+        """
         self.store.reserve(rows)
 
     def note_queries(self, queries: Tensor, first: int) -> None:

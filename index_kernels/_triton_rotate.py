@@ -106,7 +106,7 @@ def _run(rows: Tensor, dtype: torch.dtype, more: int) -> Tensor:
     with device_of(rows):
         rotate_kernel[(triton.cdiv(count, ROWS),)](
             rows, out, count, float(unit**-0.5), DIM=dim, UNIT=unit, PACK=dtype == torch.int8, BLOCK_N=ROWS,
-            BLOCK_D=block_d, COLUMNS=32 if block_d in (32, 64, 128) else 16, PARTS=1 if rows.dtype == torch.bfloat16 else 3, DOT=dot,
-            num_warps=4,
+            BLOCK_D=block_d, COLUMNS=32 if 16 < block_d <= 128 else 16, PARTS=1 if rows.dtype == torch.bfloat16 else 3,
+            DOT=dot, num_warps=4,
         )  # fmt: skip
     return out

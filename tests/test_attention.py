@@ -10,7 +10,7 @@ from conftest import random_rows as rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dbattn import dense_attention, relative_error
+from dbattn import AttentionDB, dense_attention, relative_error
 from dbattn.config import INDEX_TRAITS
 
 INDEXES = sorted(INDEX_TRAITS)
@@ -332,6 +332,21 @@ def test_growing_one_row_at_a_time_copies_seldom(index):
         buffers.add(db.store.keys.data_ptr())
     assert len(db) == 601
     assert len(buffers) <= 10  # 64, 128, 192, ... 576, 648 rows: an eighth more, 64 at least
+
+
+def test_rows_that_were_announced_find_their_room():
+    db = AttentionDB(2, 16)
+    db.reserve(1000)
+    seen = set()
+    for _ in range(10):
+        db.insert(*rows(100))
+        seen.add(db.store.buffers[0].data_ptr())
+    assert len(seen) == 1
+    assert db.store.capacity == 1125
+    db.insert(*rows(200))
+    assert (len(db), db.store.capacity) == (1200, 1265)
+    with pytest.raises(ValueError, match="rows is -1, expected an integer of at least 0"):
+        db.reserve(-1)
 
 
 def test_dense_attention_matches_plain_attention():

@@ -43,6 +43,7 @@ def test_chunks_give_the_hidden_states_and_rows_of_one_call(family, calls, monke
         monkeypatch.setattr("dbattn.hf.chunks.CHUNK", 4096)
         calls.clear()
         whole = model(**inputs)
+    assert {layer.db.store.capacity for layer in chunked.past_key_values.layers if hasattr(layer, "db")} == {2812}
     assert {n for n, _ in asked} == {512, 2500 - 4 * 512}
     assert {until for _, until in asked} == {2500}
     assert set(calls) == {(2500, None)}

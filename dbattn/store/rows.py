@@ -117,7 +117,13 @@ class KVStore:
             self._looked_at = self._length
 
     def reserve(self, rows: int) -> None:
-        """Say that so many rows are to be held: room is made for them at once, and nothing is copied as they come."""
+        """Say that so many rows are to be held: room is made for them at once, and none is copied as they come.
+
+        Raises:
+            ValueError: not a number of rows.
+        """
+        if not is_integer(rows, 0):
+            raise ValueError(f"rows is {rows!r}, expected an integer of at least 0")
         self._wanted = rows
 
     def append_kept(self, keys: Tensor, values: Tensor) -> None:
