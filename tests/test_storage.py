@@ -112,6 +112,27 @@ def test_dense_attention_reads_packed_rows(m, softcap):
         assert relative_error(out, exact).max() < 1e-5
 
 
+@pytest.mark.parametrize("index", INDEXES)
+def test_packed_rows_are_kept_and_read_where_they_lie(index, device, tmp_path):
+    keys, values = (part.to(device) for part in rows(2600))
+    tolerance = 1e-4 if device == "cpu" else 1e-2
+    for k in (2600, 60):
+        db = database(keys, values, index=index, k=k)
+        db.insert(*(part.to(device) for part in rows(1)))
+        assert db.store.rows[0].dtype == torch.int8
+        assert db.keys.device.type == device
+        for m in (1, 3, 70):
+            query = torch.randn(1, 4, m, 16, device=device)
+            exact = dense_attention(query, db.keys, db.values)
+            if k == 2600 or m == 70:
+                assert relative_error(db.attend(query), exact).max() < tolerance
+            elif m == 1:
+                assert db.audit(query).rows_read < 600
+    db.save(tmp_path / "rows")
+    again = AttentionDB.open(tmp_path / "rows", config=db.config, device=device)
+    assert torch.equal(again.attend(query[:, :, :1]), db.attend(query[:, :, :1]))
+
+
 @pytest.mark.parametrize("dim", [1, 6, 64, 81])
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1.0, 1e30, 3.3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
