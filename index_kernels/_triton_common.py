@@ -80,16 +80,19 @@ def scaled(found, rows, row, used, row_t, dim, ACROSS: tl.constexpr = 0):
     return found
 
 
+def whole_type() -> Any:
+    """In which type numbers are multiplied that bfloat16 holds exactly; Triton's interpreter knows float32."""
+    return tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
+
+
 def dot_type(*tensors: Tensor) -> Any:
     """In which type rows are multiplied: their own where it is one, on a device; Triton's interpreter knows float32.
 
     Packed rows are multiplied as bfloat16, in which int8 is exact: what it rounds of a query is less than they were.
     """
     kinds = {tensor.dtype for tensor in tensors}
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return tl.float32
-    if torch.int8 in kinds:
-        return tl.bfloat16
+    if torch.int8 in kinds or whole_type() == tl.float32:
+        return whole_type()
     return DOT_TYPES[kinds.pop()] if len(kinds) == 1 else tl.float32
 
 

@@ -7,14 +7,12 @@ bfloat16. A row is the same whatever rows are beside it.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 # (Triton compiles the kernels' source itself; their arguments have no Python types to declare.)
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_common import device_of
+from ._triton_common import device_of, whole_type
 from .packed import SCALE_BYTES, SMALLEST, STEP
 
 _STEP, _SMALLEST = tl.constexpr(STEP), tl.constexpr(SMALLEST)
@@ -102,11 +100,10 @@ def _run(rows: Tensor, dtype: torch.dtype, more: int) -> Tensor:
     if not count:
         return out
     block_d = max(16, triton.next_power_of_2(dim))
-    dot = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
     with device_of(rows):
         rotate_kernel[(triton.cdiv(count, ROWS),)](
             rows, out, count, float(unit**-0.5), DIM=dim, UNIT=unit, PACK=dtype == torch.int8, BLOCK_N=ROWS,
             BLOCK_D=block_d, COLUMNS=32 if 16 < block_d <= 128 else 16, PARTS=1 if rows.dtype == torch.bfloat16 else 3,
-            DOT=dot, num_warps=4,
+            DOT=whole_type(), num_warps=4,
         )  # fmt: skip
     return out

@@ -6,7 +6,6 @@ stay unread. Where rows are dear, which lie in the host's memory, the rows of op
 likewise. Of many rows super-lists are ranked first, and only the lists of the best ones.
 """
 
-import os
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from typing import Any
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_coded_kernels import attend_coded_kernel, choose_kernel
-from ._triton_common import device_of, dot_type
+from ._triton_common import device_of, dot_type, whole_type
 from ._triton_segmented_kernels import (
     BINS,
     HELD_BITS,
@@ -349,7 +348,7 @@ def attend_segmented(
             sizes = {
                 "HALF": half, "BLOCK_H": max(16, triton.next_power_of_2(half)), "NUM_BINS": BINS,
                 # Codes are whole numbers, exact in either.
-                "CODE": tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16,
+                "CODE": whole_type(),
             }  # fmt: skip
             choosing, reading = _coded_shapes(shapes, wide=dot == tl.float32)
             coded = turned, space.means, codes.numbers, codes.steps

@@ -46,7 +46,7 @@ class MappedRows:
 
     def together(self, *, host: bool = False) -> tuple[Tensor, Tensor]:
         """Buffers of their own, keys and values, with all rows and room for more; ``host``: see ``new_buffer``."""
-        return self._copied(0, len(self), len(self) + max(len(self) // 8, 64), host=host)
+        return self._copied(0, len(self), with_spare(len(self)), host=host)
 
     def between(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values of rows ``first .. stop``: a view where one part has them, else a copy."""
@@ -111,6 +111,11 @@ def _selected(rows: Tensor, batch: Tensor) -> Tensor:
     if len(rows) == 1 or rows.stride(0) == 0:
         return rows[:1].expand(len(batch), *rows.shape[1:])
     return rows.index_select(0, batch.to(rows.device))
+
+
+def with_spare(rows: int) -> int:
+    """Room for an eighth more rows, 64 at least."""
+    return rows + max(rows // 8, 64)
 
 
 def new_buffer(like: Tensor, capacity: int, device: torch.device | None = None, *, host: bool = False) -> Tensor:

@@ -12,7 +12,7 @@ from index_kernels.ops import FLOATS
 from index_kernels.reference import softcapped
 
 from .host import check_host_rows
-from .mapped import MappedRows, Part, new_buffer
+from .mapped import MappedRows, Part, new_buffer, with_spare
 from .pages import Shared, Spread
 from .queries import STRIDE, QuerySample
 from .storage import LOOKED_AT, check_queries, check_range, on_device, stored
@@ -481,11 +481,11 @@ class KVStore:
             self._set_start(torch.zeros(keys.shape[0], dtype=torch.int64, device=keys.device))
         elif length > before[0].shape[2]:
             # A row is copied some nine times in all; doubled buffers held twice the rows where memory is short.
-            capacity = max(length, _with_spare(before[0].shape[2]))
+            capacity = max(length, with_spare(before[0].shape[2]))
         else:
             return
         if length <= self._wanted:
-            capacity = max(capacity, _with_spare(self._wanted))
+            capacity = max(capacity, with_spare(self._wanted))
         # Both at once: were memory to run out in between, keys and values would differ in length.
         self._buffers = self._grown(before[0], keys, capacity), self._grown(before[1], values, capacity)
         self._shared = None
@@ -543,11 +543,6 @@ class KVStore:
         if first < self._length and self._has_buffers and on_device(self.buffers[0]):
             for name, rows in zip(("keys", "values"), self.rows, strict=True):
                 check_range(f"{name} stored one by one from row {first} on", rows[:, :, first:])
-
-
-def _with_spare(rows: int) -> int:
-    """Room for an eighth more."""
-    return rows + max(rows // 8, 64)
 
 
 def _is_captured(tensor: Tensor) -> bool:
