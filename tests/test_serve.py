@@ -28,7 +28,7 @@ from dbattn import RetrievalConfig
 from dbattn.cli import main
 from dbattn.cli._parser import make_parser
 from dbattn.hf import load_model, wrap
-from dbattn.serve.app import Limits, make_app
+from dbattn.serve.app import Gate, Limits, make_app
 from dbattn.serve.contexts import Served, named, twin_of, wrapped
 from dbattn.serve.conversations import Conversations
 from dbattn.serve.engine import Engine, Generation
@@ -371,6 +371,31 @@ def slow_steps(monkeypatch, seconds=0.05):
     with monkeypatch.context() as patched:
         patched.setattr(Engine, "round", slowly)
         yield
+
+
+def test_a_request_has_left_before_its_client_holds_the_end_of_the_answer():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+
+    under_way = []
+
+    async def send(message):
+        under_way.append((message["type"], gate.under_way))
+
+    asked = iter([{"type": "http.request", "body": b"{}"}])
+
+    async def receive():
+        if (message := next(asked, None)) is not None:
+            return message
+        await asyncio.Event().wait()
+
+    engine = SimpleNamespace(metrics=SimpleNamespace(note_request=lambda path, status: None))
+    gate = Gate(app, engine, Limits(requests=1))
+    asyncio.run(gate({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send))
+    assert under_way == [("http.response.start", 1), ("http.response.body", 1), ("http.response.body", 0)]
+    assert gate.under_way == 0
 
 
 def test_requests_beyond_the_limit_get_429_and_those_taken_are_answered(served, monkeypatch):

@@ -123,26 +123,39 @@ class Gate:
             await _refuse(scope, receive, send, 429, said, retry_after=1)
             return
         self.under_way += 1
+        counts = True
+
+        def leave() -> None:
+            nonlocal counts
+            self.under_way -= counts
+            counts = False
+
+        async def sending(message: Message) -> None:
+            # A client that has its whole answer may ask again at once: it has left by then.
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                leave()
+            await send(message)
+
         try:
             try:
                 async with asyncio.timeout(BODY_SECONDS):
                     body = await self._body(receive)
             except TimeoutError:
-                await _refuse(scope, receive, send, 408, f"the body did not come within {BODY_SECONDS} seconds")
+                await _refuse(scope, receive, sending, 408, f"the body did not come within {BODY_SECONDS} seconds")
                 return
             if body is None:
                 said = f"the body is larger than {self._limits.body} bytes"
-                await _refuse(scope, receive, send, 413, said)
+                await _refuse(scope, receive, sending, 413, said)
                 return
             who = Caller(hashlib.sha256(dict(scope["headers"]).get(b"authorization", b"")).hexdigest())
             caller.set(who)
             try:
-                await self._answer(scope, body, receive, send)
+                await self._answer(scope, body, receive, sending)
             finally:
                 if who.generation is not None:
                     who.generation.cancelled.set()  # if it has not ended, nobody waits for it any more
         finally:
-            self.under_way -= 1
+            leave()
 
     async def _body(self, receive: Receive) -> bytes | None:
         """The whole body; None where it is too large."""
