@@ -93,7 +93,12 @@ class Gate:
 
     def __init__(self, app: Any, engine: Engine, limits: Limits) -> None:
         self._app, self._engine, self._limits = app, engine, limits
-        self.under_way = 0
+        self._inside: set[object] = set()
+
+    @property
+    def under_way(self) -> int:
+        """Requests whose answer has not been sent to its end."""
+        return len(self._inside)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -122,18 +127,13 @@ class Gate:
             said = f"{self.under_way} requests are under way, which is all that this server takes: try again later"
             await _refuse(scope, receive, send, 429, said, retry_after=1)
             return
-        self.under_way += 1
-        counts = True
-
-        def leave() -> None:
-            nonlocal counts
-            self.under_way -= counts
-            counts = False
+        request = object()
+        self._inside.add(request)
 
         async def sending(message: Message) -> None:
             # A client that has its whole answer may ask again at once: it has left by then.
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                leave()
+                self._inside.discard(request)
             await send(message)
 
         try:
@@ -155,7 +155,7 @@ class Gate:
                 if who.generation is not None:
                     who.generation.cancelled.set()  # if it has not ended, nobody waits for it any more
         finally:
-            leave()
+            self._inside.discard(request)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """The whole body; None where it is too large."""
