@@ -3,7 +3,7 @@
 And one for a model's weights: ``int8_linear``.
 """
 
-from .blocks import BlockAnswer, BlockReading, attend_block
+from .blocks import BlockAnswer, BlockReading, attend_block, multiplies_halves
 from .int8_linear import int8_linear, pack_weight, unpack_weight
 from .lists import attend_lists, probe_lists, summary_logits
 from .ops import attend_rows, dense_decode, merge_states, read_bandwidth, resolve_backend, top_k
@@ -41,6 +41,7 @@ __all__ = [
     "floats",
     "int8_linear",
     "merge_states",
+    "multiplies_halves",
     "pack_rotated",
     "pack_rows",
     "pack_weight",

@@ -17,6 +17,7 @@ from numba import njit
 from ._cpu_block_lists import choose_lists, raise_logits, spread_of
 from ._cpu_columns import COLUMNS, add_columns, score_columns, weigh_columns
 from ._cpu_common import FAST, NEG, F, exp32, flat_rows, inner, softcapped
+from ._cpu_halves import FASTER, add_pairs, in_pairs, pair_columns, score_pairs, take_keys, take_values
 from ._cpu_parts import each
 from ._cpu_start import use_torchs_threads
 from ._cpu_tiles import tile_lanes
@@ -25,7 +26,7 @@ from .packed import row_dim
 # The log-sum-exp of no row, as a number that hidden rows cannot reach.
 EMPTY = F(0.5) * NEG
 # Rows of a tile, and queries of a piece: both tiles of rows and what a piece accumulates have to fit the caches.
-TILE, PIECE = 128, 96
+TILE, PIECE = 64, 96
 
 
 class _Block:
@@ -47,19 +48,19 @@ class _Block:
         self._rows = *flat_rows(keys), *flat_rows(values)
         use_torchs_threads()
 
-    def add_rows(self, begin, size, count, first):
+    def add_rows(self, begin, size, count, first, halves):
         """Rows of ``count [B, Hkv]`` runs ``begin .. begin + size``, ``[B, Hkv, n]``; those from ``first`` on causal.
 
-        Returns the log-sum-exp of this source.
+        They are multiplied as bfloat16 where ``halves [B]``. Returns the log-sum-exp of this source.
         """
-        return self._added(_rows, (self._rows, (begin, size, count, first)))
+        return self._added(_rows, (self._rows, (begin, size, count, first), halves))
 
-    def add_summaries(self, answering, moments):
+    def add_summaries(self, answering, moments, halves):
         """What answers for lists that are not opened, see Chosen, and shape, cross, alpha and beta.
 
         Returns the log-sum-exp of this source.
         """
-        return self._added(_summaries, (answering, moments))
+        return self._added(_summaries, (answering, moments, halves))
 
     def _added(self, kernel, source):
         own = torch.empty_like(self.lse)
@@ -75,14 +76,18 @@ def attend(query, keys, values, table, how, start):
     begin = np.stack([start.numpy(), np.maximum(sinks, how.sealed)], axis=1)
     size = np.stack([sinks, np.full_like(sinks, keys.shape[2])], axis=1) - begin
     begin, size = (_for_heads(part, keys.shape[1]) for part in (begin, size))
-    lses = [block.add_rows(begin, size, np.full(begin.shape[:2], 2), first)]
+    as_they_are = np.zeros(len(begin), np.bool_)
+    lses = [block.add_rows(begin, size, np.full(begin.shape[:2], 2), first, as_they_are)]
     scanned = time.perf_counter()
     chosen = choose_lists(block.query, block.how, block.lse.numpy(), block.lanes, table, how)
-    lses.append(block.add_rows(chosen.begin, chosen.size, chosen.runs, how.sealed))
+    # Where all is read, the answer is a dense scan's.
+    left = how.rows_read < table.lists.size.sum(axis=(1, 2))
+    halves = left & (how.halves and FASTER and in_pairs(block.lanes))
+    lses.append(block.add_rows(chosen.begin, chosen.size, chosen.runs, how.sealed, halves))
     opened, answering = time.perf_counter(), 0
     if how.tail:
         moments = table.shape, table.cross, F(how.alpha), F(how.beta)
-        lses.append(block.add_summaries(chosen.answering, moments))
+        lses.append(block.add_summaries(chosen.answering, moments, halves))
         answering = int(chosen.answering[-1].sum())
     else:
         lses.append(torch.full_like(block.lse, float("-inf")))
@@ -97,7 +102,8 @@ def dense_many(query, keys, values, *, scale, start, softcap):
     """See reference.dense_decode; causal."""
     block = _Block(query, keys, values, scale, softcap)
     begin = _for_heads(start.numpy()[:, None], keys.shape[1])
-    block.add_rows(begin, keys.shape[2] - begin, np.ones(begin.shape[:2], np.int64), keys.shape[2] - query.shape[2])
+    count, as_they_are = np.ones(begin.shape[:2], np.int64), np.zeros(len(begin), np.bool_)
+    block.add_rows(begin, keys.shape[2] - begin, count, keys.shape[2] - query.shape[2], as_they_are)
     return block.out, block.lse
 
 
@@ -162,7 +168,27 @@ def _end(piece, how, n, out, lse, own, b, h, lo):
 
 
 @inner
-def _rows_piece(w, query, lanes, how, rows, source, out, lse, own):
+def _in_pairs(piece, halve):
+    """The piece's queries as pairs of bfloat16 if ``halve``, and room for a tile's keys, values and weights so."""
+    qs, _, state, top, _, _ = piece
+    pairs = np.empty(qs.shape[0] // 2 * top.size, np.int32)
+    if halve:
+        pair_columns(qs.ravel(), top.size, qs.shape[0], pairs)
+    keys, values = np.empty(TILE * (qs.shape[0] // 2), np.int32), np.empty(TILE // 2 * state.shape[1], np.int32)
+    return pairs, keys, values, np.empty(TILE // 2 * top.size, np.int32)
+
+
+@inner
+def _add_pairs(piece, pairs, n, cv, width):
+    """Add the values of a tile of n rows by their weights."""
+    _, logits, state, top, _, _ = piece
+    _, _, values, weights = pairs
+    pair_columns(logits.ravel(), top.size, n, weights)
+    add_pairs(weights, top.size, values, n, state.ravel(), cv, width)
+
+
+@inner
+def _rows_piece(w, query, lanes, how, rows, source, halves, out, lse, own):
     keys, kb, kh, kt, values, vb, vh, vt = rows
     begin, size, runs, first = source
     ck, cv, width = lanes
@@ -172,53 +198,64 @@ def _rows_piece(w, query, lanes, how, rows, source, out, lse, own):
     c, last = w // units, (of_all - 1) // most
     lo = (c // 2 if c % 2 == 0 else last - c // 2) * most
     b, h, count = w % units // H, w % H, min(most, of_all - lo)
-    piece = _begin(query, how, out, lse, b, h, lo, count)
+    piece, halve = _begin(query, how, out, lse, b, h, lo, count), halves[b]
     qs, logits, state, top, _, _ = piece
+    pairs = _in_pairs(piece, halve)
     columns, key_at, value_at = top.size, b * kb + h * kh, b * vb + h * vh
-    early, late = first + lo // group, first + (lo + count) // group
+    late, places = first + (lo + count) // group, np.empty(TILE, np.int64)
     run, done = 0, 0  # the run that comes next, and how many of its rows were taken
     while run < runs[b, h]:
-        # A tile is of several runs: from the one at `since`, of which `skipped` rows were taken before.
-        since, skipped, filled = run, done, 0
+        filled = 0  # rows of a tile, of several runs
         while run < runs[b, h] and filled < TILE:
             at = begin[b, h, run] + done
             n = min(min(size[b, h, run] - done, late - at), TILE - filled)
             if n > 0:
-                score_columns(
-                    qs.ravel(), columns, keys, key_at + at * kt, kt, n, logits.ravel()[filled * columns :], ck, width
-                )
-                if softcap > F(0.0):
-                    for i in range(filled, filled + n):
-                        for g in range(count):
-                            logits[i, g] = softcapped(logits[i, g], softcap)
-                for i in range(max(early + 1 - at, 0), n):
-                    for g in range(min((at + i - first) * group - lo, count)):
-                        logits[filled + i, g] = NEG
+                if halve:
+                    take_keys(keys, key_at + at * kt, kt, n, pairs[1], filled, ck, width)
+                    take_values(values, value_at + at * vt, vt, n, pairs[2], filled, cv, width)
+                else:
+                    score_columns(
+                        qs.ravel(), columns, keys, key_at + at * kt, kt, n, logits.ravel()[filled * columns :], ck,
+                        width,
+                    )  # fmt: skip
+                for i in range(n):
+                    places[filled + i] = at + i
                 filled, done = filled + n, done + n
             if done >= min(size[b, h, run], late - begin[b, h, run]):
                 run, done = run + 1, 0
+        if halve:
+            score_pairs(pairs[0], columns, pairs[1], filled, logits.ravel(), ck, width)
+        if softcap > F(0.0):
+            for i in range(filled):
+                for g in range(count):
+                    logits[i, g] = softcapped(logits[i, g], softcap)
+        for i in range(filled):
+            for g in range(min((places[i] - first) * group - lo, count)):
+                logits[i, g] = NEG
         _weigh(piece, filled)
+        if halve:
+            _add_pairs(piece, pairs, filled, cv, width)
+            continue
         taken = 0
         while taken < filled:
-            at = begin[b, h, since] + skipped
-            n = min(min(size[b, h, since] - skipped, late - at), filled - taken)
-            if n > 0:
-                add_columns(
-                    logits.ravel()[taken * columns :], columns, values, value_at + at * vt, vt, n, state.ravel(), cv,
-                    width,
-                )  # fmt: skip
-                taken += n
-            since, skipped = since + 1, 0
+            n = 1
+            while taken + n < filled and places[taken + n] == places[taken] + n:
+                n += 1
+            add_columns(
+                logits.ravel()[taken * columns :], columns, values, value_at + places[taken] * vt, vt, n, state.ravel(),
+                cv, width,
+            )  # fmt: skip
+            taken += n
     _end(piece, how, count, out, lse, own, b, h, lo)
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _rows(query, ck, cv, width, how, rows, source, out, lse, own):
-    each(_pieces(how, out), _rows_piece, (query, (ck, cv, width), how, rows, source, out, lse, own))
+def _rows(query, ck, cv, width, how, rows, source, halves, out, lse, own):
+    each(_pieces(how, out), _rows_piece, (query, (ck, cv, width), how, rows, source, halves, out, lse, own))
 
 
 @inner
-def _summaries_piece(w, query, lanes, how, source, moments, out, lse, own):
+def _summaries_piece(w, query, lanes, how, source, moments, halves, out, lse, own):
     keys, values, variance, log_size, counts = source
     shape, cross, alpha, beta = moments
     ck, cv, width = lanes
@@ -232,10 +269,14 @@ def _summaries_piece(w, query, lanes, how, source, moments, out, lse, own):
     products, spread, root = np.empty((D, columns), F), np.empty(columns, F), np.empty(columns, F)
     spread_of(qs, shape[b, h], products, spread, root, ck, width)
     key, value, variance, log_size = keys[b, h], values[b, h], variance[b, h], log_size[b, h]
-    tilt, at = np.zeros(columns, F), 0
+    tilt, at, pairs = np.zeros(columns, F), 0, _in_pairs(piece, halves[b])
     while at < counts[b, h]:
-        n = min(TILE, counts[b, h] - at)
-        score_columns(qs.ravel(), columns, key.ravel(), at * key.shape[1], key.shape[1], n, logits.ravel(), ck, width)
+        n, kt, vt = min(TILE, counts[b, h] - at), key.shape[1], value.shape[1]
+        if halves[b]:
+            take_keys(key.ravel(), at * kt, kt, n, pairs[1], 0, ck, width)
+            score_pairs(pairs[0], columns, pairs[1], n, logits.ravel(), ck, width)
+        else:
+            score_columns(qs.ravel(), columns, key.ravel(), at * kt, kt, n, logits.ravel(), ck, width)
         for i in range(n):
             raise_logits(logits[i], softcap, alpha, spread, root, variance[at + i], log_size[at + i])
         _weigh(piece, n)
@@ -244,9 +285,11 @@ def _summaries_piece(w, query, lanes, how, source, moments, out, lse, own):
         for i in range(n):
             for g in range(columns):
                 tilt[g] += logits[i, g] * variance[at + i]
-        add_columns(
-            logits.ravel(), columns, value.ravel(), at * value.shape[1], value.shape[1], n, state.ravel(), cv, width
-        )
+        if halves[b]:
+            take_values(value.ravel(), at * vt, vt, n, pairs[2], 0, cv, width)
+            _add_pairs(piece, pairs, n, cv, width)
+        else:
+            add_columns(logits.ravel(), columns, value.ravel(), at * vt, vt, n, state.ravel(), cv, width)
         at += n
     # Their values lean with the query: the rows of `cross`, by the query's numbers.
     for d in range(D):
@@ -257,5 +300,5 @@ def _summaries_piece(w, query, lanes, how, source, moments, out, lse, own):
 
 
 @njit(fastmath=FAST, cache=True, nogil=True)
-def _summaries(query, ck, cv, width, how, source, moments, out, lse, own):
-    each(_pieces(how, out), _summaries_piece, (query, (ck, cv, width), how, source, moments, out, lse, own))
+def _summaries(query, ck, cv, width, how, source, moments, halves, out, lse, own):
+    each(_pieces(how, out), _summaries_piece, (query, (ck, cv, width), how, source, moments, halves, out, lse, own))

@@ -105,10 +105,11 @@ def score_tile(typingctx, q, rows, rows_at, row_stride, n, heads, out, out_strid
     return types.void(q, rows, i, i, i, i, out, i, chunks, width), gen
 
 
-def add_weighted(context, builder, rows_type, rows, heads, weight_at, acc_type, acc, chunks, width):
-    """What add_tile and _cpu_columns.add_columns are.
+def add_weighted(context, builder, rows_type, rows, heads, weight_at, acc_type, acc, chunks, width, add=fma):
+    """What add_tile, _cpu_columns.add_columns and _cpu_halves.add_pairs are.
 
-    rows: (rows, rows_at, row_stride, n); weight_at(g, i) points to a weight.
+    rows: (rows, rows_at, row_stride, n); weight_at(g, i) points to a weight; add(builder, weights, row, sums) gives
+    the new sums.
     """
     C, W = len(chunks), 1 << (len(width) - 1)
     element = rows_type.dtype
@@ -140,7 +141,7 @@ def add_weighted(context, builder, rows_type, rows, heads, weight_at, acc_type, 
                     v = load_numbers(builder, row, element, c, W)
                     for g in range(BLOCK):
                         cell = cells[g * len(cs) + j][1]
-                        builder.store(fma(builder, ws[g], v, builder.load(cell)), cell)
+                        builder.store(add(builder, ws[g], v, builder.load(cell)), cell)
             for p, cell in cells:
                 builder.store(builder.load(cell), p, align=4)
 

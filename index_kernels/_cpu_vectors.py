@@ -35,11 +35,12 @@ def pointer(context, builder, typ, value, offset):
 def load_numbers(builder, pointer, element, chunk, width):
     """`width` stored numbers at pointer[chunk * width] as float32: uint16 is float16 bits, int16 bfloat16 bits.
 
-    int8 numbers come without their row's scale.
+    int8 numbers come without their row's scale, and int32, which are pairs of numbers, as they are.
     """
     p = builder.gep(pointer, [I64(chunk * width)])
-    if element == types.float32:
-        return builder.load(builder.bitcast(p, ir.VectorType(F32, width).as_pointer()), align=4)
+    if element in (types.float32, types.int32):
+        number = F32 if element == types.float32 else ir.IntType(32)
+        return builder.load(builder.bitcast(p, ir.VectorType(number, width).as_pointer()), align=4)
     if element == types.int8:
         raw = builder.load(builder.bitcast(p, ir.VectorType(ir.IntType(8), width).as_pointer()), align=1)
         return builder.sitofp(raw, ir.VectorType(F32, width))

@@ -31,6 +31,8 @@ class BlockReading(NamedTuple):
         scale, softcap: of the logits.
         alpha, beta: see ListReading.
         tail: whether lists that are not read answer by their summary.
+        halves: whether rows of lists and summaries may be multiplied as bfloat16 where a CPU does that faster. Sums are
+            float32; a batch row all of whose rows are read is read as it stands.
     """
 
     sealed: int
@@ -41,6 +43,7 @@ class BlockReading(NamedTuple):
     alpha: float
     beta: float
     tail: bool
+    halves: bool = False
 
 
 class BlockAnswer(NamedTuple):
@@ -267,6 +270,12 @@ class _RowsOnDevice(_Rows):
             self.query, self.keys, self.values, places, scale=how.scale, softcap=how.softcap
         )
         return found
+
+
+@cache
+def multiplies_halves() -> bool:
+    """Whether this processor multiplies bfloat16 faster: see BlockReading."""
+    return bool(import_module("index_kernels._cpu_halves").FASTER)
 
 
 @cache

@@ -10,7 +10,7 @@ import dbattn
 from dbattn import RetrievalConfig, dense_attention
 from dbattn.metrics import relative_error
 from dbattn.query.prompt import PromptLog
-from index_kernels import BlockReading, attend_block, dense_decode
+from index_kernels import BlockReading, _cpu_blocks, attend_block, dense_decode
 
 OPTIONS = {"audit_rate": 0.0, "prefill": "lists"}
 
@@ -151,6 +151,33 @@ def test_the_cpus_kernels_answer_as_the_specification(softcap, storage):
     torch.testing.assert_close(fast.out, slow.out, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(fast.lse_by_source, slow.lse_by_source, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(fast.lse, fast.lse_by_source.logsumexp(dim=0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim", "softcap", "storage"),
+    [(16, 16, None, None), (80, 24, 5.0, None), (64, 64, None, "bfloat16"), (32, 32, 20.0, "int8")],
+)
+def test_products_of_bfloat16_are_near_those_of_float32_and_only_where_rows_are_left(
+    monkeypatch, dim, value_dim, softcap, storage
+):
+    monkeypatch.setattr(_cpu_blocks, "FASTER", True)  # without its instruction a processor does the same in several
+    query, keys, values = topical(3000, dim=dim, batch=2)
+    db = reader(keys, values[..., :value_dim], torch.tensor([0, 1500]), storage=storage)
+    query = db.store.turn(query[:, :, 2560:])
+    db.index.seal_before(db.store, db.store.start + 4, 2560)
+    rows = db.index.table.lists.size.sum(axis=(1, 2))
+    # All of the second's rows are read, and a part of the first's.
+    assert rows[1] < rows[0] - 500
+    how = BlockReading(len(db.index), 4, int(rows[1]), 1.5 * dim**-0.5, softcap, 0.38, 0.7, True)
+    plain, halved = (
+        attend_block(query, *db.store.rows, db.index.table, how._replace(halves=halves), start=db.store.start)
+        for halves in (False, True)
+    )
+    assert plain[3:7] == halved[3:7], "the same rows are read"
+    assert torch.equal(halved.lse_by_source[0], plain.lse_by_source[0]), "the newest rows are read as they stand"
+    assert torch.equal(halved.out[1], plain.out[1])
+    assert 1e-6 < relative_error(halved.out[0], plain.out[0]).mean() < 0.01
+    torch.testing.assert_close(halved.lse_by_source, plain.lse_by_source, atol=0.1, rtol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from index_kernels import BlockReading, attend_block
+from index_kernels import BlockReading, attend_block, multiplies_halves
 from index_kernels.lists import ASKING
 
 from ..config import RetrievalConfig
@@ -29,8 +29,9 @@ ANEW = 4096
 ROWS = np.log(np.array([(2048, 288), (8192, 336), (32768, 768), (131072, 1472)]))
 # Summaries of neighbours of the lists that are opened answer, for each row of these.
 BESIDE = 0.3
-# Multiply-adds of a block take longer than a dense scan's by so much: lists are scored to be chosen, rows are gathered.
-DEARER = 1.25
+# Multiply-adds of a block take longer than a dense scan's by so much, for lists are scored to be chosen and rows are
+# gathered; and by so much where a processor multiplies bfloat16 faster.
+DEARER, DEARER_IN_HALVES = 1.25, 0.9
 
 
 def rows_of_block(sealed: int, k: int | None, effort: float = 1.0) -> int:
@@ -58,17 +59,20 @@ class BlockScan(Step):
         tail = config.tail_name == "centroid"
         rest = min(lists, BESIDE * read + work.indexed / PER_SUPER_LIST) if tail else 0.0
         multiplied = read + rest + lists / ASKING
-        seconds = None if scan is None else scan.call + DEARER * scan.operation * work.operations(multiplied)
+        # Rates are a CPU's.
+        halves = scan is not None and multiplies_halves()
+        dearer = DEARER_IN_HALVES if halves else DEARER
+        seconds = None if scan is None else scan.call + dearer * scan.operation * work.operations(multiplied)
         each = work.row_bytes
         size = int(work.units * (read * each + lists * (vector_bytes(work.dim) + NUMBERS_BYTES)))
-        detail = f"segmented, blocks of {BLOCK} positions share lists, {work.indexed} rows"
+        detail = f"segmented, blocks of {BLOCK} positions share lists, {work.indexed} rows" + halves * ", as bfloat16"
         sources = [
             ExactRows.source(work, work.indexed, config.n_sink, scan),
             Source("list scan", detail, Usage(read, size, read / PER_LIST, seconds)),
         ]
         if tail:
             usage = Usage(0.0, int(work.units * rest) * vector_bytes(work.value_dim), rest)
-            detail = "summaries of lists beside those opened, of super-lists elsewhere"
+            detail = "summaries of lists beside those opened, of super-lists elsewhere" + halves * ", as bfloat16"
             sources.append(Source("summary scan", detail, usage))
         return cls(tuple(sources), config.k, tail)
 
@@ -78,7 +82,7 @@ class BlockScan(Step):
         store, sealed, m = call.store, len(index), call.query.shape[2]
         units = call.query.shape[0] * store.num_kv_heads
         read = rows_of_block(sealed, self.k, call.effort) * store.num_kv_heads
-        how = BlockReading(sealed, call.config.n_sink, read, call.scale, call.softcap, ALPHA, BETA, self.tail)
+        how = BlockReading(sealed, call.config.n_sink, read, call.scale, call.softcap, ALPHA, BETA, self.tail, True)
         # The kernel reads a row once for every tile of queries: rows in the host's memory are gathered first.
         backend = "reference" if store.host else "auto"
         found = attend_block(call.query, *store.rows, index.table, how, start=store.start, backend=backend)
