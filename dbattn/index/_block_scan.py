@@ -29,9 +29,9 @@ ANEW = 4096
 ROWS = np.log(np.array([(2048, 288), (8192, 336), (32768, 768), (131072, 1472)]))
 # Summaries of neighbours of the lists that are opened answer, for each row of these.
 BESIDE = 0.3
-# Multiply-adds of a block take longer than a dense scan's by so much, for lists are scored to be chosen and rows are
-# gathered; and by so much where a processor multiplies bfloat16 faster.
-DEARER, DEARER_IN_HALVES = 1.25, 0.9
+# What a multiply-add of a block takes of a dense scan's, scoring lists to choose some included: in float32, and where
+# a processor multiplies bfloat16 faster.
+PRICE, PRICE_IN_HALVES = 1.0, 0.7
 
 
 def rows_of_block(sealed: int, k: int | None, effort: float = 1.0) -> int:
@@ -59,10 +59,9 @@ class BlockScan(Step):
         tail = config.tail_name == "centroid"
         rest = min(lists, BESIDE * read + work.indexed / PER_SUPER_LIST) if tail else 0.0
         multiplied = read + rest + lists / ASKING
-        # Rates are a CPU's.
-        halves = scan is not None and multiplies_halves()
-        dearer = DEARER_IN_HALVES if halves else DEARER
-        seconds = None if scan is None else scan.call + dearer * scan.operation * work.operations(multiplied)
+        halves = scan is not None and multiplies_halves()  # rates are a CPU's
+        price = PRICE_IN_HALVES if halves else PRICE
+        seconds = None if scan is None else scan.call + price * scan.operation * work.operations(multiplied)
         each = work.row_bytes
         size = int(work.units * (read * each + lists * (vector_bytes(work.dim) + NUMBERS_BYTES)))
         detail = f"segmented, blocks of {BLOCK} positions share lists, {work.indexed} rows" + halves * ", as bfloat16"
