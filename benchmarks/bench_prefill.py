@@ -10,7 +10,8 @@ are the clock's.
 
 The whole model reads a text but for its last 256 tokens in one call, unwrapped and wrapped (prefill="lists") in turn,
 --runs times, of which seconds are medians, and then those, which both read densely from the rows that reading left:
-their logits are compared. Beyond the model's range its rotary positions are scaled by YaRN.
+their logits are compared. Beyond the model's range its rotary positions are scaled by YaRN. All of it is float32, but
+for rows of lists and summaries, which are multiplied as bfloat16 where a processor does that faster.
 
 Needles: two texts of 8K with ten needles each are read both ways, and both are asked densely; a needle is found where
 the model names all of its number.

@@ -81,7 +81,7 @@ def attend(query, keys, values, table, how, start):
     scanned = time.perf_counter()
     chosen = choose_lists(block.query, block.how, block.lse.numpy(), block.lanes, table, how)
     # Where all is read, the answer is a dense scan's.
-    left = how.rows_read < table.lists.size.sum(axis=(1, 2))
+    left = how.rows_read < keys.shape[1] * (how.sealed - sinks)
     halves = left & (how.halves and FASTER and in_pairs(block.lanes))
     lses.append(block.add_rows(chosen.begin, chosen.size, chosen.runs, how.sealed, halves))
     opened, answering = time.perf_counter(), 0

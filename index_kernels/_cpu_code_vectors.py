@@ -5,13 +5,24 @@
 from functools import partial, reduce
 from math import gcd
 
-from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ._cpu_vectors import F32, I64, fma, four_scales, load_scale, loop, pointer, splat, sum_lanes, sums_of_four
+from ._cpu_vectors import (
+    F32,
+    I64,
+    compiled_for,
+    fma,
+    four_scales,
+    load_scale,
+    loop,
+    pointer,
+    splat,
+    sum_lanes,
+    sums_of_four,
+)
 from .packed import NOISE_LET_BE
 
 I32 = ir.IntType(32)
@@ -41,7 +52,7 @@ def _dot(builder, counts, numbers):
     its lanes are sums of some of them. By the processor's own instructions for bytes where it has them."""
     width = counts[0].type.count
     quads = ir.VectorType(ir.IntType(32), width // 4)
-    if width in _PRODUCTS and llvm.get_host_cpu_features().get("avx2", False):
+    if width in _PRODUCTS and compiled_for("avx2"):
         bytes_, words = _PRODUCTS[width]
         short = ir.VectorType(ir.IntType(16), width // 2)
         total = ir.Constant(quads, None)

@@ -6,17 +6,17 @@ Two numbers that are multiplied and summed together stand side by side in 32 bit
 Processors without such an instruction do what it does in several.
 """
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ._cpu_columns import by_four, row_vectors, score_rows, vector_at
 from ._cpu_tiles import WIDTH, add_weighted
-from ._cpu_vectors import I64, fma, loop, pointer, splat
+from ._cpu_vectors import I64, compiled_for, fma, loop, pointer, splat
 
 # Whether the processor has instructions for it.
-FASTER = bool(binding.get_host_cpu_features().get("avx512bf16"))
+FASTER = compiled_for("avx512bf16")
 I16, I32 = ir.IntType(16), ir.IntType(32)
 
 

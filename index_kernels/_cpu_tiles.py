@@ -10,7 +10,7 @@ Very many heads stand in columns, see ``_cpu_columns``.
 
 from math import gcd
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 from ._cpu_vectors import (
     F32,
     I64,
+    compiled_for,
     fma,
     four_scales,
     load_numbers,
@@ -34,7 +35,7 @@ BLOCK = 3
 # Vectors of a row that are summed in one go.
 SPAN = 4
 # Numbers that a register holds.
-WIDTH = 16 if binding.get_host_cpu_features().get("avx512f") else 8
+WIDTH = 16 if compiled_for("avx512f") else 8
 
 
 def tile_lanes(D: int, Dv: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -10,8 +10,8 @@ over jitted functions would miss it in every new process). Packed int8 rows have
 
 from math import gcd
 
-from llvmlite import ir
-from numba import types
+from llvmlite import binding, ir
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -19,6 +19,13 @@ F32 = ir.FloatType()
 I64 = ir.IntType(64)
 # Bytes of a line of the cache.
 LINE = 64
+
+
+def compiled_for(feature: str) -> bool:
+    """Whether kernels may use a feature of processors: this one's, or those that NUMBA_CPU_FEATURES names."""
+    if config.CPU_FEATURES is not None:
+        return f"+{feature}" in config.CPU_FEATURES.split(",")
+    return bool(binding.get_host_cpu_features().get(feature))
 
 
 def lanes(G: int, D: int, Dv: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from numba import njit
+from numba import config, njit
 
 from index_kernels import _cpu_halves, pack_rows
 from index_kernels._cpu_columns import COLUMNS
 from index_kernels._cpu_common import flat_rows
 from index_kernels._cpu_tiles import tile_lanes
+from index_kernels._cpu_vectors import compiled_for
 
 F, ROWS, TILE = np.float32, 21, 64
 
@@ -57,3 +58,11 @@ def test_products_are_those_of_numbers_rounded_to_bfloat16(monkeypatch, faster, 
     tolerance = 0.02 if dtype == torch.int8 else 1e-5
     np.testing.assert_allclose(scores, halved(keys[0, 0]) @ halved(q), atol=8 * tolerance, rtol=tolerance)
     np.testing.assert_allclose(sums - 1, halved(weights).T @ halved(values[0, 0]), atol=8 * tolerance, rtol=tolerance)
+
+
+def test_code_that_other_processors_are_to_run_too_has_no_instruction_of_this_one(monkeypatch):
+    monkeypatch.setattr(config, "CPU_FEATURES", "")  # as NUMBA_CPU_NAME=generic has it
+    assert not compiled_for("avx512bf16")
+    monkeypatch.setattr(config, "CPU_FEATURES", "+avx2,-avx512f")
+    assert compiled_for("avx2")
+    assert not compiled_for("avx512f")

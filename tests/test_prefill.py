@@ -10,7 +10,7 @@ import dbattn
 from dbattn import RetrievalConfig, dense_attention
 from dbattn.metrics import relative_error
 from dbattn.query.prompt import PromptLog
-from index_kernels import BlockReading, _cpu_blocks, attend_block, dense_decode
+from index_kernels import BlockReading, _cpu_blocks, attend_block, dense_decode, multiplies_halves
 
 OPTIONS = {"audit_rate": 0.0, "prefill": "lists"}
 
@@ -180,6 +180,25 @@ def test_products_of_bfloat16_are_near_those_of_float32_and_only_where_rows_are_
     torch.testing.assert_close(halved.lse_by_source, plain.lse_by_source, atol=0.1, rtol=0.01)
 
 
+def test_lists_that_were_and_are_no_more_are_not_taken_for_rows_left_unread(monkeypatch):
+    monkeypatch.setattr(_cpu_blocks, "FASTER", True)
+    query, keys, values = topical(3000)
+    db = reader(keys, values)
+    db.index.seal_before(db.store, db.store.start + 4, 2560)
+    db.sync()
+    sizes = db.index.table.lists.size
+    assert sizes.sum() > 2 * len(db.index), "shorter lists stood where longer ones, which are fewer, were written"
+    how = BlockReading(len(db.index), 4, 2 * (len(db.index) - 4), 0.25, None, 0.38, 0.7, True)
+    plain, halved = (
+        attend_block(
+            query[:, :, -64:], *db.store.rows, db.index.table, how._replace(halves=halves), start=db.store.start
+        )
+        for halves in (False, True)
+    )
+    assert plain.rows_read == how.rows_read
+    assert torch.equal(plain.out, halved.out)
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim", "value_dim", "softcap"),
     [
@@ -253,6 +272,7 @@ def test_explain_and_audit_say_what_a_prompt_read_and_change_nothing():
     assert [source.kind for source in plan.sources] == ["sinks + hot rows", "list scan", "summary scan"]
     assert "a prompt's positions 3584 to 3999" in plan.reason
     assert "the newest of" in plan.reason
+    assert all(source.detail.endswith("as bfloat16") == multiplies_halves() for source in plan.sources[1:])
     assert sum(source.mass for source in plan.sources) == pytest.approx(1.0, abs=1e-3)
     assert all(source.actual is not None for source in plan.sources)
     report = db.audit(query)
