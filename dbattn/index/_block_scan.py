@@ -59,7 +59,8 @@ class BlockScan(Step):
         tail = config.tail_name == "centroid"
         rest = min(lists, BESIDE * read + work.indexed / PER_SUPER_LIST) if tail else 0.0
         multiplied = read + rest + lists / ASKING
-        halves = scan is not None and multiplies_halves()  # rates are a CPU's
+        # Rates are a CPU's; where all rows are read they are read as they stand.
+        halves = scan is not None and read < work.eligible and multiplies_halves()
         price = PRICE_IN_HALVES if halves else PRICE
         seconds = None if scan is None else scan.call + price * scan.operation * work.operations(multiplied)
         each = work.row_bytes
