@@ -45,7 +45,7 @@ from dbattn.text.prompt import CHUNK, OVERLAP, QUESTION_TOKENS, context_ids, que
 from dbattn.windows import Windows
 
 from . import readme
-from ._common import console, print_table, progress, with_earlier, write_json
+from ._common import SMOLLM2, console, print_table, progress, with_earlier, write_json
 from ._model import with_yarn
 from .capture import prose_ids
 
@@ -216,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (default: prose of this machine)")
     options.add_argument("--context", type=Path, metavar="FOLDER", help="an ingested text with needles, in their place")
     options.add_argument("--model", type=Path, metavar="DIR_OR_GGUF", help="default: SmolLM2-135M-Instruct")
+    options.add_argument("--name", help="what the record calls the model (default: the file's name)")
     options.add_argument("--window-tokens", type=int, metavar="N", help="new tokens of a window (default: as ingest)")
     options.add_argument("--overlap", type=int, default=OVERLAP, metavar="N", help=f"default {OVERLAP}")
     options.add_argument("--storage", choices=STORAGES, help="keep rows of windows as this type (default int8)")
@@ -230,8 +231,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         results = [bench(way, args.model, args) for way in args.ways]
     _print(results)
+    name = args.name or (SMOLLM2 if args.model is None else args.model.stem)
+    results = [{"model": name, **result} for result in results]
     settings = {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()}
-    write_json(args.json, "windows", settings, with_earlier(args.json, results, ("way", "tokens")))
+    write_json(args.json, "windows", settings, with_earlier(args.json, results, ("model", "way", "tokens")))
     if args.json is not None:
         readme.write(args.json.parent)
 

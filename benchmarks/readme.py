@@ -286,14 +286,16 @@ def _prefill(results: Record) -> list[str]:
 
 def _windows(results: Sequence[Record]) -> list[str]:
     rows = [
-        [f"{r['way']}", f"{r['tokens']:,}", r["windows"], f"{r['found']} of {len(r['found_by_depth'])}", r["nll"],
-         r["question_s"], r["rows_read"], r["ms_per_token"], r["cpu_ms_per_token"], r.get("bytes_per_token"),
-         r["passages"], r["passages_alone"], r["all"] and r["all"]["found"]]
+        [r["model"], r["way"], f"{r['tokens']:,}", r["windows"], r["s"], r["cpu_s"],
+         f"{r['found']} of {len(r['found_by_depth'])}", r["nll"], r["question_s"], r["rows_read"], r["ms_per_token"],
+         r["cpu_ms_per_token"], r.get("bytes_per_token"), r["passages"], r["passages_alone"],
+         r["all"] and r["all"]["found"]]
         for r in results
     ]  # fmt: skip
     head = [
-        "read", "tokens", "windows", "needles", "nll", "question, s", "rows read", "ms a token", "of the processor",
-        "bytes a token", "passages", "without the text", "needles, all windows read",
+        "model", "read", "tokens", "windows", "reading, s", "of the processor, s", "needles", "nll", "question, s",
+        "rows read", "ms a token", "of the processor", "bytes a token", "passages", "without the text",
+        "needles, all windows read",
     ]  # fmt: skip
     return [
         "Ten needles, evenly spread; nll is the negative log-likelihood per token of their numbers. Passages: that of",
