@@ -2,7 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from ._gpu_stores import DIM, HEADS, KV_HEADS, asked, dense64, relative_error
 
 WINDOW, N_SINK = 64, 4
 REPLAYS, WARM = 30, 3
-# Asked one after the other of rows in host memory: what one has read is in no cache for the next.
+# Asked one after the other of rows in host memory: what one has read is in no second-level cache for the next.
 QUERIES = 12
 
 
@@ -149,8 +152,23 @@ def sealing(rows: int) -> dict[str, Any]:
     return line | {"seconds": statistics.median(times[1:])}
 
 
+@contextmanager
+def copying(wanted: bool) -> Iterator[None]:
+    """Let the device keep copies of rows in host memory, or not."""
+    kernels: Any = import_module("index_kernels._triton_segmented")
+    before = kernels.COPIES
+    kernels.COPIES = before * wanted
+    try:
+        yield
+    finally:
+        kernels.COPIES = before
+
+
 def offload(rows: int, reading: Callable[..., ListReading]) -> dict[str, Any]:
     """A step over rows in pinned host memory: read whole by flash, copied and scanned, and by lists under some budgets.
+
+    With copies on the device and without: the same queries are replayed, so that ``copies`` of the rows, nearly all,
+    were read before. Of how many that is true in a text a model's own queries tell.
 
     ``reading``: see gpu.reading.
     """
@@ -187,19 +205,25 @@ def offload(rows: int, reading: Callable[..., ListReading]) -> dict[str, Any]:
     }  # fmt: skip
     line["bytes_per_second"] = size / line["copied"]
     dense = min(line["copied"], line["flash"])
-    for by_code, k in ((True, None), (True, 200), (False, None), (False, 200)):
+    for by_code, k, copies in (
+        (True, None, True), (True, None, False), (True, 200, True), (True, 200, False), (False, None, False),
+        (False, 200, False),
+    ):  # fmt: skip
+        table = replace(table, before=None, _cache={})
         how = reading(sealed, rows, KV_HEADS, k, DIM**-0.5)
 
-        def step(query: Tensor, how: Any = how, by_code: bool = by_code) -> Tensor:
+        def step(query: Tensor, table: Any = table, how: Any = how, by_code: bool = by_code) -> Tensor:
             found = attend_segmented(query, keys, values, table, how, start=start, by_code=by_code)
             return found.out
 
-        error = statistics.mean(relative_error(step(of), to) for of, to in zip(queries, wanted, strict=True))
-        took = graph_seconds([lambda query=query: step(query) for query in queries])  # type: ignore[misc]
+        with copying(copies):
+            error = statistics.mean(relative_error(step(of), to) for of, to in zip(queries, wanted, strict=True))
+            took = graph_seconds([lambda query=query: step(query) for query in queries])  # type: ignore[misc]
+            told = attend_segmented(query, keys, values, table, how, start=start, by_code=by_code, details=True)
         read = how.rows_read if by_code else rows_opened(how.rows_read, how.rows_coded, KV_HEADS)
         line["steps"].append({
             "k": k, "by_code": by_code, "budget": read // KV_HEADS, "error": error, "seconds": took,
-            "times": dense / took,
+            "times": dense / took, "copies": told.copies_read / told.rows_read,
         })  # fmt: skip
     return line
 

@@ -82,8 +82,9 @@ class RetrievalConfig:
             calls of more than 4,096 positions in chunks of 2,048, which changes no answer. What lists get wrong enters
             the rows themselves.
         rows: where rows on a GPU are kept: on the "device", or in pinned memory of the "host", from where the GPU reads
-            those it needs ("segmented" only; summaries of lists are on the GPU): contexts end where the host's memory
-            does. It is a wish to retrieve, see ``dense_below``. Not part of a snapshot, which opens with either.
+            those it needs ("segmented" only; summaries of lists are on the GPU, and copies of the rows that it read
+            last, up to a quarter of all): contexts end where the host's memory does. It is a wish to retrieve, see
+            ``dense_below``. Not part of a snapshot, which opens with either.
         n_windows: windows that a question reads of a text that was read by windows, in a wrapped model: the newest, and
             those that have most of the question's rarer tokens. None: all.
 

@@ -4,6 +4,8 @@ They stand between the ranking of lists and the merge: ``choose_kernel`` finds f
 of opened lists are read, ``attend_coded_kernel`` reads these, and lets codes answer for the others. Both go through the
 same rows, which ``lay_kernel`` has laid out, and make the logits of their codes; what they would hand over takes more
 bytes than codes do.
+
+What is read is also copied to the device, see ``_triton_row_cache.py``.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -13,13 +15,13 @@ import triton
 import triton.language as tl
 
 from ._triton_common import rows_of, softcapped
+from ._triton_row_cache import advance, copy_rows, give_way, load_either, scales_either, take_places
 from ._triton_segmented_kernels import (
     OF_ROWS,
     add_taken,
     bin_of,
     count_at,
     cut_of,
-    fold_rows,
     share_of,
     store_state,
     times,
@@ -27,6 +29,9 @@ from ._triton_segmented_kernels import (
 )
 from .packed import NOISE_DIVISOR, NOISE_LET_BE
 
+# What is said of a row that was read: from where it is, or as a copy.
+FETCHED, COPIED = 1, 2
+_FETCHED, _COPIED = tl.constexpr(FETCHED), tl.constexpr(COPIED)
 _NEG = tl.constexpr(float("-inf"))
 _OF_ROWS = tl.constexpr(OF_ROWS)
 _NOISE_DIVISOR, _NOISE_LET_BE = tl.constexpr(NOISE_DIVISOR), tl.constexpr(NOISE_LET_BE)
@@ -78,16 +83,18 @@ def _share(s, whole, live):
 
 @triton.jit(do_not_specialize=["least_bin", "stored", "capacity"])
 def choose_kernel(
-    turned, means, numbers, steps, wholes, histogram, ids, owners, ends, row_logits, softcap, least_bin,
-    H, G, L, HQ, T, stored, capacity,
+    turned, means, numbers, steps, wholes, histogram, ids, owners, ends, row_logits, slots, kept_rows, hands, ring,
+    softcap, least_bin, H, G, L, HQ, T, stored, capacity,
     DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
     NUM_BINS: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """Per (unit, split): rows of opened lists by the bins of their shares.
 
-    ``row_logits [HQ, stored]``: where their logits are wanted, too.
+    ``row_logits [HQ, stored]``: where their logits are wanted, too. The oldest copies of rows make room for others.
     """
     unit = tl.program_id(0).to(tl.int64)
+    if slots is not None:
+        give_way(slots, kept_rows, hands, ring, unit, T)
     b = unit // H
     g = tl.arange(0, M)
     live = g < G
@@ -111,7 +118,8 @@ def choose_kernel(
 def attend_coded_kernel(
     query, keys, values, kb, kh, kt, vb, vh, vt,
     turned, means, numbers, steps, names, value, value_scale, wholes, histogram, totals, ids, owners, ends, spread,
-    lean, outs, lses, row_taken, scale, softcap, budget, least_bin, H, G, L, HQ, T, stored, capacity,
+    lean, outs, lses, row_taken, kept_keys, kept_values, slots, kept_rows, hands, ring, scale, softcap, budget,
+    least_bin, H, G, L, HQ, T, stored, capacity,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr, NUM_BINS: tl.constexpr,
     TAIL: tl.constexpr, CODE: tl.constexpr, DOT: tl.constexpr,
@@ -119,7 +127,7 @@ def attend_coded_kernel(
     """Per (unit, split) the state of the opened lists' rows that are read; with TAIL, behind all, that of the others.
 
     A row that is not read weighs what its code says, and has the mean value of its list, moved along ``lean``.
-    ``row_taken [units, stored]``: where it is wanted which rows were read.
+    ``row_taken [units, stored]``: where it is wanted which rows were FETCHED, and which read as COPIED.
     """
     unit = tl.program_id(0).to(tl.int64)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -143,19 +151,37 @@ def attend_coded_kernel(
     mass_coded = tl.zeros([M], tl.float32)
     coded = tl.zeros([M, BLOCK_DV], tl.float32)
     tilt = tl.zeros([M], tl.float32)
+    fetched = tl.zeros([], tl.int32)
     for first in range(lo, hi, BLOCK):
         row, entry, used, s, above = _rows(
             low, high, noise, means, numbers, steps, ids, owners, unit, first, hi, head, live, softcap, L, T, capacity,
             stored, BLOCK, HALF, BLOCK_H, CODE,
         )  # fmt: skip
         read = used & (bin_of(_share(s, whole, live), NUM_BINS) >= least)
+        slot = tl.full([BLOCK], -1, tl.int32)
+        if slots is not None:
+            slot = tl.load(slots + unit * T + row, mask=read, other=-1)
         if row_taken is not None:
-            tl.store(row_taken + unit * stored + row, read.to(tl.int8), mask=used)
+            tl.store(row_taken + unit * stored + row, tl.where(slot < 0, _FETCHED, _COPIED), mask=read)
         if tl.sum(read.to(tl.int32)) > 0:
-            peak, mass, acc = fold_rows(
-                peak, mass, acc, x, row, read, keys, values, kt, vt, scale, softcap,
-                DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, DOT,
-            )  # fmt: skip
+            far, near, place = read & (slot < 0), slot >= 0, unit * splits * ring + slot
+            kept, to = far, place
+            if slots is not None:
+                kept, to, fetched = take_places(row, far, slots, kept_rows, hands, ring, fetched, unit, T)
+            k = load_either(keys, row, kt, kept_keys, place, far, near, DIM, BLOCK_D)
+            of_k = scales_either(keys, row, kt, kept_keys, place, far, near, DIM)
+            if slots is not None:
+                copy_rows(k, of_k, kept_keys, to, kept, DIM, BLOCK_D)
+            told = times(x, tl.trans(k), DOT) * scale * of_k[None, :]
+            if softcap is not None:
+                told = softcapped(told, softcap)
+            peak, decay, w = weigh(peak, tl.where(read[None, :], told, _NEG))
+            mass = mass * decay + tl.sum(w, axis=1)
+            v = load_either(values, row, vt, kept_values, place, far, near, VALUE_DIM, BLOCK_DV)
+            of_v = scales_either(values, row, vt, kept_values, place, far, near, VALUE_DIM)
+            if slots is not None:
+                copy_rows(v, of_v, kept_values, to, kept, VALUE_DIM, BLOCK_DV)
+            acc = acc * decay[:, None] + times(w * of_v[None, :], v, DOT)
         if TAIL:
             name = entry
             if names is not None:
@@ -169,6 +195,8 @@ def attend_coded_kernel(
             tilt = tilt * decay + tl.sum(w * tl.where(used[None, :], above, 0.0), axis=1)
             scaled = w * tl.load(value_scale + its, mask=used, other=0.0)[None, :]
             coded = coded * decay[:, None] + times(scaled, v, DOT)
+    if slots is not None:
+        advance(hands, ring, fetched, unit)
     store_state(outs, lses, split, head, live, peak, mass, acc, HQ, VALUE_DIM, BLOCK_DV)
     if TAIL:
         toward = tl.load(

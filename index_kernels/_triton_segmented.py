@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_coded_kernels import attend_coded_kernel, choose_kernel
+from ._triton_coded_kernels import COPIED, attend_coded_kernel, choose_kernel
 from ._triton_common import device_of, dot_type, whole_type
+from ._triton_row_cache import FREE, RowCache
 from ._triton_segmented_kernels import (
     BINS,
     HELD_BITS,
@@ -39,6 +40,7 @@ from .summaries import (
     CODE_PLANES,
     MANY_ROWS,
     PLANES,
+    ROW_CACHE,
     Array,
     ListArrays,
     ListReading,
@@ -52,10 +54,14 @@ from .summaries import (
 SCORING, READING, CHOOSING = 2, 6, 6
 # What an entry that answers by its summary costs beside a row that is read.
 SUMMARY_COST = 0.7
+# The device has copies of so many times the rows in the host's memory that a step reads, or of this share of all rows.
+COPIES, MOST_COPIED = 16, 0.25
 # Lists of a table are in room for a multiple of this; lists that a program ranks, and lays out, of so many programs for
 # a unit at most; numbers that a program merges.
 BLOCK_LISTS, BLOCK_RANKED, BLOCK_LAID, MOST_PROGRAMS, MERGED = 64, 512, 256, 16, 32
 LISTS_PER_SUPER_LIST, ROWS_PER_LIST = 16, 32
+# Rows that come, about, while a CUDA graph that has been captured serves.
+TO_COME = 128
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,8 @@ class CodePlanes:
             codes = torch.from_numpy(table.codes).to(device)
             return cls(codes[..., :-SCALE_BYTES].contiguous(), scales(codes))
         kept, stands = found
-        first = int(_row_after(table.lists, stands.lists).min())
-        stop = int(_row_after(table.lists, table.lists.used).max())
+        first = int(table.lists.row_after(stands.lists).min())
+        stop = int(table.lists.row_after(table.lists.used).max())
         codes, room = torch.from_numpy(table.codes[:, :, first:stop]).to(device), table.codes.shape[2]
         numbers = _changed(kept.numbers, codes[..., :-SCALE_BYTES], first, room)
         return cls(numbers, _changed(kept.steps, scales(codes), first, room))
@@ -166,14 +172,6 @@ def _changed(kept: Tensor, part: Tensor, first: int, room: int) -> Tensor:
         kept[:, :, :first] = before[:, :, :first]
     kept[:, :, first : first + part.shape[2]] = part
     return kept
-
-
-def _row_after(lists: ListArrays, count: Array) -> Array:
-    """The row after the first ``count [B, Hkv]`` lists; 0 where there are none."""
-    last = np.maximum(count - 1, 0)[..., None]
-    begin, size = (np.take_along_axis(part, last, axis=2)[..., 0] for part in (lists.begin, lists.size))
-    after: Array = np.where(count > 0, begin + size, 0)
-    return after
 
 
 @cache
@@ -258,6 +256,7 @@ def attend_segmented(
     budget: int,
     by_code: bool,
     details: bool,
+    newest: Tensor | None = None,
 ) -> SegmentedAnswer:
     """See segmented.attend_segmented; ``budget``: rows under opened lists, KV heads of a batch row together.
 
@@ -275,7 +274,7 @@ def attend_segmented(
     )
     space: Workspace = table.on(query.device, call, lambda *_: Workspace(call, planes, query.device))
     least = 0 if budget >= kv_heads * how.sealed else 1
-    hot = how.n_sink + how.length - how.sealed
+    hot = how.n_sink + how.length - how.sealed + (0 if newest is None else TO_COME)
     group, room, units = heads // kv_heads, lists.room, batch * kv_heads
     dot = dot_type(query, keys, values)
     packed = torch.int8 in (keys.dtype, values.dtype)
@@ -304,7 +303,7 @@ def attend_segmented(
     with device_of(query):
         began = _now(details and query.is_cuda)
         score_kernel[(units, parts + 1)](
-            asked, *rows, start, first.key, first.key_scale, first.variance, first.size, *moments,
+            asked, *rows, start, newest, first.key, first.key_scale, first.variance, first.size, *moments,
             space.super_logits, space.spread, part_lse, space.lean, space.outs, space.lses,
             None if two_level else space.means, float(how.scale), cap, float(how.alpha), float(how.beta), kv_heads,
             group, first.room, batch * heads, space.parts, first_hot, how.sealed, how.length, how.n_sink, DOT=dot,
@@ -351,18 +350,24 @@ def attend_segmented(
                 "CODE": whole_type(),
             }  # fmt: skip
             choosing, reading = _coded_shapes(shapes, wide=dot == tl.float32)
+            kept: RowCache | None = None
+            if ring := _ring(how, kv_heads, space.splits):
+                kept = table.on(
+                    query.device, ROW_CACHE, lambda of, on: RowCache.of(of, on, keys, values, space.splits, ring)
+                )
+            copies, where = ((None, None), (None, None, None, 0)) if kept is None else kept.arguments
             coded = turned, space.means, codes.numbers, codes.steps
             shape = kv_heads, group, room, batch * heads, codes.steps.shape[2], limit, call.capacity
             least_row = 0 if how.rows_read >= budget else 1
             choose_kernel[(units, space.splits)](
-                *coded, space.wholes, space.histogram, space.ids, space.owners, space.ends, row_logits, cap, least_row,
-                *shape, DIM=dim, M=shapes["M"], **sizes, **choosing,
+                *coded, space.wholes, space.histogram, space.ids, space.owners, space.ends, row_logits, *where,
+                cap, least_row, *shape, DIM=dim, M=shapes["M"], **sizes, **choosing,
             )  # fmt: skip
             attend_coded_kernel[(units, space.splits)](
                 asked, *rows, *coded, space.names, lists.value, lists.value_scale, space.wholes, space.histogram,
                 counted, space.ids, space.owners, space.ends, space.spread, space.lean, space.outs, space.lses,
-                row_taken, float(how.scale), cap, how.rows_read, least_row, *shape, TAIL=how.tail, DOT=dot, **shapes,
-                **sizes, **reading,
+                row_taken, *copies, *where, float(how.scale), cap, how.rows_read, least_row, *shape, TAIL=how.tail,
+                DOT=dot, **shapes, **sizes, **reading,
             )  # fmt: skip
         # Where rows were chosen by code, the lists that were not opened are all that is left.
         done = first_tail if by_code else 0
@@ -435,8 +440,14 @@ def _with_details(
     return answer._replace(
         rows_read=int(taken.sum()), rows_coded=coded_rows, lists_opened=opened_lists, summaries_read=scored,
         values_read=(scored - left - opened_lists * (coded_rows == 0)) * how.tail, seconds=(0.0, seconds, 0.0, 0.0),
-        taken=taken, unread=unread,
+        taken=taken, unread=unread, copies_read=0 if row_taken is None else int((row_taken == COPIED).sum()),
     )  # fmt: skip
+
+
+def _ring(how: ListReading, kv_heads: int, rings: int) -> int:
+    """Copies that each of the ``rings`` of a KV head has room for, see _triton_row_cache.py; 0: none are made."""
+    wanted = min(COPIES * how.rows_read // kv_heads, int(MOST_COPIED * how.sealed))
+    return triton.cdiv(wanted // rings + FREE, 32) * 32 if COPIES else 0
 
 
 def _programs(room: int, block: int) -> int:

@@ -216,16 +216,21 @@ def _summary_logits(x, k, unit_of_key, varies, its_variance, rows, scale, softca
 
 @triton.jit(do_not_specialize=["parts", "hot_state", "sealed", "length", "n_sink"])
 def score_kernel(
-    query, keys, values, kb, kh, kt, vb, vh, vt, start,
+    query, keys, values, kb, kh, kt, vb, vh, vt, start, newest,
     key, key_scale, variance, size, shape, cross,
     logits, spread, part_lse, lean, outs, lses,
     means, scale, softcap, alpha, beta, H, G, L, HQ, parts, hot_state, sealed, length, n_sink,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Per (unit, part): logits of summaries and their log-sum-exp; from ``parts`` on sinks and hot rows; last, lean."""
+    """Per (unit, part): logits of summaries and their log-sum-exp; from ``parts`` on sinks and hot rows; last, lean.
+
+    ``newest [1]``: where the device knows better than ``length`` which row is the newest.
+    """
     unit = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    if newest is not None:
+        length = tl.load(newest).to(tl.int32) + 1
     g, d = tl.arange(0, M), tl.arange(0, BLOCK_D)
     live = g < G
     head = unit * G + g

@@ -42,6 +42,7 @@ def attend_segmented(
     with_lse: bool = True,
     details: bool = False,
     unread: bool = False,
+    newest: Tensor | None = None,
     backend: str = "auto",
 ) -> SegmentedAnswer:
     """Sinks and hot rows exactly, the best rows of opened lists, their others by code, everything else by summary.
@@ -57,6 +58,8 @@ def attend_segmented(
         with_lse: give ``lse`` and ``lse_by_source``, too. GPUs and the reference always do.
         details: give ``taken``, too.
         unread: and ``unread``, which takes longer. GPUs and the reference always do.
+        newest: int64 ``[1]`` on the device, where the query is, in place of ``how.length - 1``: so a CUDA graph of the
+            call serves while rows come, until lists change. On a GPU only.
         backend: "auto", "reference", "numba" or "triton".
 
     Raises:
@@ -67,6 +70,8 @@ def attend_segmented(
     if how.head_weights is not None and len(how.head_weights) != query.shape[1]:
         raise ValueError(f"head_weights are {len(how.head_weights)}, expected one for each of {query.shape[1]} heads")
     chosen = resolve_backend(query, backend)
+    if newest is not None and chosen != "triton":
+        raise ValueError(f"newest is for CUDA graphs, and backend {chosen!r} makes none: expected None")
     if chosen == "numba":
         answer: SegmentedAnswer = _fused().attend_segmented(
             query, keys, values, table, how, start=start, with_lse=with_lse or details, details=details, unread=unread
@@ -76,7 +81,7 @@ def attend_segmented(
     if chosen == "triton":
         opened = how.rows_coded if by_code else rows_opened(how.rows_read, how.rows_coded, keys.shape[1])
         found: SegmentedAnswer = _on_device().attend_segmented(
-            query, keys, values, table, how, start=start, budget=opened, by_code=by_code, details=details
+            query, keys, values, table, how, start=start, budget=opened, by_code=by_code, details=details, newest=newest
         )
         return found
     return _attend(query, keys, values, table, how, start, details, chosen)

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 SMALLEST_TRACE = 1e-20
 LARGEST_HALF = float(np.finfo(np.float16).max)
 # What kernels of a GPU keep of lists there, by name, and bring up to date when some change.
-PLANES, CODE_PLANES = "planes", "code planes"
+PLANES, CODE_PLANES, ROW_CACHE = "planes", "code planes", "row cache"
 # Rows from which on a GPU ranks super-lists first, where not all are to be opened.
 MANY_ROWS = 1 << 18
 
@@ -36,6 +36,13 @@ class ListArrays(NamedTuple):
     key: Array
     value: Array
     used: Array
+
+    def row_after(self, count: Array) -> Array:
+        """The row after the first ``count [B, Hkv]`` lists; 0 where there are none."""
+        last = np.maximum(count - 1, 0)[..., None]
+        begin, size = (np.take_along_axis(part, last, axis=2)[..., 0] for part in (self.begin, self.size))
+        after: Array = np.where(count > 0, begin + size, 0)
+        return after
 
 
 class SuperListArrays(NamedTuple):
@@ -181,7 +188,7 @@ class ListTable:
 
     def left(self) -> dict[Any, Any]:
         """What the next table may take over, by name and device."""
-        return {place: part for place, part in self._cache.items() if place[0] in (PLANES, CODE_PLANES)}
+        return {place: part for place, part in self._cache.items() if place[0] in (PLANES, CODE_PLANES, ROW_CACHE)}
 
     def codes_on(self, device: torch.device) -> Tensor:
         """The codes on a device; copied once."""
@@ -283,6 +290,8 @@ class SegmentedAnswer(NamedTuple):
             summary that answers for it, shared evenly by the rows of a list; None unless asked for.
         totals: int64 ``[B]`` on the device, rows of lists read by all calls that share it: where no ``details`` were
             asked for, ``rows_read`` is no more than the budget then. None: all counts are exact.
+        copies_read: of ``rows_read``, those of which a GPU had a copy, where rows are in the host's memory; 0 without
+            ``details``.
     """
 
     out: Tensor
@@ -297,6 +306,7 @@ class SegmentedAnswer(NamedTuple):
     taken: Tensor | None
     unread: Tensor | None
     totals: Tensor | None = None
+    copies_read: int = 0
 
 
 class LearntMetric(NamedTuple):

@@ -131,10 +131,11 @@ def launch_segmented(kinds, dtype, dim):
     lists.lists.used[:] = ROWS // 32
     start = torch.zeros(1, dtype=torch.int64)
     for softcap, tail, by_code, head_weights, opened in kinds:
+        newest = None if softcap is None else torch.zeros(1, dtype=torch.int64)
         how = ListReading(ROWS - 100, ROWS, 4, 400, 400, opened, 0.1, softcap, 0.4, 0.7, tail, head_weights)
         launch(
             "attend_segmented", query, rows, rows, lists.table, how, start=start, budget=400, by_code=by_code,
-            details=False, file="segmented",
+            details=False, newest=newest, file="segmented",
         )  # fmt: skip
 
 

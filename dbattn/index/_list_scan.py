@@ -214,7 +214,7 @@ class ListScan(Step):
         times = [sum(one.seconds[i] for one in found) for i in range(4)]
         usages = (
             Usage(hot, sizes[0], 0.0, times[0]),
-            Usage(rows, sizes[1], opened / units, times[1]),
+            Usage(rows, sizes[1], opened / units, times[1], whole.copies_read / units),
             Usage(0.0, sizes[2], opened / units, times[2]) if whole.rows_coded or not opened else NO_CODES,
             Usage(0.0, sizes[3], (scored - opened) / units, times[3]),
         )

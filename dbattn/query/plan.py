@@ -222,6 +222,7 @@ def _sum_usages(usages: Sequence[Usage], layers: int) -> Usage:
         sum(usage.bytes for usage in usages),
         sum(usage.lists for usage in usages) / layers,
         sum(seconds) if len(seconds) == len(usages) else None,
+        sum(usage.copies for usage in usages) / layers,
     )
 
 
@@ -230,8 +231,9 @@ def _usage_lines(source: Source) -> list[str]:
 
     def line(name: str, usage: Usage) -> str:
         lists = f" lists={usage.lists:.0f}" if usage.lists else ""
+        copies = f" (copies on the GPU: {usage.copies:.0f})" if usage.copies else ""
         seconds = "" if usage.seconds is None else f" time={_ms(usage.seconds)}"
-        return f"{name} rows={usage.rows:.0f}{lists} bytes={usage.bytes:,}{seconds}"
+        return f"{name} rows={usage.rows:.0f}{copies}{lists} bytes={usage.bytes:,}{seconds}"
 
     actual = [] if source.actual is None else [line("actual   ", source.actual)]
     return [*actual, line("estimated", source.estimated)]

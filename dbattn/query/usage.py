@@ -132,12 +132,14 @@ class Usage:
         bytes: bytes read by the whole call, what is scored to choose rows included.
         lists: lists whose rows ("list scan") or summaries ("summary scan") are read, per KV head and position, mean.
         seconds: None where it is not known: not measured, or an engine without rates on this device.
+        copies: of ``rows`` in the host's memory, those of which the GPU had a copy, mean.
     """
 
     rows: float
     bytes: int
     lists: float = 0.0
     seconds: float | None = None
+    copies: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data."""
