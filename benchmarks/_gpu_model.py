@@ -16,10 +16,11 @@ from ._gpu_stores import DIM, HEADS, KV_HEADS
 
 LAYERS, CHUNK = 8, 4096
 WARM, TOKENS = 8, 48
+GRAPHED = "retrieving by graphs"
 
 
 def model_speed(rows: int) -> dict[str, Any]:
-    """Eight layers of Llama-3-8B, eager, after ``rows`` tokens: alone, wrapped, and wrapped and made to retrieve.
+    """Eight layers of Llama-3-8B after ``rows`` tokens: alone, wrapped, made to retrieve, and that by CUDA graphs.
 
     All go on from the same cache, greedily: ``same`` is the share of tokens that are those of the model alone, and
     ``logits`` how far those of the first token are from its own, relative L2. Beside them "alone, plainly": torch's
@@ -42,6 +43,7 @@ def model_speed(rows: int) -> dict[str, Any]:
     ways = {
         "alone": None, "alone, plainly": None, "default": RetrievalConfig(audit_rate=0.0),
         "retrieving": RetrievalConfig(dense_below=0, audit_rate=0.0),
+        GRAPHED: RetrievalConfig(dense_below=0, audit_rate=0.0),
     }  # fmt: skip
     with torch.inference_mode():
         for chunk in ids.split(CHUNK, dim=1):
@@ -50,10 +52,13 @@ def model_speed(rows: int) -> dict[str, Any]:
         first: dict[str, torch.Tensor] = {}
         for name, how in ways.items():
             plainly = sdpa_kernel(SDPBackend.MATH) if name == "alone, plainly" else nullcontext()
-            with plainly, nullcontext() if how is None else wrap(model, how) as handle:
+            wrapped = nullcontext() if how is None else wrap(model, how, graphs=name == GRAPHED)
+            with plainly, wrapped as handle:
                 line[name], said[name], first[name] = _decoded(model, cache, ids[:, -1:])
                 if handle is not None:
-                    line[f"{name} retrieves"] = sum(layer.retrieving for layer in handle.report().layers)
+                    report = handle.report()
+                    line[f"{name} retrieves"] = sum(layer.retrieving for layer in report.layers)
+                    line[f"{name} ran"] = report.summary.graphs
             cache.crop(rows - cache.get_seq_length())
             for layer in cache.layers:
                 if isinstance(layer, DatabaseLayer) and layer.db is not None:

@@ -30,7 +30,7 @@ from index_kernels.segmented import rows_opened
 
 from ._common import OUT_HELP, results_folder, write_json
 from ._gpu_checks import checks
-from ._gpu_model import model_speed
+from ._gpu_model import GRAPHED, model_speed
 from ._gpu_stages import captured_errors, default, flash, graph_seconds, offload, rates_here, sealing
 from ._gpu_stores import DIM, HEADS, KV_HEADS, Store, exact, made_store, relative_error
 
@@ -191,9 +191,9 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"default at {line['rows']:,} x {line['batch']}: µs {micro}; {line['reason']}")
     for line in results["model"]:
         if "alone" in line:
-            speeds = ", ".join(f"{name} {line[name]:.1f}" for name in ("alone", "default", "retrieving"))
+            speeds = ", ".join(f"{name} {line[name]:.1f}" for name in ("alone", "default", "retrieving", GRAPHED))
             off = ", ".join(
-                f"{name} {line[f'{name} logits']:.2g}" for name in ("alone, plainly", "default", "retrieving")
+                f"{name} {line[f'{name} logits']:.2g}" for name in ("alone, plainly", "default", "retrieving", GRAPHED)
             )
             lines.append(
                 f"{line['layers']} layers of Llama-3-8B after {line['rows']:,} tokens, tokens/s: {speeds}; "

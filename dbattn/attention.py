@@ -23,12 +23,14 @@ from .query.expected import Expected
 from .query.ladder import Climb, Ladder, finish_climb
 from .query.plan import QueryPlan
 from .query.prompt import BlockPlan, block_plans, newest_part, read_prompt, whole
-from .query.stats import RunningStats
+from .query.stats import RunningStats, Told
 from .query.weights import Weights, dense_weights, weights_of
 from .store import RowSource, StateSource
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from index_kernels import ListTable
 
     from .shards import Shards
     from .snapshot import SaveReport, ShardWriter, Snapshot, SnapshotWriter
@@ -142,6 +144,35 @@ class AttentionDB(IndexedRows):
         out = self.store.turn(answer.out)
         out = out if out.dtype == query.dtype else out.to(query.dtype)
         return (out, answer.state[1]) if return_lse else out
+
+    @property
+    def audit_is_due(self) -> bool:
+        """Whether the next retrieving call will be audited, if nobody says otherwise."""
+        expected = self._expected if self.config.max_error is None else None
+        return self.stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
+
+    @property
+    def lists(self) -> "ListTable | None":
+        """The lists of "segmented", made anew when one changes; None where there are none."""
+        return getattr(self.index, "table", None) if len(self.index) else None
+
+    @property
+    def stands_on(self) -> tuple[Any, ...]:
+        """What a CUDA graph of a decode call has in it: it serves while all of this is the same, or the same object."""
+        expected = self._expected
+        needs = None if expected is None else expected.needs
+        return *self.store.buffers, self.store.start, self.lists, needs, self.config
+
+    def note_replayed(self, query: Tensor, told: Told) -> None:
+        """Count a call that a CUDA graph repeated: it wrote a row, and answered its query ``[B, Hq, 1, D]``.
+
+        ``told``: what the call said of itself that was captured.
+        """
+        self.store.note_written()
+        self.stats.repeat(told, len(self), len(query) * self.store.num_kv_heads * self.store.row_bytes)
+        self._note_index()
+        self.note_queries(query, len(self) - 1)
+        self.sync()
 
     def by_size(self) -> "AttentionDB":
         """The same rows, index and counters, for answers that are checked later: a view to be asked, not changed.
@@ -327,8 +358,7 @@ class AttentionDB(IndexedRows):
     def _answered(self, call: Call, *, retrieve: bool, audit: bool | None) -> tuple[Answer, str]:
         """What ``attend`` answers, measured where it is to be audited; and why all rows were read, "" if not all."""
         if audit is None:
-            expected = self._expected if self.config.max_error is None else None
-            audit = self.stats.audit_is_due(self.config, learning=expected is not None and not expected.is_known)
+            audit = self.audit_is_due
         plan = self._plan(call, retrieve=retrieve, exact=audit)
         if plan.is_dense:
             call.needs_lse = call.needs_lse or len(plan.steps) > 1

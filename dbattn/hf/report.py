@@ -61,6 +61,7 @@ class Summary:
             reads; else "".
         windows_read: the share of these windows' rows, where not all are read; else None.
         exact: what became of drafts, in words, where answers are exact; else "".
+        graphs: how passes over one token ran, in words, where CUDA graphs were asked for; else "".
     """
 
     layers: int
@@ -86,6 +87,7 @@ class Summary:
     windows: str = ""
     windows_read: float | None = None
     exact: str = ""
+    graphs: str = ""
 
     @property
     def verdict(self) -> str:
@@ -115,7 +117,7 @@ class Summary:
     @property
     def lines(self) -> list[str]:
         """The verdict; why calls scanned everything; what to do where it is bad."""
-        lines = [self.verdict, self.exact] if self.exact else [self.verdict]
+        lines = [self.verdict, *(line for line in (self.exact, self.graphs) if line)]
         if self.dense:
             lines.append(
                 f"Of {self.calls} decode calls {self.retrieving} retrieved; {sum(self.dense.values())} scanned "
@@ -153,7 +155,7 @@ class Summary:
         return f"error mean {mean}, 95th percentile {most} ({audits}{bound})"
 
     def _time(self) -> str:
-        if self.seconds is None or self.seconds_dense is None:
+        if not self.seconds or not self.seconds_dense:
             return "time not measured"
         retrieving, dense = self.seconds, self.seconds_dense
         times = (
@@ -198,14 +200,15 @@ class Report:
         windows: Windows | None = None,
         reading: Reading | None = None,
         exact: str = "",
+        graphs: str = "",
     ) -> "Report":
         """Summarise the statistics of each layer.
 
         ``windows``, ``reading``: how the rows of the newest cache were read, and which of the windows it reads.
-        ``exact``: what became of drafts, in words.
+        ``exact``, ``graphs``: what became of drafts and how passes ran, in words.
         """
         layers = tuple(layer_report(i, s) for i, s in enumerate(stats))
-        summary = replace(_summary(stats, layers), windows=str(reading or windows or ""), exact=exact)
+        summary = replace(_summary(stats, layers), windows=str(reading or windows or ""), exact=exact, graphs=graphs)
         if reading is not None and not reading.is_whole:
             rows = summary.rows_stored + reading.rows - reading.read
             share = None if summary.bytes_share is None else summary.bytes_share * summary.rows_stored / max(1, rows)

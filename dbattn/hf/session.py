@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -25,7 +25,7 @@ from .cache import SERVED, DatabaseLayer, HybridDatabaseLayer
 from .layer_states import ContextCache, Mark
 from .pace import Drafts
 from .shared_context import SharedContext
-from .switches import Switches
+from .switches import Switches, Watcher
 from .window_cache import WindowCache, WindowLayer
 
 WITHOUT_CONTEXT = "began without the context that the model was wrapped with"
@@ -66,6 +66,15 @@ class Session:
     def switches(self) -> Switches:
         """Those of the present thread or task."""
         return self._switches.get() or self._usual
+
+    @property
+    def changed(self) -> bool:
+        """Whether the present thread or task is inside a block that changes how calls are answered."""
+        return self.switches != self._usual
+
+    def capturing(self, watcher: Watcher) -> AbstractContextManager[None]:
+        """Let passes inside the block be captured; ``watcher`` is told of each layer's query."""
+        return self.switched(watcher=watcher, capturing=True)
 
     @property
     def serving(self) -> bool:

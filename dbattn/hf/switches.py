@@ -27,5 +27,7 @@ class Switches:
     watcher: Watcher | None = None
     # What follows a context directly reads the windows that were read before, and chooses none.
     same_windows: bool = False
+    # Whether a CUDA graph of the pass is captured, which the host may not wait for.
+    capturing: bool = False
     # Rows that there are after the prompt of which a chunk is read now.
     until: int | None = None

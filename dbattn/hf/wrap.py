@@ -33,6 +33,7 @@ from .decoder import UnsupportedModelError as UnsupportedModelError
 from .decoder import check_exact, find_decoder
 from .exact import ExactGenerate
 from .function import NAME, register, unregister
+from .graphs import Graphs, check_graphs
 from .in_step import InStep, check_shards
 from .layer_states import ContextCache, Mark, refuse_states
 from .offload import device_of, layer_devices
@@ -55,6 +56,7 @@ def wrap(
     exact: bool = False,
     draft_weights: str = "float32",
     group: ProcessGroup | Shards | None = None,
+    graphs: bool = False,
 ) -> "Handle":
     """Let a model's full-attention layers answer decode steps from an index.
 
@@ -83,10 +85,15 @@ def wrap(
             given another token raises ShardError. Contexts are opened by as many ranks as saved them. Not with
             ``exact``, contexts read by windows, ``rows="host"`` or ``prefill`` other than "dense". Of a model whose
             heads are split over ranks (tensor parallelism), ``group`` holds ranks with the same heads.
+        graphs: on a GPU, replay passes over one token from CUDA graphs: ``generate``'s, and plain calls of the model.
+            A pass is captured where every layer retrieves, and anew when lists have changed (each 128 tokens or so);
+            prompts, audits and padded batches run as ever, and ``report`` says how often and why. Hooks of modules, and
+            what else Python does in a pass, do not run in a replay. Not with ``exact``, ``group`` or ``max_error``.
 
     Raises:
         TypeError: a config that is no RetrievalConfig.
-        ValueError: draft weights that there are not, or that do not serve: not exact, or not on a CPU.
+        ValueError: draft weights that there are not, or that do not serve: not exact, or not on a CPU; graphs where
+            there can be none.
         UnsupportedModelError (a TypeError): the model cannot be served, or not exactly (linear attention does not go
             back over tokens that were rejected); names the class and the reason.
         RuntimeError: the model is wrapped already.
@@ -100,7 +107,7 @@ def wrap(
         ...     ids = torch.cat([handle.context, question], dim=1)
         ...     model.generate(ids, past_key_values=handle.new_cache())
     """
-    return Handle(model, config, context, exact=exact, draft_weights=draft_weights, group=group)
+    return Handle(model, config, context, exact=exact, draft_weights=draft_weights, group=group, graphs=graphs)
 
 
 class Handle:
@@ -119,6 +126,7 @@ class Handle:
         exact: bool = False,
         draft_weights: str = "float32",
         group: ProcessGroup | Shards | None = None,
+        graphs: bool = False,
     ) -> None:
         check_weights(draft_weights)
         int8 = draft_weights == "int8"
@@ -145,6 +153,8 @@ class Handle:
             check_host_rows(device_of(model))
         if shards is not None:
             check_config(self.config)
+        if graphs:
+            check_graphs(device_of(model), self.config, exact=exact, sharded=shards is not None)
         self._session = Session(self.config, [RunningStats() for _ in layers], exact=exact, shards=shards)
         self._session.adapters = partial(active_adapters, self._decoder)
         if snapshot is not None:
@@ -161,6 +171,7 @@ class Handle:
         self._signature = inspect.signature(self._decoder.forward)
         # What can fail comes first, so that a failure leaves nothing behind.
         self._int8 = Int8Meanwhile(model, lambda: self._session.switches.drafting) if int8 else None
+        self._graphs = Graphs(model, self._session, self._text_config) if graphs else None
         self._hooks = [
             self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self._decoder.register_forward_hook(self._after_forward, always_call=True),
@@ -175,6 +186,8 @@ class Handle:
             model.generate = InStep(model, shards)
         if self._int8 is not None:
             self._int8.begin()
+        if self._graphs is not None:
+            self._graphs.begin()
         self._active = True
 
     def unwrap(self) -> None:
@@ -187,6 +200,8 @@ class Handle:
             del self.model.generate
         if self._int8 is not None:
             self._int8.undo()
+        if self._graphs is not None:
+            self._graphs.undo()
         forward_pass.set(None)
         for hook in self._hooks:
             hook.remove()
@@ -323,12 +338,13 @@ class Handle:
 
     def report(self) -> Report:
         """What retrieval did in each layer since the model was wrapped."""
-        drafts, newest = self._session.drafts, self._session.newest
+        drafts, graphs, newest = self._session.drafts, self._graphs, self._session.newest
         return Report.of(
             self._session.stats,
             self._session.windows_of(newest),
             self._session.reading_of(newest),
             "" if drafts is None else str(drafts),
+            "" if graphs is None else str(graphs),
         )
 
     @property
@@ -340,8 +356,9 @@ class Handle:
         """Let ``report`` count from here on."""
         for stats in self._session.stats:
             stats.restart()
-        if self._session.drafts is not None:
-            self._session.drafts.restart()
+        for each in (self._session.drafts, self._graphs):
+            if each is not None:
+                each.restart()
 
     def explain(self) -> QueryPlan:
         """The plans of each layer's latest audited call, summed: what a token's attention reads in the whole model.
@@ -483,7 +500,8 @@ class Handle:
         if (reading := self._session.choose_windows(cache, given.get("input_ids"))) is not None:
             given = given | {"position_ids": _positions(given, cache, reading.windows)}
             sharpening = reading.windows.sharpening_over(reading.read)
-        self._session.note_call(cache, given.get("input_ids"))
+        if not self._session.switches.capturing:  # token ids come from the device
+            self._session.note_call(cache, given.get("input_ids"))
         forward_pass.set(ForwardPass(self._session, cache, served, sharpening, until=until, before=before))
         return (), given
 

@@ -246,7 +246,7 @@ class ListScan(Step):
         how = budget(len(index), self.k).reading(call, len(index), length, tail=self.tail, head_weights=weights)
         return attend_segmented(
             query, *store.buffers, index.table, how, start=store.start, by_code=store.host, with_lse=call.needs_lse,
-            details=call.measure, unread=call.weighs,
+            details=call.measure, unread=call.weighs, newest=store.newest if call.query.shape[2] == 1 else None,
         )  # fmt: skip
 
     def _bytes(

@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,17 @@ class PromptStats:
     errors: list[float] = field(default_factory=list)
 
 
+class Told(NamedTuple):
+    """What a retrieving call says of itself: see ``RunningStats.add_answer``; over ``rows_stored`` rows."""
+
+    rows_retrieved: float
+    rows_read: float
+    bytes_read: int
+    bytes_dense: int
+    counted: Counted | None
+    rows_stored: int
+
+
 @dataclass
 class RunningStats:
     """What the calls of one store did; audits join when they happen.
@@ -134,6 +145,8 @@ class RunningStats:
     stream_errors: list[float] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
     prompt: PromptStats = field(default_factory=PromptStats)
+    # The latest retrieving call.
+    latest: "Told | None" = None
 
     def audit_is_due(self, config: RetrievalConfig, *, learning: bool = False) -> bool:
         """The first retrieving call, then evenly spread ones; all while something is to be learnt, as by a ladder.
@@ -157,11 +170,25 @@ class RunningStats:
             if not self.counted or self.counted[-1].totals is not counted.totals:
                 self.counted.append(counted._replace(rows=0))
             self.counted[-1] = counted._replace(rows=self.counted[-1].rows + counted.rows)
+        self.latest = Told(rows_retrieved, rows_read, bytes_read, bytes_dense, counted, self.rows_stored)
         self.retrieving += 1
         self.rows_retrieved += rows_retrieved
         self.rows_read += rows_read
         self.bytes_read += bytes_read
         self.bytes_dense += bytes_dense
+
+    def repeat(self, told: "Told", rows: int, row_bytes: int) -> None:
+        """Count a call like one before, over ``rows`` rows: it read those that came since; of all heads each has so
+        many bytes."""
+        self.rows_stored, more = rows, rows - told.rows_stored
+        size = more * row_bytes
+        self.add_answer(
+            told.rows_retrieved, told.rows_read + more, told.bytes_read + size, told.bytes_dense + size, told.counted
+        )
+
+    def copy(self) -> "RunningStats":
+        """What is counted now, for it to be put back."""
+        return replace(self, counted=list(self.counted))
 
     def settle(self) -> None:
         """Ask the device for the rows that were counted there, in place of what calls were expected to read."""

@@ -40,6 +40,8 @@ class KVStore:
     requires_grad: bool
     # Some of the queries that rows were asked, as they came; None where none came.
     sample: QuerySample | None
+    # The place of the next row on the device, int64 [1], where a CUDA graph is to write it; None: where the host knows.
+    newest: Tensor | None = None
     # Whether the numbers of rows are kept rotated; those of packed rows are, but in snapshots of before that was done.
     rotated: bool
 
@@ -139,8 +141,15 @@ class KVStore:
         else:
             self._reserve(keys, values, self._length + added)
             for buffer, rows in zip(self.buffers, (keys, values), strict=True):
-                buffer.narrow(2, self._length, added).copy_(rows)
+                if self.newest is not None and added == 1:
+                    buffer.index_copy_(2, self.newest, rows)
+                else:
+                    buffer.narrow(2, self._length, added).copy_(rows)
         self._length += added
+
+    def note_written(self) -> None:
+        """Count a row that a CUDA graph has written after the newest."""
+        self._length += 1
 
     def widen(self, dtype: torch.dtype) -> torch.dtype:
         """Keep rows in a float type that holds those of ``dtype`` too, and return it: the wider one of both.
