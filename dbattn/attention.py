@@ -163,13 +163,13 @@ class AttentionDB(IndexedRows):
         needs = None if expected is None else expected.needs
         return *self.store.buffers, self.store.start, self.lists, needs, self.config
 
-    def note_replayed(self, query: Tensor, told: Told) -> None:
-        """Count a call that a CUDA graph repeated: it wrote a row, and answered its query ``[B, Hq, 1, D]``.
-
-        ``told``: what the call said of itself that was captured.
-        """
+    def count_replayed(self, told: Told) -> None:
+        """Count a call that a CUDA graph repeated, and the row that it wrote; ``told``: of the captured call."""
         self.store.note_written()
-        self.stats.repeat(told, len(self), len(query) * self.store.num_kv_heads * self.store.row_bytes)
+        self.stats.repeat(told, len(self), len(self.start) * self.store.num_kv_heads * self.store.row_bytes)
+
+    def note_replayed(self, query: Tensor) -> None:
+        """Do what follows on a decode call, whose query was ``[B, Hq, 1, D]``."""
         self._note_index()
         self.note_queries(query, len(self) - 1)
         self.sync()

@@ -81,9 +81,10 @@ def attention_function(
                 audits.append(db.stats.audits[-1])
             if switches.watcher is not None:
                 switches.watcher(layer.layer_index, db, query.detach(), scale, softcap)
-            db.note_queries(query, len(db) - query.shape[2])
+            if not switches.capturing:  # a graph would do it again, as it is done now
+                db.note_queries(query, len(db) - query.shape[2])
             # Only now: an index may move rows, and the newest queries see only what came before them.
-            if switches.sync:
+            if switches.sync and not switches.capturing:
                 db.sync(reading=query.shape[2] > db.config.max_queries)
             assert isinstance(out, Tensor)
             return _as_sdpa_returns(out), None

@@ -31,7 +31,7 @@ PLACES = ("position_ids", "cache_position")
 RETURNED = {"logits", "past_key_values"}
 # What is compared by value where it is asked whether a graph still serves.
 PLAIN = (bool, int, float, str, tuple)
-REPLAYED, CAPTURED, AFTER_CHANGE = "replayed", "captured", "as ever, after lists had changed"
+REPLAYED, CAPTURED = "replayed", "captured"
 Recorder = Callable[[Callable[[], Any], Any], tuple[Any, Callable[[], None]]]
 
 
@@ -155,17 +155,18 @@ class Graphs:
                 return captured
             how = f"as ever: {self._failed}"
         else:
-            how = AFTER_CHANGE
-        self.counts[how] += 1
+            how = "as ever, after lists had changed"
         retrieved = [db.stats.retrieving for db in step.databases]
         with self._told(step):
             output = self._plain(*args, **kwargs)
-        self._at = -1  # the host has not counted on the device
-        fits = set(output.keys()) <= RETURNED if hasattr(output, "keys") else False
-        if fits and all(db.stats.retrieving > n for db, n in zip(step.databases, retrieved, strict=True)):
-            self._stood = step.stands_on
+        self._at, self._stood = -1, ()  # the place on the device was not moved on
+        if not (hasattr(output, "keys") and set(output.keys()) <= RETURNED):
+            how = "as ever, the call returns more than logits"
+        elif not all(db.stats.retrieving > n for db, n in zip(step.databases, retrieved, strict=True)):
+            how = "as ever, a layer did not retrieve"
         else:
-            self._stood = ()
+            self._stood = step.stands_on
+        self.counts[how] += 1
         return output
 
     def _pass_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass | None:
@@ -265,10 +266,12 @@ class Graphs:
             self._forget()
             return None
         self.counts[CAPTURED] += 1
+        self._at += 1
         calls = tuple((db, query, db.stats.latest) for db, query in asked if db.stats.latest is not None)
         self._captured = Captured(stands_on, output, calls, replay)
         replay()
-        self._at += 1
+        for db, query, _ in calls:
+            db.note_replayed(query)
         return self._answer(step, output)
 
     def _replayed(self, step: Pass, captured: Captured) -> Any:
@@ -278,7 +281,8 @@ class Graphs:
         captured.replay()
         self._at += 1
         for db, query, told in captured.calls:
-            db.note_replayed(query, told)
+            db.count_replayed(told)
+            db.note_replayed(query)
         self._session.note_end(step.cache)
         return self._answer(step, captured.output)
 

@@ -88,7 +88,8 @@ def wrap(
         graphs: on a GPU, replay passes over one token from CUDA graphs: ``generate``'s, and plain calls of the model.
             A pass is captured where every layer retrieves, and anew when lists have changed (each 128 tokens or so);
             prompts, audits and padded batches run as ever, and ``report`` says how often and why. Hooks of modules, and
-            what else Python does in a pass, do not run in a replay. Not with ``exact``, ``group`` or ``max_error``.
+            what else Python does in a pass, do not run in a replay. For one thread at a time. Not with ``exact``,
+            ``group`` or ``max_error``.
 
     Raises:
         TypeError: a config that is no RetrievalConfig.
