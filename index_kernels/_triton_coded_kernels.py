@@ -152,6 +152,9 @@ def attend_coded_kernel(
     coded = tl.zeros([M, BLOCK_DV], tl.float32)
     tilt = tl.zeros([M], tl.float32)
     fetched = tl.zeros([], tl.int32)
+    hand = tl.zeros([], tl.int32)
+    if slots is not None:
+        hand = tl.load(hands + unit * splits + split)
     for first in range(lo, hi, BLOCK):
         row, entry, used, s, above = _rows(
             low, high, noise, means, numbers, steps, ids, owners, unit, first, hi, head, live, softcap, L, T, capacity,
@@ -167,7 +170,7 @@ def attend_coded_kernel(
             far, near, place = read & (slot < 0), slot >= 0, unit * splits * ring + slot
             kept, to = far, place
             if slots is not None:
-                kept, to, fetched = take_places(row, far, slots, kept_rows, hands, ring, fetched, unit, T)
+                kept, to, fetched = take_places(row, far, slots, kept_rows, hand, ring, fetched, unit, T)
             k = load_either(keys, row, kt, kept_keys, place, far, near, DIM, BLOCK_D)
             of_k = scales_either(keys, row, kt, kept_keys, place, far, near, DIM)
             if slots is not None:
@@ -196,7 +199,7 @@ def attend_coded_kernel(
             scaled = w * tl.load(value_scale + its, mask=used, other=0.0)[None, :]
             coded = coded * decay[:, None] + times(scaled, v, DOT)
     if slots is not None:
-        advance(hands, ring, fetched, unit)
+        advance(hands, hand, ring, fetched, unit)
     store_state(outs, lses, split, head, live, peak, mass, acc, HQ, VALUE_DIM, BLOCK_DV)
     if TAIL:
         toward = tl.load(

@@ -82,27 +82,14 @@ class RowCache:
 
 
 @triton.jit
-def _ring(hands, unit):
-    """Of this program: its ring among all, and among those of its unit; and where its oldest copy is."""
-    split, splits = tl.program_id(1), tl.num_programs(1)
-    return unit * splits + split, split, tl.load(hands + unit * splits + split)
-
-
-@triton.jit
 def give_way(slots, rows, hands, ring, unit, T):
     """The oldest copies of this program's ring are none any more."""
-    mine, _split, hand = _ring(hands, unit)
-    at = rows + mine * ring + (hand + tl.arange(0, _FREE)) % ring
+    mine = unit * tl.num_programs(1) + tl.program_id(1)
+    at = rows + mine * ring + (tl.load(hands + mine) + tl.arange(0, _FREE)) % ring
     row = tl.load(at)
+    tl.debug_barrier()  # all warps have read what some are about to write
     tl.store(slots + unit * T + row, -1, mask=row >= 0)
     tl.store(at, -1)
-
-
-@triton.jit
-def advance(hands, ring, fetched, unit):
-    """The next copies that give way are those after the ones made now."""
-    mine, _split, hand = _ring(hands, unit)
-    tl.store(hands + mine, (hand + tl.minimum(fetched, _FREE)) % ring)
 
 
 @triton.jit
@@ -148,15 +135,23 @@ def copy_rows(found, scale, copies, to, kept, DIM: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def take_places(row, far, slots, rows, hands, ring, fetched, unit, T):
-    """Places for copies of the rows that come from ``far``, as many as were given way to.
+def take_places(row, far, slots, rows, hand, ring, fetched, unit, T):
+    """Places for copies of the rows that come from ``far``, as many as were given way to, from ``hand`` on.
 
     Which rows have one, and where among all copies; and how many came from far with those before.
     """
-    mine, split, hand = _ring(hands, unit)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    first = (unit * splits + split) * ring
     number = fetched + tl.cumsum(far.to(tl.int32), axis=0) - 1
     kept = far & (number < _FREE)
     to = (hand + number) % ring
+    tl.debug_barrier()  # all warps have read in ``slots`` which rows are far
     tl.store(slots + unit * T + row, split * ring + to, mask=kept)
-    tl.store(rows + mine * ring + to, row.to(tl.int32), mask=kept)
-    return kept, mine * ring + to, fetched + tl.sum(far.to(tl.int32), axis=0)
+    tl.store(rows + first + to, row.to(tl.int32), mask=kept)
+    return kept, first + to, fetched + tl.sum(far.to(tl.int32), axis=0)
+
+
+@triton.jit
+def advance(hands, hand, ring, fetched, unit):
+    """The next copies that give way are those after the ones made now."""
+    tl.store(hands + unit * tl.num_programs(1) + tl.program_id(1), (hand + tl.minimum(fetched, _FREE)) % ring)
