@@ -208,6 +208,12 @@ def test_a_copy_of_the_lists_is_read_where_it_stands():
     assert torch.equal(got.out, wanted.out)
 
 
+def test_a_place_on_the_device_is_refused_where_no_graph_is_made():
+    query, keys, values, arrays, how, start, _ = sealed_store(next(iter(CASES)), "numba")
+    with pytest.raises(ValueError, match="newest is for CUDA graphs, and backend 'numba' makes none: expected None"):
+        attend_segmented(query, keys, values, arrays.table, how, start=start, newest=torch.zeros(1, dtype=torch.int64))
+
+
 def test_arrays_that_a_kernel_would_misread_by_address_are_refused():
     query, keys, values, lists, how, start, _ = sealed_store("float32")
     lists.lists = lists.lists._replace(size=lists.lists.size.astype(np.int64))
