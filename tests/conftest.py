@@ -96,6 +96,20 @@ def _rates(monkeypatch):
     monkeypatch.setattr("dbattn.query.prompt.rates", built_in)
 
 
+def rows_as_if_on_a_device(patch, gpu=None):
+    """Let stores and planner take rows for those of a device whose rates are known by the name ``gpu``."""
+    patch.setattr("dbattn.query.planner.gpu_of", lambda store: gpu)
+    for name in ("dbattn.store.storage", "dbattn.store.rows", "dbattn.indexed", "dbattn.query.call"):
+        patch.setattr(f"{name}.on_device", lambda tensor: True)
+    patch.setattr("dbattn.query.planner.resolve_backend", lambda tensor: "triton")
+
+
+def stand_in_for_host_rows(patch):
+    """Let any memory be the host's that a GPU reads."""
+    patch.setattr("dbattn.store.rows.check_host_rows", lambda device=None: None)
+    patch.setattr("dbattn.store.mapped.host_buffer", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+
+
 def real_rows(layer):
     """query ``[1, 3, 16, 64]``, keys and values ``[1, 1, 3840, 64]`` of layer 8 or 22 of SmolLM2-135M over prose."""
     import dbattn

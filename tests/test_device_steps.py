@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import rows_as_if_on_a_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dbattn
@@ -36,10 +37,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def as_if_on_a_device(monkeypatch, gpu=None):
-    monkeypatch.setattr("dbattn.query.planner.gpu_of", lambda store: gpu)
-    for name in ("dbattn.store.storage", "dbattn.store.rows", "dbattn.indexed", "dbattn.query.call"):
-        monkeypatch.setattr(f"{name}.on_device", lambda tensor: True)
-    monkeypatch.setattr("dbattn.query.planner.resolve_backend", lambda tensor: "triton")
+    rows_as_if_on_a_device(monkeypatch, gpu)
     monkeypatch.setattr("dbattn.dense._takes_flash", lambda query, keys, values: True)
     monkeypatch.setattr("dbattn.dense._flash", flash)
 

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import TRITON, tiny_llama
+from conftest import TRITON, rows_as_if_on_a_device, stand_in_for_host_rows, tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
@@ -143,16 +143,10 @@ def decoded(graphs, device, way="greedy", prompt=PROMPT, tokens=TOKENS, layers=1
 
     with pytest.MonkeyPatch.context() as patch:
         if device == "cpu":
-            for name in ("dbattn.store.storage", "dbattn.store.rows", "dbattn.indexed", "dbattn.query.call"):
-                patch.setattr(f"{name}.on_device", lambda tensor: True)
+            rows_as_if_on_a_device(patch)
+            stand_in_for_host_rows(patch)
             patch.setattr("dbattn.store.rows._is_captured", lambda tensor: True)
-            patch.setattr("dbattn.query.planner.gpu_of", lambda store: None)
-            patch.setattr("dbattn.query.planner.resolve_backend", lambda tensor: "triton")
             patch.setattr("index_kernels.segmented.resolve_backend", lambda query, backend: "triton")
-            patch.setattr("dbattn.store.rows.check_host_rows", lambda device=None: None)
-            patch.setattr(
-                "dbattn.store.mapped.host_buffer", lambda shape, dtype, device: torch.empty(shape, dtype=dtype)
-            )
             for few in ("SCORING", "READING", "CHOOSING"):  # programs, which the interpreter runs one after the other
                 patch.setattr(f"index_kernels._triton_segmented.{few}", 0)
             wrapping = import_module("dbattn.hf.wrap")

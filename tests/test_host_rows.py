@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_rows, tiny_llama
+from conftest import random_rows, stand_in_for_host_rows, tiny_llama
 
 import dbattn
 from dbattn import RetrievalConfig
@@ -17,8 +17,7 @@ def device(request, monkeypatch):
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
         return "cuda"
-    monkeypatch.setattr("dbattn.store.rows.check_host_rows", lambda device=None: None)
-    monkeypatch.setattr("dbattn.store.mapped.host_buffer", lambda shape, dtype, device: torch.empty(shape, dtype=dtype))
+    stand_in_for_host_rows(monkeypatch)
     return "cpu"
 
 
